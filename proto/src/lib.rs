@@ -1,0 +1,19 @@
+//! The wire between engines, daemon and frontend: generated code from `kvbm/v1/*.proto`, and checked conversions of
+//! what protobuf cannot check (lengths of keys, digests and tokens). `docs/wire.md` specifies the protocol.
+#![forbid(unsafe_code)]
+
+mod packed;
+
+pub use packed::{Malformed, SideMessage, digest, key, keys, optional_key, pack_keys, uuid};
+
+/// The version in `Hello`. Raised when an old peer would misunderstand a new one.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Bytes in one gRPC message, at most: a snapshot part or the table of a large pool.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// Generated from `kvbm/v1/*.proto`.
+#[allow(missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]
+pub mod v1 {
+    tonic::include_proto!("kvbm.v1");
+}
