@@ -1,1 +1,17 @@
-//! placeholder
+//! Shared memory between the daemon and the processes it serves: sealed memfds, descriptor passing, mapped ranges,
+//! shared words, and the kernel's word on whether a process is still alive.
+//!
+//! Memory that another process maps can change under our hands at any time. So nothing here hands out references to
+//! its bytes: they are copied in and out, or reached through an address by code that is allowed unsafe.
+
+mod error;
+mod memory;
+mod pool_memory;
+mod process_watch;
+mod side_socket;
+
+pub use error::Error;
+pub use memory::SharedMemory;
+pub use pool_memory::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
+pub use process_watch::ProcessWatch;
+pub use side_socket::{Packet, Peer, SideListener, SideSocket};
