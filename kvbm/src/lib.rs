@@ -1,1 +1,31 @@
-//! placeholder
+//! The block manager: one ledger that decides, a store that holds, transfers that move.
+//!
+//! ```text
+//!                        Manager  (the facade; one mutex around the ledger)
+//!            ┌──────────────┼──────────────────┐
+//!         ledger          store             transfer
+//!   pure, synchronous   host segments     a bounded queue and a thread per route,
+//!   is told the time    device pools      exactly one outcome per batch
+//! ```
+//!
+//! No gRPC, HTTP, command line or environment variables here.
+
+mod counters;
+mod error;
+mod event;
+pub mod ledger;
+mod manager;
+mod store;
+mod tier;
+mod transfer;
+
+pub use counters::{Counters, Histogram};
+pub use error::{Error, Refused};
+pub use event::{Event, EventKind, EventLog, EventsGone};
+pub use ledger::{
+    BlockRef, CommitBlock, Held, LeaseId, Matched, NamespaceId, PoolId, Retention, SessionId, TrustDomain,
+};
+pub use manager::{
+    AdoptPool, HostCapacity, Manager, ManagerConfig, OpenPool, OpenedPool, Outcome, Prefetched, Resident,
+};
+pub use tier::{Route, Tier};

@@ -25,7 +25,10 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn system(call: &'static str, what: impl Into<String>) -> impl FnOnce(rustix::io::Errno) -> Self {
+    pub(crate) fn system(
+        call: &'static str,
+        what: impl Into<String>,
+    ) -> impl FnOnce(rustix::io::Errno) -> Self {
         let what = what.into();
         move |errno| Self::System { call, what, source: errno.into() }
     }

@@ -30,7 +30,7 @@ unsafe impl Sync for SharedMemory {}
 impl SharedMemory {
     /// Creates and maps `bytes` of zeroed memory (a positive multiple of 4096). Pages are not populated yet.
     pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
-        if bytes == 0 || bytes % 4096 != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(4096) {
             return Err(Error::refused(format!("{bytes} bytes is not a positive multiple of 4096")));
         }
         let fd = fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
@@ -42,12 +42,13 @@ impl SharedMemory {
 
     /// Maps memory received from another process, if it is sealed as [`SharedMemory::create`] seals it.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
-        let seals = fs::fcntl_get_seals(&fd).map_err(Error::system("read seals of", "received descriptor"))?;
+        let seals =
+            fs::fcntl_get_seals(&fd).map_err(Error::system("read seals of", "received descriptor"))?;
         if !seals.contains(Self::SEALS) {
             return Err(Error::refused(format!("it is not sealed against resizing (seals {seals:?})")));
         }
         let size = fs::fstat(&fd).map_err(Error::system("stat", "received descriptor"))?.st_size;
-        let bytes = usize::try_from(size).ok().filter(|bytes| *bytes > 0 && bytes % 4096 == 0);
+        let bytes = usize::try_from(size).ok().filter(|bytes| *bytes > 0 && bytes.is_multiple_of(4096));
         let bytes = bytes.ok_or_else(|| Error::refused(format!("its size of {size} bytes is not usable")))?;
         Self::map(fd, bytes)
     }

@@ -95,7 +95,10 @@ impl PoolMemory {
         let block_count = u32::try_from(read(field::BLOCK_COUNT)).unwrap_or(0);
         let layout = PoolLayout { block_bytes, block_count };
         if layout.check()? != memory.bytes() {
-            return Err(Error::refused(format!("its header promises {layout:?}, it has {} bytes", memory.bytes())));
+            return Err(Error::refused(format!(
+                "its header promises {layout:?}, it has {} bytes",
+                memory.bytes()
+            )));
         }
         let mut uuid = [0; 16];
         memory.read(field::UUID, &mut uuid);

@@ -11,8 +11,8 @@ use rustix::fs::Mode;
 use rustix::io::{IoSlice, IoSliceMut};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
-    recvmsg, sendmsg, socket_with, sockopt,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    listen, recvmsg, sendmsg, socket_with, sockopt,
 };
 
 use crate::{Error, ProcessWatch};
@@ -90,8 +90,8 @@ impl SideSocket {
 
     /// The process at the other end.
     pub fn peer(&self) -> Result<Peer, Error> {
-        let credentials =
-            sockopt::socket_peercred(&self.0).map_err(Error::system("read credentials of", "side channel peer"))?;
+        let credentials = sockopt::socket_peercred(&self.0)
+            .map_err(Error::system("read credentials of", "side channel peer"))?;
         Ok(Peer { pid: credentials.pid.as_raw_nonzero().get().unsigned_abs(), uid: credentials.uid.as_raw() })
     }
 

@@ -1,0 +1,198 @@
+//! Leases: the right to copy a matched prefix out of host memory.
+//!
+//! A lease pins the deepest block only; the blocks before it cannot be evicted while it is there. Its deadline ends it
+//! only while nothing has started: once a copy begins, the copy holds the pin.
+
+use std::collections::{BTreeSet, HashMap};
+
+use kvbm_hash::SequenceHash;
+
+use super::host::{Class, HostTier};
+use super::key::{Key, NamespaceId};
+use super::pools::Held;
+use super::slots::SlotIndex;
+use super::{BlockRef, Ledger, Millis, Owner, PoolId, SessionId};
+use crate::error::Refused;
+
+/// Number of a lease within one life of the daemon. Never reused, never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LeaseId(pub u64);
+
+/// The longest prefix that is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Matched {
+    /// Leading blocks in the pool that was asked, each with one more pin.
+    pub device: Vec<BlockRef>,
+    /// Blocks directly behind them in host memory.
+    pub host_blocks: usize,
+    /// Pins the host blocks, if there are any.
+    pub lease: Option<LeaseId>,
+}
+
+/// One lease.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub session: SessionId,
+    pub namespace: NamespaceId,
+    pub class: Class,
+    pub deepest: SlotIndex,
+    /// Blocks of the prefix that the lease is about: its last `count`.
+    pub count: usize,
+    expires: Millis,
+}
+
+/// All leases.
+#[derive(Debug, Default)]
+pub(super) struct Leases {
+    leases: HashMap<LeaseId, Lease>,
+    deadlines: BTreeSet<(Millis, LeaseId)>,
+    last: u64,
+}
+
+impl Leases {
+    fn add(&mut self, lease: Lease) -> LeaseId {
+        self.last += 1;
+        let id = LeaseId(self.last);
+        self.deadlines.insert((lease.expires, id));
+        self.leases.insert(id, lease);
+        id
+    }
+
+    pub fn get(&self, id: LeaseId) -> Option<&Lease> {
+        self.leases.get(&id)
+    }
+
+    pub fn remove(&mut self, id: LeaseId) -> Option<Lease> {
+        let lease = self.leases.remove(&id)?;
+        self.deadlines.remove(&(lease.expires, id));
+        Some(lease)
+    }
+
+    pub fn of_session(&self, session: SessionId) -> Vec<LeaseId> {
+        let mut ids: Vec<_> =
+            self.leases.iter().filter(|(_, lease)| lease.session == session).map(|(id, _)| *id).collect();
+        ids.sort();
+        ids
+    }
+
+    pub fn expired(&self, now: Millis) -> Vec<LeaseId> {
+        self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, id)| *id).collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.leases.len()
+    }
+
+    pub fn check_integrity(&self, host: &HostTier) {
+        assert_eq!(self.leases.len(), self.deadlines.len());
+        for (id, lease) in &self.leases {
+            let table = host.class(lease.class).expect("a lease is about a class that exists");
+            assert!(table.slots.pins(lease.deepest) > 0, "{id:?} has its pin");
+            assert!(table.slots.block(lease.deepest).is_some(), "{id:?} is about a resident block");
+        }
+    }
+}
+
+impl Ledger {
+    /// The longest prefix of `hashes` that is held, pinned for the session.
+    pub fn match_prefix(
+        &mut self,
+        session: SessionId,
+        namespace: NamespaceId,
+        hashes: &[SequenceHash],
+        pool: Option<PoolId>,
+        now: Millis,
+    ) -> Result<Matched, Refused> {
+        let base = self.registry.namespace_of(session, namespace)?.base;
+        let key = |i: usize| Key { namespace, hash: hashes[i] };
+        let mut device = Vec::new();
+        if let Some(id) = pool {
+            let pool = self.owned_pool_mut(session, id)?;
+            let (blocks, _) = pool.slots.prefix(key, hashes.len());
+            for i in 0..blocks {
+                let slot = pool.slots.resident(key(i)).expect("prefixes are closed");
+                pool.slots.pin(slot);
+                device.push(pool.block_ref(slot));
+            }
+        }
+        let (in_host, lease) = match self.host_class(session, &base) {
+            None => (0, None),
+            Some(class) => self.lease_host(session, namespace, class, hashes, device.len(), now),
+        };
+        Ok(Matched { host_blocks: in_host.saturating_sub(device.len()), device, lease })
+    }
+
+    fn lease_host(
+        &mut self,
+        session: SessionId,
+        namespace: NamespaceId,
+        class: Class,
+        hashes: &[SequenceHash],
+        in_device: usize,
+        now: Millis,
+    ) -> (usize, Option<LeaseId>) {
+        let Some(table) = self.host.class_mut(class) else { return (0, None) };
+        let key = |i: usize| Key { namespace, hash: hashes[i] };
+        let (blocks, deepest) = table.slots.prefix(key, hashes.len());
+        let Some(deepest) = deepest.filter(|_| blocks > in_device) else { return (blocks, None) };
+        table.slots.pin(deepest);
+        let expires = Millis(now.0 + self.config.lease.as_millis() as u64);
+        let lease = Lease { session, namespace, class, deepest, count: blocks - in_device, expires };
+        (blocks, Some(self.leases.add(lease)))
+    }
+
+    /// Leading blocks of `hashes` in host memory, now. Pins nothing; counts as a use.
+    pub fn host_prefix(
+        &mut self,
+        session: SessionId,
+        namespace: NamespaceId,
+        hashes: &[SequenceHash],
+    ) -> Result<usize, Refused> {
+        let base = self.registry.namespace_of(session, namespace)?.base;
+        let class = self.host_class(session, &base);
+        let Some(table) = class.and_then(|class| self.host.class_mut(class)) else { return Ok(0) };
+        let (blocks, deepest) = table.slots.prefix(|i| Key { namespace, hash: hashes[i] }, hashes.len());
+        if let Some(deepest) = deepest {
+            table.slots.pin(deepest);
+            table.slots.unpin(deepest, 1);
+        }
+        Ok(blocks)
+    }
+
+    /// The session does not want the lease any more.
+    pub fn release_lease(&mut self, session: SessionId, lease: LeaseId) -> Result<(), Refused> {
+        self.leases.get(lease).filter(|l| l.session == session).ok_or(Refused::Unknown { what: "lease" })?;
+        self.end_lease(lease);
+        Ok(())
+    }
+
+    pub(super) fn end_lease(&mut self, id: LeaseId) {
+        let Some(lease) = self.leases.remove(id) else { return };
+        let table = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
+        table.slots.unpin(lease.deepest, 1);
+    }
+
+    /// Where the blocks of a base namespace are in host, for this session's domain.
+    pub(super) fn host_class(&self, session: SessionId, base: &[u8; 32]) -> Option<Class> {
+        let domain = self.registry.session(session).ok()?.domain;
+        self.strides.get(base).map(|stride| Class { domain, stride: *stride })
+    }
+
+    /// Asks nothing of the pool but that the session writes it now.
+    pub(super) fn owned_pool_mut(
+        &mut self,
+        session: SessionId,
+        id: PoolId,
+    ) -> Result<&mut super::DevicePool, Refused> {
+        let pool = self.pools.get_mut(&id).filter(|pool| pool.owner == Owner::Session(session));
+        pool.ok_or(Refused::Unknown { what: "pool" })
+    }
+
+    /// Pins given to a session, per block: for tests and status.
+    pub fn held_blocks(&self, id: PoolId) -> Vec<Held> {
+        let Some(pool) = self.pools.get(&id) else { return Vec::new() };
+        let slots = (0..pool.identity.layout.block_count).map(SlotIndex);
+        let held = slots.filter(|slot| pool.slots.pins(*slot) > 0);
+        held.map(|slot| Held { block: pool.block_ref(slot), pins: pool.slots.pins(slot) }).collect()
+    }
+}

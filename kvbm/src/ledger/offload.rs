@@ -1,0 +1,292 @@
+//! Offload: which committed blocks go to host next.
+//!
+//! Write-through is a backlog per pool, not a queue of requests: it can hold no more than the pool's blocks, so nothing
+//! is dropped when the copy queue is full, it is only copied later. A block whose ancestors are no longer in host takes
+//! them along, as far as they are in the pool (and they are: prefixes are closed).
+
+use std::collections::HashMap;
+
+use super::device::Backlogged;
+use super::host::{Class, HostPlace};
+use super::key::Key;
+use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
+use super::{BlockRef, Ledger, Owner, PoolId, SessionId};
+use crate::error::Refused;
+use crate::tier::Tier;
+
+/// One block on its way to host.
+#[derive(Debug)]
+struct OffloadItem {
+    source: Copying,
+    key: Key,
+    target: Reserved,
+    place: HostPlace,
+}
+
+/// Blocks of one pool to be copied to host, in this order. Comes back through [`Ledger::finish_offload`].
+#[must_use]
+#[derive(Debug)]
+pub struct OffloadBatch {
+    /// From which pool.
+    pub pool: PoolId,
+    /// The writer's epoch: if it moves before the copy ended, what was copied does not count.
+    pub epoch: u64,
+    class: Class,
+    items: Vec<OffloadItem>,
+}
+
+impl OffloadBatch {
+    /// What is to be copied: block of the pool, place in host memory.
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (u32, HostPlace)> + '_ {
+        self.items.iter().map(|item| (item.source.slot().0, item.place))
+    }
+}
+
+/// Number of a question about offloads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WaiterId(pub u64);
+
+/// What became of the blocks somebody asked about.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OffloadReport {
+    /// In host memory.
+    pub done: usize,
+    /// Not, and not going to be.
+    pub failed: usize,
+}
+
+/// Who wants to know when blocks are in host memory.
+#[derive(Debug, Default)]
+pub(super) struct Waiters {
+    open: HashMap<WaiterId, Open>,
+    by_key: HashMap<Key, Vec<WaiterId>>,
+    finished: Vec<(WaiterId, OffloadReport)>,
+    last: u64,
+}
+
+#[derive(Debug)]
+struct Open {
+    pool: PoolId,
+    blocks: usize,
+    report: OffloadReport,
+}
+
+impl Waiters {
+    fn add(&mut self, pool: PoolId, keys: &[Key]) -> WaiterId {
+        self.last += 1;
+        let id = WaiterId(self.last);
+        self.open.insert(id, Open { pool, blocks: keys.len(), report: OffloadReport::default() });
+        for key in keys {
+            self.by_key.entry(*key).or_default().push(id);
+        }
+        id
+    }
+
+    fn settle(&mut self, key: Key, done: bool) {
+        for id in self.by_key.remove(&key).unwrap_or_default() {
+            // The pool of the question may have gone.
+            let Some(open) = self.open.get_mut(&id) else { continue };
+            *if done { &mut open.report.done } else { &mut open.report.failed } += 1;
+            open.blocks -= 1;
+            if open.blocks == 0 {
+                self.finish(id);
+            }
+        }
+    }
+
+    fn finish(&mut self, id: WaiterId) {
+        if let Some(Open { blocks, report, .. }) = self.open.remove(&id) {
+            self.finished.push((id, OffloadReport { failed: report.failed + blocks, ..report }));
+        }
+    }
+
+    pub fn pool_gone(&mut self, pool: PoolId) {
+        let of_pool = self.open.iter().filter(|(_, open)| open.pool == pool);
+        let ids: Vec<WaiterId> = of_pool.map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.finish(id));
+        let open = &self.open;
+        self.by_key.retain(|_, ids| {
+            ids.retain(|id| open.contains_key(id));
+            !ids.is_empty()
+        });
+    }
+}
+
+impl Ledger {
+    /// The next blocks to copy to host, `max` at most. Pools take turns.
+    pub fn next_offload(&mut self, max: usize) -> Option<OffloadBatch> {
+        let after = self.next_offload_pool;
+        let later = self.pools.range((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded));
+        let order: Vec<PoolId> = later.chain(self.pools.range(..=after)).map(|(id, _)| *id).collect();
+        for id in order {
+            if let Some(batch) = self.next_offload_of(id, max) {
+                self.next_offload_pool = id;
+                return Some(batch);
+            }
+        }
+        None
+    }
+
+    fn next_offload_of(&mut self, id: PoolId, max: usize) -> Option<OffloadBatch> {
+        let pool = self.pools.get(&id)?;
+        // A silent writer may have raised its epoch and be reusing blocks.
+        if matches!(pool.owner, Owner::Silent(_) | Owner::Retired) || pool.backlog.is_empty() {
+            return None;
+        }
+        let max = max.min(pool.offload_room());
+        let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
+        let mut batch = OffloadBatch { pool: id, epoch: pool.epoch, class, items: Vec::new() };
+        while batch.items.len() < max {
+            let pool = self.pools.get_mut(&id)?;
+            let Some(Backlogged { block, key }) = pool.backlog.pop_front() else { break };
+            if !pool.slots.is_resident(SlotIndex(block.block), block.generation) {
+                self.offloads.settle(key, false);
+                continue;
+            }
+            self.plan_with_ancestors(id, SlotIndex(block.block), key, &mut batch, max);
+        }
+        self.sweep();
+        if batch.items.is_empty() {
+            return None;
+        }
+        let pool = self.pools.get_mut(&id)?;
+        pool.batches += 1;
+        pool.offloading += batch.items.len();
+        Some(batch)
+    }
+
+    /// Adds a block, and before it those of its ancestors that host lacks.
+    fn plan_with_ancestors(
+        &mut self,
+        id: PoolId,
+        slot: SlotIndex,
+        key: Key,
+        batch: &mut OffloadBatch,
+        max: usize,
+    ) {
+        let pool = &self.pools[&id];
+        let host = self.host.class(batch.class);
+        if let Some(known) = host.filter(|table| table.slots.knows(key)) {
+            // In host, or on its way there: then the outcome of that copy settles it.
+            if known.slots.resident(key).is_some() {
+                self.offloads.settle(key, true);
+            }
+            return;
+        }
+        let lacking = |slot: &SlotIndex| {
+            let (key, _) = pool.slots.block(*slot).expect("ancestors of a resident block are resident");
+            !host.is_some_and(|table| table.slots.knows(key))
+        };
+        let mut chain: Vec<SlotIndex> = pool.slots.ancestors(slot).take_while(lacking).collect();
+        chain.reverse();
+        for (i, wanted) in chain.iter().enumerate() {
+            let full = batch.items.len() >= max;
+            if full || !self.plan_one(id, *wanted, batch) {
+                let pool = self.pools.get_mut(&id).expect("it was just there");
+                for slot in chain[i..].iter().rev() {
+                    let (key, _) = pool.slots.block(*slot).expect("nothing was evicted here");
+                    if full {
+                        // The rest of a long chain goes to the front, in order.
+                        pool.backlog.push_front(Backlogged { block: pool.block_ref(*slot), key });
+                    } else {
+                        self.offloads.settle(key, false);
+                    }
+                }
+                return;
+            }
+        }
+    }
+
+    fn plan_one(&mut self, id: PoolId, slot: SlotIndex, batch: &mut OffloadBatch) -> bool {
+        let pool = self.pools.get_mut(&id).expect("it was just there");
+        let (key, parent) = pool.slots.block(slot).expect("resident blocks are planned");
+        let Some(table) = self.host.make_room(batch.class) else {
+            self.tally.host_exhausted += 1;
+            return false;
+        };
+        match table.slots.reserve(key, parent) {
+            Ok(target) => {
+                let place = table.place(target.slot());
+                let source = pool.slots.begin_copy(slot);
+                batch.items.push(OffloadItem { source, key, target, place });
+                true
+            }
+            Err(NotReserved::Resident | NotReserved::Filling) => true,
+            Err(NotReserved::Orphan) => {
+                self.tally.orphans += 1;
+                false
+            }
+            Err(NotReserved::Exhausted) => {
+                self.tally.host_exhausted += 1;
+                false
+            }
+        }
+    }
+
+    /// The copies of a batch ended. `copied`: all bytes arrived and the epoch did not move. Returns the blocks that
+    /// are resident in host now because of it.
+    pub fn finish_offload(&mut self, batch: OffloadBatch, copied: bool) -> usize {
+        let mut stored = 0;
+        let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
+        pool.batches -= 1;
+        pool.offloading -= batch.items.len();
+        for item in batch.items {
+            let table = self.host.class_mut(batch.class).expect("slots are reserved in it");
+            let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
+            let alive = self.registry.namespace(item.key.namespace).is_some();
+            let committed = if copied && alive {
+                table.slots.commit(item.target)
+            } else {
+                table.slots.abandon(item.target);
+                false
+            };
+            stored += usize::from(committed);
+            pool.slots.end_copy(item.source);
+            self.offloads.settle(item.key, committed);
+        }
+        self.collect_pool(batch.pool);
+        self.sweep();
+        stored
+    }
+
+    /// Asks when these committed blocks are in host memory. Answered by [`Ledger::take_offload_reports`].
+    pub fn watch_offload(
+        &mut self,
+        session: SessionId,
+        id: PoolId,
+        blocks: &[BlockRef],
+    ) -> Result<WaiterId, Refused> {
+        let pool = self.owned_pool_mut(session, id)?;
+        let mut wanted = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let slot = SlotIndex(block.block);
+            let key = pool.slots.block(slot).filter(|_| pool.slots.is_resident(slot, block.generation));
+            let (key, _) = key.ok_or_else(|| {
+                Refused::invalid("blocks", format!("block {} is not committed", block.block))
+            })?;
+            wanted.push(Backlogged { block: *block, key });
+        }
+        if wanted.is_empty() {
+            return Err(Refused::invalid("blocks", "none given"));
+        }
+        let keys: Vec<Key> = wanted.iter().map(|wanted| wanted.key).collect();
+        pool.backlog.extend(wanted);
+        Ok(self.offloads.add(id, &keys))
+    }
+
+    /// Questions that have been answered.
+    pub fn take_offload_reports(&mut self) -> Vec<(WaiterId, OffloadReport)> {
+        std::mem::take(&mut self.offloads.finished)
+    }
+
+    /// Blocks that wait to be copied to host.
+    pub fn backlog(&self) -> usize {
+        self.pools.values().map(|pool| pool.backlog.len()).sum()
+    }
+
+    /// Host memory that all is in use: what a caller is told.
+    pub fn host_exhausted(&self, wanted: usize) -> Refused {
+        let available = self.host.summaries().iter().map(|s| s.counts.free).sum();
+        Refused::Exhausted { tier: Tier::Host, wanted, available }
+    }
+}

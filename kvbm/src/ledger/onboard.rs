@@ -1,0 +1,107 @@
+//! Onboard: leased host blocks into granted device blocks.
+
+use super::host::HostPlace;
+use super::key::Key;
+use super::lease::Lease;
+use super::slots::{Committed, Copying, SlotIndex};
+use super::{BlockRef, LeaseId, Ledger, Owner, PoolId, SessionId};
+use crate::error::Refused;
+
+#[derive(Debug)]
+struct OnboardItem {
+    place: HostPlace,
+    key: Key,
+    parent: Option<kvbm_hash::SequenceHash>,
+    target: Copying,
+    block: BlockRef,
+}
+
+/// Leased blocks to be copied into a pool. Holds the lease's pin. Comes back through [`Ledger::finish_onboard`].
+#[must_use]
+#[derive(Debug)]
+pub struct OnboardBatch {
+    /// Into which pool.
+    pub pool: PoolId,
+    /// The writer's epoch: if it has moved, the writer does not expect the bytes any more.
+    pub epoch: u64,
+    lease: Lease,
+    items: Vec<OnboardItem>,
+}
+
+impl OnboardBatch {
+    /// What is to be copied: place in host memory, block of the pool.
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
+        self.items.iter().map(|item| (item.place, item.block.block))
+    }
+}
+
+impl Ledger {
+    /// Plans the copy of the first blocks of a lease into `targets`, which the session holds. Ends the lease, unless
+    /// refused.
+    pub fn begin_onboard(
+        &mut self,
+        session: SessionId,
+        lease_id: LeaseId,
+        id: PoolId,
+        targets: &[BlockRef],
+    ) -> Result<OnboardBatch, Refused> {
+        let pool = self.owned_pool_mut(session, id)?;
+        let mut seen = std::collections::HashSet::new();
+        let writable = |b: &BlockRef| pool.slots.is_granted(SlotIndex(b.block), b.generation);
+        if targets.iter().any(|target| !writable(target) || !seen.insert(target.block)) {
+            return Err(Refused::Stale { what: "target block" });
+        }
+        let (pool_class, epoch) = ((pool.identity.domain, pool.identity.layout.stride()), pool.epoch);
+        let lease = self.leases.get(lease_id).filter(|lease| lease.session == session);
+        let lease = lease.ok_or(Refused::Unknown { what: "lease" })?;
+        if (lease.class.domain, lease.class.stride) != pool_class {
+            return Err(Refused::invalid("pool_id", "the leased blocks have another size"));
+        }
+        if targets.is_empty() || targets.len() > lease.count {
+            let reason = format!("{} for a lease of {} blocks", targets.len(), lease.count);
+            return Err(Refused::invalid("targets", reason));
+        }
+        let lease = self.leases.remove(lease_id).expect("it was just there");
+        let table = self.host.class(lease.class).expect("a lease is about a class that exists");
+        let pool = self.pools.get_mut(&id).expect("it was just there");
+        let chain = table.slots.chain(lease.deepest, lease.count);
+        let items = chain.into_iter().zip(targets).map(|(slot, block)| {
+            let (key, parent) = table.slots.block(slot).expect("leased blocks are resident");
+            let target = pool.slots.begin_copy(SlotIndex(block.block));
+            OnboardItem { place: table.place(slot), key, parent, target, block: *block }
+        });
+        let items = items.collect();
+        pool.batches += 1;
+        Ok(OnboardBatch { pool: id, epoch, lease, items })
+    }
+
+    /// The copies of a batch ended. `copied`: all bytes arrived and the epoch did not move. The targets are committed
+    /// under their keys; a target whose key became resident meanwhile stays private to its holder.
+    pub fn finish_onboard(&mut self, batch: OnboardBatch, copied: bool) {
+        let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
+        let alive = self.registry.namespace(batch.lease.namespace).is_some() && pool.owner != Owner::Retired;
+        for item in batch.items {
+            if copied && alive {
+                let slot = item.target.slot();
+                match pool.slots.commit_granted(slot, item.block.generation, item.key, item.parent) {
+                    // It is in host already, or was when it was copied: nothing to offload.
+                    Committed::Resident => {}
+                    Committed::Duplicate => self.tally.duplicate_commits += 1,
+                    Committed::Orphan => self.tally.orphans += 1,
+                    Committed::Stale => {}
+                }
+            }
+            pool.slots.end_copy(item.target);
+        }
+        pool.batches -= 1;
+        let table = self.host.class_mut(batch.lease.class).expect("a lease is about a class that exists");
+        table.slots.unpin(batch.lease.deepest, 1);
+        self.collect_pool(batch.pool);
+        self.sweep();
+    }
+
+    /// The copy could not even be queued: everything is as before it was planned, but the lease is gone.
+    pub fn cancel_onboard(&mut self, batch: OnboardBatch) {
+        self.finish_onboard(batch, false);
+    }
+}

@@ -1,0 +1,725 @@
+//! The slots of one pool, device or host: who is in them, who holds them, who may be evicted.
+//!
+//! ```text
+//!            reserve / grant                    commit
+//!   Free ─────────────────────► Filling ───────────────────► Resident
+//!    ▲                             │ abandon                     │
+//!    │◄── no child waits ── Failed ◄┘                            │
+//!    │◄──────────────────────────────────────────────────────────┘ evicted: no pin, no copy, no child
+//! ```
+//!
+//! Invariants, checked by [`SlotTable::check_integrity`]:
+//! * free + filling + failed + resident + retired = all slots, and each collection agrees with the slots' states;
+//! * a resident slot's parent is resident (prefixes are closed), so the deepest key of a prefix stands for all of it
+//!   and a lookup may gallop;
+//! * exactly the resident slots without pin, copy or child are in the eviction order.
+//!
+//! The tables touch no KV byte and know no time: order is a tick that rises with each use.
+
+use std::collections::{BTreeSet, HashMap};
+
+use kvbm_hash::SequenceHash;
+
+use super::key::{Key, KeyHasher};
+
+/// Position in a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotIndex(pub u32);
+
+impl SlotIndex {
+    fn at(self) -> usize {
+        self.0 as usize
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Free,
+    /// Bytes are arriving. The key is known from the start (host) or at commit (device).
+    Filling {
+        key: Option<Key>,
+        parent: Option<SlotIndex>,
+    },
+    /// Filling did not succeed, but children that were being filled behind it have not heard of it yet.
+    Failed {
+        parent: Option<SlotIndex>,
+    },
+    Resident {
+        key: Key,
+        parent: Option<SlotIndex>,
+    },
+    /// Has no memory behind it.
+    Retired,
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: State,
+    /// Rises each time the slot is taken from the free list.
+    generation: u32,
+    /// Rights of holders: leases, sessions.
+    pins: u32,
+    /// Copies in flight from or to this slot.
+    copies: u32,
+    /// Slots whose parent is this one.
+    children: u32,
+    last_used: u64,
+}
+
+/// Right to fill one slot. Consumed by `commit` or `abandon`.
+#[must_use]
+#[derive(Debug, PartialEq, Eq)]
+pub struct Reserved(SlotIndex);
+
+impl Reserved {
+    /// The slot it is about.
+    pub fn slot(&self) -> SlotIndex {
+        self.0
+    }
+}
+
+/// Right to copy from or to one slot. Consumed by `end_copy`.
+#[must_use]
+#[derive(Debug, PartialEq, Eq)]
+pub struct Copying(SlotIndex);
+
+impl Copying {
+    /// The slot it is about.
+    pub fn slot(&self) -> SlotIndex {
+        self.0
+    }
+}
+
+/// What became of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Committed {
+    /// Found by others from now on.
+    Resident,
+    /// The key is resident elsewhere in this table; the slot stays as it was.
+    Duplicate,
+    /// The block before it is not resident; the slot stays as it was.
+    Orphan,
+    /// Not being filled, or of another generation.
+    Stale,
+}
+
+/// Why a key cannot be reserved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotReserved {
+    /// It is resident already.
+    Resident,
+    /// It is being filled already.
+    Filling,
+    /// Its parent is neither resident nor being filled.
+    Orphan,
+    /// Nothing is free and nothing can be evicted.
+    Exhausted,
+}
+
+/// Slots by state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SlotCounts {
+    /// On the free list.
+    pub free: usize,
+    /// Being filled, or granted.
+    pub filling: usize,
+    /// Holding a block.
+    pub resident: usize,
+    /// Those of the resident ones with a pin or a copy in flight.
+    pub pinned: usize,
+}
+
+/// A block that left or entered the table, for events and accounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Became resident.
+    Stored(Key, Option<SequenceHash>),
+    /// Evicted or discarded.
+    Removed(Key),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct SlotTable {
+    slots: Vec<Slot>,
+    free: Vec<SlotIndex>,
+    index: HashMap<Key, SlotIndex, KeyHasher>,
+    order: BTreeSet<(u64, SlotIndex)>,
+    tick: u64,
+    filling: usize,
+    resident: usize,
+    pinned: usize,
+    retired: usize,
+    evictions: u64,
+    changes: Vec<Change>,
+}
+
+impl SlotTable {
+    /// A table with `slots` free slots. `hasher` only spreads keys over buckets.
+    pub fn new(slots: u32, hasher: KeyHasher) -> Self {
+        let mut table = Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            index: HashMap::with_hasher(hasher),
+            order: BTreeSet::new(),
+            tick: 0,
+            filling: 0,
+            resident: 0,
+            pinned: 0,
+            retired: 0,
+            evictions: 0,
+            changes: Vec::new(),
+        };
+        table.grow(slots);
+        table
+    }
+
+    /// Adds free slots at the end and returns the first.
+    pub fn grow(&mut self, slots: u32) -> SlotIndex {
+        let first = self.slots.len() as u32;
+        let fresh =
+            || Slot { state: State::Free, generation: 0, pins: 0, copies: 0, children: 0, last_used: 0 };
+        self.slots.extend((0..slots).map(|_| fresh()));
+        self.free.extend((first..first + slots).rev().map(SlotIndex));
+        SlotIndex(first)
+    }
+
+    /// Gives retired slots memory again.
+    pub fn revive(&mut self, range: std::ops::Range<u32>) {
+        for slot in range.rev().map(SlotIndex) {
+            assert_eq!(self.slots[slot.at()].state, State::Retired, "only retired slots are revived");
+            self.slots[slot.at()].state = State::Free;
+            self.retired -= 1;
+            self.free.push(slot);
+        }
+    }
+
+    /// Takes the memory of a range of slots away: discards what is resident there and everything that hangs on it.
+    /// Does nothing and returns false if any of that is in use.
+    pub fn retire(&mut self, range: std::ops::Range<u32>) -> bool {
+        let doomed = self.with_descendants(&range);
+        let busy = |slot: &SlotIndex| {
+            let slot = &self.slots[slot.at()];
+            slot.pins > 0 || slot.copies > 0 || !matches!(slot.state, State::Resident { .. } | State::Free)
+        };
+        if doomed.iter().any(busy) {
+            return false;
+        }
+        // Deepest first: a slot goes when it has no child left.
+        let mut rest = doomed;
+        while !rest.is_empty() {
+            rest.retain(|slot| match self.slots[slot.at()].state {
+                State::Resident { .. } if self.slots[slot.at()].children > 0 => true,
+                State::Resident { .. } => {
+                    self.discard(*slot);
+                    false
+                }
+                _ => false,
+            });
+        }
+        self.free.retain(|slot| !range.contains(&slot.0));
+        for slot in range {
+            self.slots[slot as usize].state = State::Retired;
+            self.retired += 1;
+        }
+        true
+    }
+
+    /// The slots of `range`, and all whose chain of parents passes through it.
+    fn with_descendants(&self, range: &std::ops::Range<u32>) -> Vec<SlotIndex> {
+        let mut inside: Vec<Option<bool>> = vec![None; self.slots.len()];
+        let mut path = Vec::new();
+        for start in 0..self.slots.len() {
+            let mut at = start;
+            let verdict = loop {
+                if range.contains(&(at as u32)) {
+                    break true;
+                }
+                if let Some(known) = inside[at] {
+                    break known;
+                }
+                path.push(at);
+                match self.parent_of(SlotIndex(at as u32)) {
+                    Some(parent) => at = parent.at(),
+                    None => break false,
+                }
+            };
+            inside[start] = Some(verdict);
+            path.drain(..).for_each(|slot| inside[slot] = Some(verdict));
+        }
+        let slots = inside.iter().enumerate().filter(|(_, inside)| **inside == Some(true));
+        slots.map(|(slot, _)| SlotIndex(slot as u32)).collect()
+    }
+
+    fn parent_of(&self, slot: SlotIndex) -> Option<SlotIndex> {
+        match self.slots[slot.at()].state {
+            State::Filling { parent, .. } | State::Failed { parent } | State::Resident { parent, .. } => {
+                parent
+            }
+            State::Free | State::Retired => None,
+        }
+    }
+
+    // ---- lookup -------------------------------------------------------------------------------------------------
+
+    /// The slot in which `key` is resident.
+    pub fn resident(&self, key: Key) -> Option<SlotIndex> {
+        let slot = *self.index.get(&key)?;
+        matches!(self.slots[slot.at()].state, State::Resident { .. }).then_some(slot)
+    }
+
+    /// True if `key` is resident or being filled under that name.
+    pub fn knows(&self, key: Key) -> bool {
+        self.index.contains_key(&key)
+    }
+
+    /// Number of leading `keys` that are resident, and the slot of the last of them. Gallops: O(log n) lookups.
+    pub fn prefix(&self, mut key: impl FnMut(usize) -> Key, len: usize) -> (usize, Option<SlotIndex>) {
+        // [0, known) is resident, `known`'s last slot is `deepest`; [missing, len) is not.
+        let (mut known, mut deepest, mut missing) = (0, None, len);
+        let mut probe = len;
+        while known < missing {
+            match self.resident(key(probe - 1)) {
+                Some(slot) => (known, deepest) = (probe, Some(slot)),
+                None => missing = probe - 1,
+            }
+            // First the whole, then 1, 2, 4 ... blocks, then the middle of what is open.
+            let doubled = (known * 2).max(1);
+            probe =
+                if doubled < missing && missing == len - 1 { doubled } else { (known + missing).div_ceil(2) };
+        }
+        (known, deepest)
+    }
+
+    /// The chain that ends in `deepest`: its last `count` slots, first block first.
+    pub fn chain(&self, deepest: SlotIndex, count: usize) -> Vec<SlotIndex> {
+        let mut slots: Vec<_> = self.ancestors(deepest).take(count).collect();
+        slots.reverse();
+        slots
+    }
+
+    /// A slot, the one before it, and so on to the first of the sequence.
+    pub fn ancestors(&self, deepest: SlotIndex) -> impl Iterator<Item = SlotIndex> + '_ {
+        std::iter::successors(Some(deepest), |slot| self.parent_of(*slot))
+    }
+
+    /// Key and parent's key of a resident slot.
+    pub fn block(&self, slot: SlotIndex) -> Option<(Key, Option<SequenceHash>)> {
+        match self.slots.get(slot.at())?.state {
+            State::Resident { key, parent } => Some((key, parent.and_then(|parent| self.hash_of(parent)))),
+            _ => None,
+        }
+    }
+
+    fn hash_of(&self, slot: SlotIndex) -> Option<SequenceHash> {
+        match self.slots[slot.at()].state {
+            State::Filling { key, .. } => key.map(|key| key.hash),
+            State::Resident { key, .. } => Some(key.hash),
+            State::Free | State::Failed { .. } | State::Retired => None,
+        }
+    }
+
+    /// Generation of a slot.
+    pub fn generation(&self, slot: SlotIndex) -> u32 {
+        self.slots[slot.at()].generation
+    }
+
+    /// True if the slot exists, is being filled in this generation and has a holder.
+    pub fn is_granted(&self, slot: SlotIndex, generation: u32) -> bool {
+        let slot = self.slots.get(slot.at());
+        slot.is_some_and(|s| {
+            s.generation == generation && s.pins > 0 && matches!(s.state, State::Filling { key: None, .. })
+        })
+    }
+
+    /// True if the slot is resident in this generation.
+    pub fn is_resident(&self, slot: SlotIndex, generation: u32) -> bool {
+        let slot = self.slots.get(slot.at());
+        slot.is_some_and(|s| s.generation == generation && matches!(s.state, State::Resident { .. }))
+    }
+
+    /// Everything resident, parents before children.
+    pub fn residents(&self) -> Vec<(SlotIndex, Key, Option<SequenceHash>)> {
+        let mut done = vec![false; self.slots.len()];
+        let mut blocks = Vec::with_capacity(self.resident);
+        let mut path = Vec::new();
+        for start in (0..self.slots.len() as u32).map(SlotIndex) {
+            let mut next = Some(start);
+            while let Some(slot) = next.filter(|slot| !done[slot.at()]) {
+                done[slot.at()] = true;
+                path.push(slot);
+                next = self.parent_of(slot);
+            }
+            while let Some(slot) = path.pop() {
+                if let Some((key, parent)) = self.block(slot) {
+                    blocks.push((slot, key, parent));
+                }
+            }
+        }
+        blocks
+    }
+
+    // ---- filling ------------------------------------------------------------------------------------------------
+
+    /// Takes a slot for `key`, evicting if need be. The parent, if any, is protected from that.
+    pub fn reserve(&mut self, key: Key, parent: Option<SequenceHash>) -> Result<Reserved, NotReserved> {
+        if let Some(slot) = self.index.get(&key) {
+            let resident = matches!(self.slots[slot.at()].state, State::Resident { .. });
+            return Err(if resident { NotReserved::Resident } else { NotReserved::Filling });
+        }
+        let parent = match parent {
+            None => None,
+            Some(hash) => Some(*self.index.get(&Key { hash, ..key }).ok_or(NotReserved::Orphan)?),
+        };
+        self.adopt_child(parent);
+        let Some(slot) = self.take_free() else {
+            self.lose_child(parent, 0);
+            return Err(NotReserved::Exhausted);
+        };
+        self.set_state(slot, State::Filling { key: Some(key), parent });
+        self.index.insert(key, slot);
+        Ok(Reserved(slot))
+    }
+
+    /// The bytes of a reserved slot are complete. False: the block before it failed, so this one is given up too.
+    pub fn commit(&mut self, reserved: Reserved) -> bool {
+        let slot = reserved.0;
+        let State::Filling { key: Some(key), parent } = self.slots[slot.at()].state else {
+            unreachable!("a reserved slot is being filled")
+        };
+        let parent_resident =
+            parent.is_none_or(|parent| matches!(self.slots[parent.at()].state, State::Resident { .. }));
+        if !parent_resident {
+            self.abandon(Reserved(slot));
+            return false;
+        }
+        self.become_resident(slot, key, parent);
+        true
+    }
+
+    /// The bytes of a reserved slot did not arrive.
+    pub fn abandon(&mut self, reserved: Reserved) {
+        let slot = reserved.0;
+        let State::Filling { key: Some(key), parent } = self.slots[slot.at()].state else {
+            unreachable!("a reserved slot is being filled")
+        };
+        self.index.remove(&key);
+        self.set_state(slot, State::Failed { parent });
+        self.settle(slot);
+    }
+
+    /// Takes a slot without a key for a holder, with one pin, evicting if need be.
+    pub fn grant(&mut self) -> Option<SlotIndex> {
+        let slot = self.take_free()?;
+        self.set_state(slot, State::Filling { key: None, parent: None });
+        self.slots[slot.at()].pins = 1;
+        Some(slot)
+    }
+
+    /// A granted slot is complete and holds `key`.
+    pub fn commit_granted(
+        &mut self,
+        slot: SlotIndex,
+        generation: u32,
+        key: Key,
+        parent: Option<SequenceHash>,
+    ) -> Committed {
+        let filling = self.slots.get(slot.at()).is_some_and(|s| {
+            s.generation == generation && matches!(s.state, State::Filling { key: None, .. })
+        });
+        if !filling {
+            return Committed::Stale;
+        }
+        if self.index.contains_key(&key) {
+            return Committed::Duplicate;
+        }
+        let parent = match parent {
+            None => None,
+            Some(hash) => match self.resident(Key { hash, ..key }) {
+                Some(parent) => Some(parent),
+                None => return Committed::Orphan,
+            },
+        };
+        self.adopt_child(parent);
+        self.index.insert(key, slot);
+        self.become_resident(slot, key, parent);
+        Committed::Resident
+    }
+
+    fn become_resident(&mut self, slot: SlotIndex, key: Key, parent: Option<SlotIndex>) {
+        self.set_state(slot, State::Resident { key, parent });
+        let parent = parent.and_then(|parent| self.hash_of(parent));
+        self.changes.push(Change::Stored(key, parent));
+        self.touch(slot);
+        self.settle(slot);
+    }
+
+    // ---- rights -------------------------------------------------------------------------------------------------
+
+    /// One more pin on a slot in use; it counts as used now.
+    pub fn pin(&mut self, slot: SlotIndex) {
+        self.alter(slot, |s| s.pins += 1);
+        self.touch(slot);
+        self.settle(slot);
+    }
+
+    /// Gives back `count` pins (at most those there are). The slot counts as used now. With the last, a granted slot
+    /// becomes free.
+    pub fn unpin(&mut self, slot: SlotIndex, count: u32) {
+        self.alter(slot, |s| s.pins = s.pins.saturating_sub(count));
+        self.touch(slot);
+        self.settle(slot);
+    }
+
+    /// Number of pins.
+    pub fn pins(&self, slot: SlotIndex) -> u32 {
+        self.slots[slot.at()].pins
+    }
+
+    /// A copy from or to the slot begins.
+    pub fn begin_copy(&mut self, slot: SlotIndex) -> Copying {
+        self.alter(slot, |s| s.copies += 1);
+        self.settle(slot);
+        Copying(slot)
+    }
+
+    /// The copy ended.
+    pub fn end_copy(&mut self, copying: Copying) {
+        self.alter(copying.0, |s| s.copies -= 1);
+        self.settle(copying.0);
+    }
+
+    /// The holder of all pins is gone.
+    pub fn drop_all_pins(&mut self) {
+        for slot in (0..self.slots.len() as u32).map(SlotIndex) {
+            if self.slots[slot.at()].pins > 0 {
+                self.alter(slot, |s| s.pins = 0);
+                self.settle(slot);
+            }
+        }
+    }
+
+    // ---- adoption: a table made elsewhere -------------------------------------------------------------------------
+
+    /// Takes this very slot from the free list, in this generation, with one pin. False if it is not free.
+    pub fn adopt(&mut self, slot: SlotIndex, generation: u32) -> bool {
+        if self.slots.get(slot.at()).is_none_or(|s| s.state != State::Free) {
+            return false;
+        }
+        // Adoption fills a new table in one go; the free list is put right once, by `finish_adoption`.
+        self.set_state(slot, State::Filling { key: None, parent: None });
+        self.slots[slot.at()].generation = generation;
+        self.slots[slot.at()].pins = 1;
+        true
+    }
+
+    /// Removes adopted slots from the free list.
+    pub fn finish_adoption(&mut self) {
+        let slots = &self.slots;
+        self.free.retain(|slot| slots[slot.at()].state == State::Free);
+    }
+
+    // ---- internal -----------------------------------------------------------------------------------------------
+
+    fn take_free(&mut self) -> Option<SlotIndex> {
+        if self.free.is_empty() {
+            let (_, victim) = *self.order.first()?;
+            self.evictions += 1;
+            self.discard(victim);
+        }
+        let slot = self.free.pop()?;
+        let taken = &mut self.slots[slot.at()];
+        taken.generation = taken.generation.wrapping_add(1);
+        Some(slot)
+    }
+
+    /// Resident and unused to free.
+    fn discard(&mut self, slot: SlotIndex) {
+        let State::Resident { key, parent } = self.slots[slot.at()].state else {
+            unreachable!("only resident slots are discarded")
+        };
+        let last_used = self.slots[slot.at()].last_used;
+        self.order.remove(&(last_used, slot));
+        self.index.remove(&key);
+        self.changes.push(Change::Removed(key));
+        self.set_state(slot, State::Free);
+        self.free.push(slot);
+        self.lose_child(parent, last_used);
+    }
+
+    fn adopt_child(&mut self, parent: Option<SlotIndex>) {
+        if let Some(parent) = parent {
+            self.slots[parent.at()].children += 1;
+            self.settle(parent);
+        }
+    }
+
+    /// A use of a block is a use of all blocks before it. They learn of it when it goes, which is when it matters.
+    fn lose_child(&mut self, parent: Option<SlotIndex>, last_used: u64) {
+        if let Some(parent) = parent {
+            let slot = &mut self.slots[parent.at()];
+            slot.children -= 1;
+            if slot.last_used < last_used {
+                self.order.remove(&(slot.last_used, parent));
+                slot.last_used = last_used;
+            }
+            self.settle(parent);
+        }
+    }
+
+    fn touch(&mut self, slot: SlotIndex) {
+        self.tick += 1;
+        let used = &mut self.slots[slot.at()];
+        self.order.remove(&(used.last_used, slot));
+        used.last_used = self.tick;
+    }
+
+    fn set_state(&mut self, slot: SlotIndex, state: State) {
+        self.count(slot, false);
+        self.slots[slot.at()].state = state;
+        self.count(slot, true);
+    }
+
+    fn alter(&mut self, slot: SlotIndex, change: impl FnOnce(&mut Slot)) {
+        self.count(slot, false);
+        change(&mut self.slots[slot.at()]);
+        self.count(slot, true);
+    }
+
+    /// The one place where gauges are derived from a slot.
+    fn count(&mut self, slot: SlotIndex, enters: bool) {
+        let slot = &self.slots[slot.at()];
+        let pinned = slot.pins > 0 || slot.copies > 0;
+        let add = |gauge: &mut usize| if enters { *gauge += 1 } else { *gauge -= 1 };
+        match slot.state {
+            State::Filling { .. } | State::Failed { .. } => add(&mut self.filling),
+            State::Resident { .. } => {
+                add(&mut self.resident);
+                if pinned {
+                    add(&mut self.pinned);
+                }
+            }
+            State::Free | State::Retired => {}
+        }
+    }
+
+    /// The one place where a slot's membership in eviction order and free list is decided.
+    fn settle(&mut self, slot: SlotIndex) {
+        let s = &self.slots[slot.at()];
+        let idle = s.pins == 0 && s.copies == 0 && s.children == 0;
+        match s.state {
+            State::Resident { .. } if idle => {
+                self.order.insert((s.last_used, slot));
+            }
+            State::Resident { .. } => {
+                self.order.remove(&(s.last_used, slot));
+            }
+            State::Filling { key: None, parent } | State::Failed { parent } if idle => {
+                self.set_state(slot, State::Free);
+                self.free.push(slot);
+                self.lose_child(parent, 0);
+            }
+            State::Filling { .. } | State::Failed { .. } | State::Free | State::Retired => {}
+        }
+    }
+
+    // ---- accounts -----------------------------------------------------------------------------------------------
+
+    /// Slots by state.
+    pub fn counts(&self) -> SlotCounts {
+        SlotCounts {
+            free: self.free.len(),
+            filling: self.filling,
+            resident: self.resident,
+            pinned: self.pinned,
+        }
+    }
+
+    /// Slots with memory behind them.
+    pub fn slots(&self) -> usize {
+        self.slots.len() - self.retired
+    }
+
+    /// Blocks evicted to make room, ever.
+    pub fn evictions(&self) -> u64 {
+        self.evictions
+    }
+
+    /// True if no slot of the range is in use.
+    pub fn all_free(&self, range: std::ops::Range<u32>) -> bool {
+        range.into_iter().all(|slot| self.slots[slot as usize].state == State::Free)
+    }
+
+    /// Latest use of any slot in the range.
+    pub fn last_used(&self, range: std::ops::Range<u32>) -> u64 {
+        range.into_iter().map(|slot| self.slots[slot as usize].last_used).max().unwrap_or(0)
+    }
+
+    /// What became resident or left since the last call, in order.
+    pub fn take_changes(&mut self) -> std::vec::Drain<'_, Change> {
+        self.changes.drain(..)
+    }
+
+    /// Panics if an invariant of the module does not hold. O(slots).
+    pub fn check_integrity(&self) {
+        let (mut free, mut filling, mut resident, mut pinned, mut retired, mut idle) = (0, 0, 0, 0, 0, 0);
+        let mut children = vec![0; self.slots.len()];
+        let mut keyed = 0;
+        for (i, slot) in self.slots.iter().enumerate() {
+            let at = SlotIndex(i as u32);
+            if let Some(parent) = self.parent_of(at) {
+                children[parent.at()] += 1;
+                let parent = self.slots[parent.at()].state;
+                match slot.state {
+                    State::Resident { .. } => assert!(
+                        matches!(parent, State::Resident { .. }),
+                        "{at:?} is resident, its parent {parent:?}"
+                    ),
+                    _ => assert!(
+                        !matches!(parent, State::Free | State::Retired),
+                        "{at:?} hangs on a slot that is {parent:?}"
+                    ),
+                }
+            }
+            match slot.state {
+                State::Free => {
+                    free += 1;
+                    assert_eq!((slot.pins, slot.copies, slot.children), (0, 0, 0), "{at:?} is free");
+                }
+                State::Retired => retired += 1,
+                State::Failed { .. } => filling += 1,
+                State::Filling { key, .. } => {
+                    filling += 1;
+                    if let Some(key) = key {
+                        assert_eq!(self.index.get(&key), Some(&at));
+                        keyed += 1;
+                    }
+                }
+                State::Resident { key, .. } => {
+                    resident += 1;
+                    keyed += 1;
+                    assert_eq!(self.index.get(&key), Some(&at));
+                    pinned += usize::from(slot.pins > 0 || slot.copies > 0);
+                    let is_idle = slot.pins == 0 && slot.copies == 0 && slot.children == 0;
+                    idle += usize::from(is_idle);
+                    assert_eq!(
+                        self.order.contains(&(slot.last_used, at)),
+                        is_idle,
+                        "{at:?} in eviction order"
+                    );
+                }
+            }
+        }
+        for (slot, children) in self.slots.iter().zip(children) {
+            assert_eq!(slot.children, children, "children are counted");
+        }
+        assert_eq!(self.index.len(), keyed, "the index holds what is filling or resident under a key");
+        assert_eq!(self.order.len(), idle, "the order holds the evictable");
+        assert_eq!((self.free.len(), self.filling, self.resident), (free, filling, resident));
+        assert_eq!((self.pinned, self.retired), (pinned, retired));
+        assert_eq!(free + filling + resident + retired, self.slots.len());
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,624 @@
+//! Random walks of the whole ledger against a world that keeps, for every place, which block's bytes are in it.
+//!
+//! Bytes are modelled by the key they belong to. Engines scribble over a block as soon as it is granted, copies read
+//! their source both when they are planned and when they end: whatever the ledger reuses too early is seen.
+
+use std::collections::{HashMap, HashSet};
+
+use kvbm_shm::PoolLayout;
+use proptest::prelude::*;
+
+use super::*;
+
+const TOKENS: u32 = 32;
+const KEYS: u16 = 40;
+
+/// Keys form a forest: the parent of n is n / 2; 0 and 1 are first blocks.
+fn path(n: u16) -> Vec<u16> {
+    let mut path: Vec<u16> = std::iter::successors(Some(n), |n| (*n > 1).then_some(n / 2)).collect();
+    path.reverse();
+    path
+}
+
+fn hash(n: u16) -> SequenceHash {
+    let mut hash = [9; 16];
+    hash[..2].copy_from_slice(&n.to_le_bytes());
+    SequenceHash(hash)
+}
+
+/// What is written somewhere: model, namespace digest and key of a block.
+type Bytes = Option<([u8; 32], u16)>;
+
+struct Worker {
+    session: SessionId,
+    pool: PoolId,
+    model: u8,
+    namespaces: [([u8; 32], NamespaceId); 2],
+    /// Blocks granted and not committed.
+    granted: Vec<BlockRef>,
+    /// Pins on committed blocks.
+    pins: HashMap<BlockRef, u32>,
+    leases: Vec<(LeaseId, usize, Vec<u16>, usize)>,
+    /// Targets of onboards whose end the engine has not seen.
+    loading: HashSet<BlockRef>,
+}
+
+struct World {
+    ledger: Ledger,
+    now: u64,
+    workers: Vec<Worker>,
+    device: HashMap<(PoolId, u32), Bytes>,
+    host: HashMap<(u32, usize), Bytes>,
+    offloads: Vec<(OffloadBatch, Vec<Bytes>)>,
+    onboards: Vec<(OnboardBatch, Vec<Bytes>, SessionId, Vec<BlockRef>)>,
+    resident: HashSet<(Tier, Option<PoolId>, NamespaceId, SequenceHash)>,
+    segments: u32,
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    NewWorker { model: u8, domain: u32, inherit: bool },
+    Grant(usize, usize),
+    Compute { worker: usize, namespace: usize, key: u16 },
+    Release(usize, usize),
+    Match { worker: usize, namespace: usize, key: u16 },
+    Onboard(usize, usize),
+    ReleaseLease(usize),
+    Plan(usize),
+    EndOffload(usize, bool),
+    EndOnboard(usize, bool),
+    Kill(usize),
+    Reattach(usize),
+    Tick(u64),
+    Segment,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let worker = 0usize..4;
+    prop_oneof![
+        1 => (0u8..2, 1u32..3, any::<bool>())
+            .prop_map(|(model, domain, inherit)| Op::NewWorker { model, domain, inherit }),
+        4 => (worker.clone(), 1usize..5).prop_map(|(w, n)| Op::Grant(w, n)),
+        8 => (worker.clone(), 0usize..2, 0..KEYS)
+            .prop_map(|(worker, namespace, key)| Op::Compute { worker, namespace, key }),
+        6 => (worker.clone(), any::<usize>()).prop_map(|(w, i)| Op::Release(w, i)),
+        6 => (worker.clone(), 0usize..2, 0..KEYS)
+            .prop_map(|(worker, namespace, key)| Op::Match { worker, namespace, key }),
+        5 => (worker.clone(), 1usize..5).prop_map(|(w, n)| Op::Onboard(w, n)),
+        1 => worker.clone().prop_map(Op::ReleaseLease),
+        6 => (1usize..5).prop_map(Op::Plan),
+        6 => (any::<usize>(), prop::bool::weighted(0.85)).prop_map(|(i, ok)| Op::EndOffload(i, ok)),
+        5 => (any::<usize>(), prop::bool::weighted(0.85)).prop_map(|(i, ok)| Op::EndOnboard(i, ok)),
+        1 => worker.clone().prop_map(Op::Kill),
+        1 => worker.prop_map(Op::Reattach),
+        1 => (1u64..60).prop_map(Op::Tick),
+        1 => Just(Op::Segment),
+    ]
+}
+
+fn base(model: u8) -> [u8; 32] {
+    [100 + model; 32]
+}
+
+fn layout(model: u8) -> PoolLayout {
+    PoolLayout { block_bytes: 4096 * (1 + usize::from(model)), block_count: 8 }
+}
+
+impl World {
+    fn new() -> Self {
+        let config = LedgerConfig {
+            segment_bytes: 4 * 4096,
+            lease: Duration::from_millis(40),
+            orphan_pools_max: 2,
+            orphan_pool_ttl: Duration::from_millis(200),
+            secret: 11,
+        };
+        Self {
+            ledger: Ledger::new(config),
+            now: 0,
+            workers: vec![],
+            device: HashMap::new(),
+            host: HashMap::new(),
+            offloads: vec![],
+            onboards: vec![],
+            resident: HashSet::new(),
+            segments: 0,
+        }
+    }
+
+    fn worker(&mut self, i: usize) -> Option<usize> {
+        (!self.workers.is_empty()).then(|| i % self.workers.len())
+    }
+
+    fn namespaces(&mut self, session: SessionId, model: u8) -> [([u8; 32], NamespaceId); 2] {
+        [0, 1].map(|salt| {
+            let digest = [model * 2 + salt + 1; 32];
+            let id = self.ledger.register_namespace(session, digest, base(model), "t", "m");
+            (digest, id.expect("there is room for namespaces"))
+        })
+    }
+
+    fn identity(model: u8, domain: u32, uuid: u8) -> PoolIdentity {
+        PoolIdentity {
+            uuid: [uuid; 16],
+            base: base(model),
+            domain: TrustDomain(domain),
+            layout: layout(model),
+            tokens_per_block: TOKENS,
+            device: "cpu:0".into(),
+        }
+    }
+
+    fn new_worker(&mut self, model: u8, domain: u32, inherit: bool) {
+        if self.workers.len() >= 4 {
+            return;
+        }
+        let session = self.ledger.open_session(TrustDomain(domain));
+        let namespaces = self.namespaces(session, model);
+        let fits = |identity: &PoolIdentity| identity.base == base(model);
+        let inherited = if inherit {
+            self.ledger.inherit_pool(session, fits).expect("the session is there")
+        } else {
+            None
+        };
+        let uuid = self.ledger.last_pool as u8 + 1;
+        let pool = inherited.unwrap_or_else(|| {
+            self.ledger
+                .add_pool(session, Self::identity(model, domain, uuid), 1)
+                .expect("same size as before")
+        });
+        for entry in self.ledger.entries(pool) {
+            assert!(!entry.held, "nothing of a dead worker is held");
+            self.check_device(pool, entry.block.block, entry.namespace, entry.hash);
+        }
+        let (granted, pins, leases, loading) = Default::default();
+        self.workers.push(Worker { session, pool, model, namespaces, granted, pins, leases, loading });
+    }
+
+    fn check_device(&self, pool: PoolId, block: u32, namespace: NamespaceId, hash: SequenceHash) {
+        let digest = self.ledger.namespace(namespace).expect("residents have a namespace").digest;
+        let n = u16::from_le_bytes([hash.0[0], hash.0[1]]);
+        assert_eq!(self.device[&(pool, block)], Some((digest, n)), "{pool:?} block {block}");
+    }
+
+    fn compute(&mut self, i: usize, namespace: usize, n: u16) {
+        let worker = &mut self.workers[i];
+        let Some(block) = worker.granted.pop() else { return };
+        let (digest, id) = worker.namespaces[namespace];
+        self.device.insert((worker.pool, block.block), Some((digest, n)));
+        let parent = path(n).iter().rev().nth(1).map(|n| hash(*n));
+        let commit = CommitBlock { block, hash: hash(n), parent };
+        let (session, pool) = (worker.session, worker.pool);
+        assert_eq!(self.ledger.commit(session, id, pool, &[commit]), Ok(()));
+        // Committed or private: either way it is held by one pin.
+        *self.workers[i].pins.entry(block).or_default() += 1;
+        let late = CommitBlock {
+            block: BlockRef { generation: block.generation.wrapping_sub(1), ..block },
+            ..commit
+        };
+        assert!(self.ledger.commit(session, id, pool, &[late]).is_err());
+    }
+
+    fn find(&mut self, i: usize, namespace: usize, n: u16) {
+        let worker = &self.workers[i];
+        let (digest, id) = worker.namespaces[namespace];
+        let keys = path(n);
+        let hashes: Vec<_> = keys.iter().map(|n| hash(*n)).collect();
+        let (session, pool, now) = (worker.session, worker.pool, Millis(self.now));
+        let matched =
+            self.ledger.match_prefix(session, id, &hashes, Some(pool), now).expect("all is registered");
+        for (block, n) in matched.device.iter().zip(&keys) {
+            assert_eq!(self.device[&(pool, block.block)], Some((digest, *n)), "a match is what it says");
+            *self.workers[i].pins.entry(*block).or_default() += 1;
+        }
+        assert_eq!(matched.lease.is_some(), matched.host_blocks > 0);
+        if let Some(lease) = matched.lease {
+            let first = matched.device.len();
+            self.workers[i].leases.push((lease, namespace, keys, first));
+        }
+    }
+
+    fn onboard(&mut self, i: usize, count: usize) {
+        let worker = &mut self.workers[i];
+        let Some((lease, namespace, keys, first)) = worker.leases.pop() else { return };
+        let count = count.min(worker.granted.len());
+        let targets: Vec<BlockRef> = worker.granted.drain(worker.granted.len() - count..).collect();
+        let (session, pool, digest) = (worker.session, worker.pool, worker.namespaces[namespace].0);
+        match self.ledger.begin_onboard(session, lease, pool, &targets) {
+            Ok(batch) => {
+                let bytes: Vec<Bytes> =
+                    batch.copies().map(|(place, _)| self.host[&(place.segment.0, place.offset)]).collect();
+                let expected: Vec<Bytes> =
+                    keys[first..].iter().take(count).map(|n| Some((digest, *n))).collect();
+                assert_eq!(bytes, expected, "a lease is about the blocks that were matched");
+                self.workers[i].loading.extend(&targets);
+                self.onboards.push((batch, bytes, session, targets));
+            }
+            Err(_) => self.workers[i].granted.extend(targets),
+        }
+    }
+
+    fn plan(&mut self, max: usize) {
+        if let Some(batch) = self.ledger.next_offload(max) {
+            assert!(batch.copies().len() <= max);
+            let bytes: Vec<Bytes> =
+                batch.copies().map(|(block, _)| self.device[&(batch.pool, block)]).collect();
+            // A slot that is being filled holds nothing.
+            batch.copies().for_each(|(_, place)| {
+                self.host.insert((place.segment.0, place.offset), None);
+            });
+            self.offloads.push((batch, bytes));
+        }
+    }
+
+    fn end_offload(&mut self, i: usize, ok: bool) {
+        if self.offloads.is_empty() {
+            return;
+        }
+        // In order, as the copy thread works: only the outcome is free.
+        let _ = i;
+        let (batch, planned) = self.offloads.remove(0);
+        if ok {
+            for ((block, place), planned) in batch.copies().zip(&planned) {
+                let now = self.device[&(batch.pool, block)];
+                assert_eq!(now, *planned, "a source changed while it was copied");
+                self.host.insert((place.segment.0, place.offset), now);
+            }
+        }
+        self.ledger.finish_offload(batch, ok);
+    }
+
+    fn end_onboard(&mut self, i: usize, ok: bool) {
+        if self.onboards.is_empty() {
+            return;
+        }
+        let (batch, planned, session, targets) = self.onboards.remove(i % self.onboards.len());
+        for ((place, block), planned) in batch.copies().zip(&planned) {
+            let now = self.host[&(place.segment.0, place.offset)];
+            assert_eq!(now, *planned, "a leased block changed");
+            if ok {
+                self.device.insert((batch.pool, block), now);
+            }
+        }
+        self.ledger.finish_onboard(batch, ok);
+        if let Some(worker) = self.workers.iter_mut().find(|worker| worker.session == session) {
+            for target in targets {
+                worker.loading.remove(&target);
+                if ok {
+                    *worker.pins.entry(target).or_default() += 1;
+                } else {
+                    worker.granted.push(target);
+                }
+            }
+        }
+    }
+
+    /// The engine goes on alone for a while, then comes back with its table: a new session, the same memory.
+    fn reattach(&mut self, i: usize) {
+        let worker = &self.workers[i];
+        if !worker.loading.is_empty() || worker.leases.len() > 2 {
+            return;
+        }
+        let (old_session, old_pool, model) = (worker.session, worker.pool, worker.model);
+        // Batches in flight must have ended before the engine is answered.
+        while let Some(at) = self.offloads.iter().position(|(batch, _)| batch.pool == old_pool) {
+            let _ = at;
+            self.end_offload(0, false);
+        }
+        let identity = self.ledger.pool(old_pool).expect("its worker lives").identity.clone();
+        let entries = self.ledger.entries(old_pool);
+        let held = self.workers[i].granted.clone();
+        let entry_blocks: HashSet<BlockRef> = entries.iter().map(|entry| entry.block).collect();
+        let private: Vec<BlockRef> =
+            self.workers[i].pins.keys().filter(|block| !entry_blocks.contains(block)).copied().collect();
+        self.ledger.retire_pool(old_pool);
+        self.ledger.session_dead(old_session, Millis(self.now));
+        assert!(self.ledger.is_gone(old_pool));
+        let session = self.ledger.open_session(identity.domain);
+        let namespaces = self.namespaces(session, model);
+        let pool = self.ledger.add_pool(session, identity, 2).expect("same size as before");
+        for block in 0..layout(model).block_count {
+            let bytes = self.device.get(&(old_pool, block)).copied().unwrap_or(None);
+            self.device.insert((pool, block), bytes);
+        }
+        let entries: Vec<PoolEntry> = entries
+            .into_iter()
+            .map(|entry| {
+                let digest = self.device[&(pool, entry.block.block)].expect("entries have bytes").0;
+                let (_, id) = namespaces.iter().find(|(d, _)| *d == digest).expect("of this model");
+                PoolEntry { namespace: *id, held: self.workers[i].pins.contains_key(&entry.block), ..entry }
+            })
+            .collect();
+        let kept: Vec<BlockRef> = held.iter().chain(&private).copied().collect();
+        self.ledger.adopt_entries(session, pool, &entries, &kept).expect("the table is sound");
+        let worker = &mut self.workers[i];
+        (worker.session, worker.pool, worker.namespaces) = (session, pool, namespaces);
+        worker.leases.clear();
+        worker.pins.values_mut().for_each(|pins| *pins = 1);
+        let twice = self.ledger.adopt_entries(session, pool, &[], &[BlockRef { block: 99, generation: 0 }]);
+        assert!(twice.is_err(), "blocks out of range are refused");
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::NewWorker { model, domain, inherit } => self.new_worker(*model, *domain, *inherit),
+            Op::Grant(w, n) => {
+                if let Some(i) = self.worker(*w) {
+                    let (session, pool) = (self.workers[i].session, self.workers[i].pool);
+                    for block in self.ledger.request_grants(session, pool, *n).expect("it is its pool") {
+                        // The engine may write at once.
+                        self.device.insert((pool, block.block), None);
+                        self.workers[i].granted.push(block);
+                    }
+                }
+            }
+            Op::Compute { worker, namespace, key } => {
+                if let Some(i) = self.worker(*worker) {
+                    self.compute(i, *namespace, *key);
+                }
+            }
+            Op::Release(w, k) => {
+                if let Some(i) = self.worker(*w) {
+                    let worker = &mut self.workers[i];
+                    let mut blocks: Vec<BlockRef> = worker.pins.keys().copied().collect();
+                    blocks.sort_by_key(|block| (block.block, block.generation));
+                    if let Some(block) = (!blocks.is_empty()).then(|| blocks[k % blocks.len()]) {
+                        let pins = worker.pins.remove(&block).expect("listed just now");
+                        let (session, pool) = (worker.session, worker.pool);
+                        self.ledger.release(session, pool, &[Held { block, pins }]).expect("it is its pool");
+                    }
+                }
+            }
+            Op::Match { worker, namespace, key } => {
+                if let Some(i) = self.worker(*worker) {
+                    self.find(i, *namespace, *key);
+                }
+            }
+            Op::Onboard(w, n) => {
+                if let Some(i) = self.worker(*w) {
+                    self.onboard(i, *n);
+                }
+            }
+            Op::ReleaseLease(w) => {
+                if let Some((i, lease)) =
+                    self.worker(*w).and_then(|i| Some((i, self.workers[i].leases.pop()?.0)))
+                {
+                    let _ = self.ledger.release_lease(self.workers[i].session, lease);
+                }
+            }
+            Op::Plan(max) => self.plan(*max),
+            Op::EndOffload(i, ok) => self.end_offload(*i, *ok),
+            Op::EndOnboard(i, ok) => self.end_onboard(*i, *ok),
+            Op::Kill(w) => {
+                if let Some(i) = self.worker(*w) {
+                    let worker = self.workers.swap_remove(i);
+                    self.ledger.session_silent(worker.session);
+                    let idle = self.ledger.pool(worker.pool).expect("it waits").quarantined();
+                    assert!(idle >= worker.granted.len(), "a silent holder's blocks are quarantined");
+                    assert!(self.ledger.request_grants(worker.session, worker.pool, 1).is_err());
+                    self.ledger.session_dead(worker.session, Millis(self.now));
+                }
+            }
+            Op::Reattach(w) => {
+                if let Some(i) = self.worker(*w) {
+                    self.reattach(i);
+                }
+            }
+            Op::Tick(ms) => {
+                self.now += ms;
+                self.ledger.tick(Millis(self.now));
+            }
+            Op::Segment => {
+                if self.segments < 4 {
+                    self.ledger.add_segment(SegmentId(self.segments));
+                    self.segments += 1;
+                }
+            }
+        }
+    }
+
+    /// Events tell exactly what is resident.
+    fn follow_events(&mut self) {
+        let events = std::mem::take(self.ledger.take_events());
+        for Event { tier, pool, kind } in events {
+            match kind {
+                EventKind::Stored { namespace, key, parent } => {
+                    if let Some(parent) = parent {
+                        assert!(self.resident.contains(&(tier, pool, namespace, parent)), "parent first");
+                    }
+                    assert!(self.resident.insert((tier, pool, namespace, key)), "stored twice");
+                }
+                EventKind::Removed { namespace, key } => {
+                    assert!(
+                        self.resident.remove(&(tier, pool, namespace, key)),
+                        "removed without being there"
+                    );
+                }
+                EventKind::Cleared => self.resident.retain(|(t, p, ..)| (*t, *p) != (tier, pool)),
+            }
+        }
+        let listed: HashSet<_> = self
+            .ledger
+            .residents()
+            .into_iter()
+            .map(|event| match event.kind {
+                EventKind::Stored { namespace, key, .. } => (event.tier, event.pool, namespace, key),
+                _ => unreachable!("residents are listed as stored"),
+            })
+            .collect();
+        assert_eq!(listed, self.resident);
+    }
+
+    fn settle(&mut self) {
+        while !self.offloads.is_empty() {
+            self.end_offload(0, true);
+        }
+        while !self.onboards.is_empty() {
+            self.end_onboard(0, true);
+        }
+        while let Some(worker) = self.workers.pop() {
+            self.ledger.session_dead(worker.session, Millis(self.now));
+        }
+        self.ledger.check_integrity();
+        assert_eq!((self.ledger.leases(), self.ledger.quarantined()), (0, 0));
+        for summary in self.ledger.host_summaries() {
+            assert_eq!((summary.counts.filling, summary.counts.pinned), (0, 0));
+        }
+        for (_, pool) in self.ledger.pools() {
+            let counts = pool.slots.counts();
+            assert_eq!((counts.filling, counts.pinned), (0, 0));
+            assert_eq!(counts.free + counts.resident, pool.slots.slots());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn random_walks_never_serve_other_bytes_and_lose_no_slot(ops in prop::collection::vec(op(), 1..250)) {
+        let mut world = World::new();
+        world.apply(&Op::Segment);
+        world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+        for op in &ops {
+            world.apply(op);
+            world.ledger.check_integrity();
+            world.follow_events();
+        }
+        world.settle();
+        world.follow_events();
+    }
+}
+
+/// A worker with namespace and pool, and `segments` of host memory.
+fn small_world(segments: u32) -> World {
+    let mut world = World::new();
+    (0..segments).for_each(|_| world.apply(&Op::Segment));
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+    world
+}
+
+fn compute_chain(world: &mut World, n: u16) {
+    for key in path(n) {
+        world.apply(&Op::Grant(0, 1));
+        world.compute(0, 0, key);
+    }
+}
+
+fn offload_all(world: &mut World) {
+    loop {
+        world.plan(4);
+        if world.offloads.is_empty() {
+            break;
+        }
+        world.end_offload(0, true);
+    }
+}
+
+#[test]
+fn what_was_computed_is_found_in_host_by_another_worker() {
+    let mut world = small_world(2);
+    compute_chain(&mut world, 20);
+    offload_all(&mut world);
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+    world.find(1, 0, 20);
+    assert_eq!(world.workers[1].leases.len(), 1);
+    world.apply(&Op::Grant(1, 5));
+    world.onboard(1, 5);
+    world.end_onboard(0, true);
+    world.find(1, 0, 20);
+    assert_eq!(world.workers[1].leases.len(), 0, "now it is in the device");
+    assert_eq!(world.workers[1].pins.len(), path(20).len());
+}
+
+#[test]
+fn other_domains_and_other_namespaces_find_nothing() {
+    let mut world = small_world(4);
+    compute_chain(&mut world, 9);
+    offload_all(&mut world);
+    world.find(0, 1, 9);
+    world.apply(&Op::NewWorker { model: 0, domain: 2, inherit: false });
+    world.find(1, 0, 9);
+    assert!(world.workers[0].leases.is_empty() && world.workers[1].leases.is_empty());
+}
+
+#[test]
+fn an_unused_lease_ends_by_its_deadline_and_a_started_one_does_not() {
+    let mut world = small_world(2);
+    compute_chain(&mut world, 9);
+    offload_all(&mut world);
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+    world.find(1, 0, 9);
+    world.find(1, 0, 9);
+    world.apply(&Op::Grant(1, 4));
+    world.onboard(1, 4);
+    world.apply(&Op::Tick(1000));
+    assert_eq!((world.ledger.leases(), world.ledger.tally().leases_expired), (0, 1));
+    world.end_onboard(0, true);
+    world.find(1, 0, 9);
+    assert_eq!(world.workers[1].pins.values().sum::<u32>(), 8, "onboarded and found again");
+}
+
+#[test]
+fn a_dead_workers_pool_waits_for_a_successor_with_its_blocks() {
+    let mut world = small_world(0);
+    compute_chain(&mut world, 9);
+    let pool = world.workers[0].pool;
+    world.apply(&Op::Kill(0));
+    assert_eq!(world.ledger.pool(pool).unwrap().slots.counts().resident, 4);
+    world.apply(&Op::NewWorker { model: 1, domain: 1, inherit: true });
+    world.apply(&Op::NewWorker { model: 0, domain: 2, inherit: true });
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: true });
+    let pools: Vec<PoolId> = world.workers.iter().map(|worker| worker.pool).collect();
+    assert!(pools[0] != pool && pools[1] != pool && pools[2] == pool, "same model and domain only");
+    world.find(2, 0, 9);
+    assert_eq!(world.workers[2].pins.len(), 4);
+}
+
+#[test]
+fn surplus_and_old_orphan_pools_go() {
+    let mut world = small_world(0);
+    for _ in 0..4 {
+        world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+        world.apply(&Op::Kill(0));
+    }
+    let living = world.workers.len();
+    assert_eq!(world.ledger.pools().count(), living + 2);
+    world.apply(&Op::Tick(1000));
+    assert_eq!(world.ledger.pools().count(), living);
+}
+
+#[test]
+fn full_host_is_an_answer() {
+    let mut world = small_world(1);
+    for (worker, key) in [(0, 2), (1, 3), (2, 0)] {
+        world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+        world.apply(&Op::Grant(worker, 2));
+        path(key).into_iter().for_each(|key| world.compute(worker, worker % 2, key));
+        world.plan(4);
+    }
+    // All four host slots are being filled: the fifth block has no place and is given up, counted.
+    assert_eq!((world.offloads.len(), world.ledger.tally().host_exhausted), (2, 1));
+    world.end_offload(0, true);
+    world.ledger.check_integrity();
+}
+
+#[test]
+fn ancestors_that_host_lost_go_along() {
+    let mut world = small_world(1);
+    compute_chain(&mut world, 4);
+    let session = world.workers[0].session;
+    let pool = world.workers[0].pool;
+    offload_all(&mut world);
+    // Another pool's blocks push the chain out of host.
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+    world.apply(&Op::Grant(1, 4));
+    [0, 1, 3, 2].into_iter().for_each(|n| world.compute(1, 1, n));
+    offload_all(&mut world);
+    world.apply(&Op::Grant(0, 1));
+    world.compute(0, 0, 8);
+    offload_all(&mut world);
+    let hashes: Vec<_> = path(8).into_iter().map(hash).collect();
+    let id = world.workers[0].namespaces[0].1;
+    assert_eq!(world.ledger.host_prefix(session, id, &hashes), Ok(4));
+    assert!(world.ledger.pool(pool).is_some());
+}

@@ -1,0 +1,119 @@
+//! Taking over a pool from an engine that went on without us.
+
+use std::sync::Arc;
+
+use kvbm_shm::PoolMemory;
+
+use super::{OpenedPool, Shared, domain_of};
+use crate::error::Refused;
+use crate::ledger::{BlockRef, PoolEntry, PoolId, PoolIdentity, SessionId};
+
+/// Adoptions that may wait for copies to end. Each belongs to a session that waits for it.
+const PENDING_MAX: usize = 256;
+
+/// A pool as its writer hands it back.
+#[derive(Debug)]
+pub struct AdoptPool {
+    /// Its memory, with its name and layout.
+    pub memory: PoolMemory,
+    /// The writer's epoch.
+    pub epoch: u64,
+    /// Base namespace of all its blocks.
+    pub base: [u8; 32],
+    /// Tokens in one block.
+    pub tokens_per_block: u32,
+    /// Device, for example `cpu:0`.
+    pub device: String,
+    /// Complete blocks.
+    pub entries: Vec<PoolEntry>,
+    /// Blocks that the engine keeps for itself.
+    pub held: Vec<BlockRef>,
+}
+
+type Done = Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>;
+
+/// An adoption that waits for copies into the former pool to end.
+pub(super) struct Pending {
+    former: PoolId,
+    session: SessionId,
+    adopt: AdoptPool,
+    done: Done,
+}
+
+impl Shared {
+    pub(super) fn adopt(&self, session: SessionId, adopt: AdoptPool, done: Done) {
+        let uuid = adopt.memory.uuid();
+        let former = self.with_ledger(|ledger, now| {
+            let former = ledger.pool_named(domain_of(ledger, session)?, uuid);
+            if let Some(former) = former {
+                // The engine speaks for itself again: its former session has nothing left to hold.
+                let owner = ledger.pool_owner(former).filter(|owner| *owner != session);
+                ledger.retire_pool(former);
+                if let Some(owner) = owner {
+                    ledger.session_dead(owner, now);
+                }
+            }
+            Ok(former)
+        });
+        match former {
+            Err(refused) => done(Err(refused)),
+            Ok(None) => done(self.adopt_now(session, adopt)),
+            Ok(Some(former)) => {
+                let mut pending = self.adoptions.lock();
+                if pending.len() >= PENDING_MAX {
+                    drop(pending);
+                    self.counters.was_busy("adoptions");
+                    return done(Err(Refused::Busy { queue: "adoptions" }));
+                }
+                pending.push(Pending { former, session, adopt, done });
+                drop(pending);
+                self.settle_adoptions();
+            }
+        }
+    }
+
+    /// Carries out the adoptions that have nothing left to wait for.
+    pub(super) fn settle_adoptions(&self) {
+        if self.adoptions.lock().is_empty() {
+            return;
+        }
+        let ready: Vec<Pending> = {
+            let ledger = self.ledger.lock();
+            let mut pending = self.adoptions.lock();
+            let (ready, waiting) = pending.drain(..).partition(|pending| ledger.is_gone(pending.former));
+            *pending = waiting;
+            ready
+        };
+        for Pending { session, adopt, done, .. } in ready {
+            done(self.adopt_now(session, adopt));
+        }
+    }
+
+    fn adopt_now(&self, session: SessionId, adopt: AdoptPool) -> Result<OpenedPool, Refused> {
+        let AdoptPool { memory, epoch, base, tokens_per_block, device, entries, held } = adopt;
+        if memory.epoch() != epoch {
+            return Err(Refused::Stale { what: "epoch" });
+        }
+        let memory = Arc::new(memory);
+        let pool_id = self.with_ledger(|ledger, _| {
+            let identity = PoolIdentity {
+                uuid: memory.uuid(),
+                base,
+                domain: domain_of(ledger, session)?,
+                layout: memory.layout(),
+                tokens_per_block,
+                device,
+            };
+            let id = ledger.add_pool(session, identity, epoch)?;
+            self.pools.insert(id, Arc::clone(&memory));
+            match ledger.adopt_entries(session, id, &entries, &held) {
+                Ok(()) => Ok(id),
+                Err(refused) => {
+                    ledger.retire_pool(id);
+                    Err(refused)
+                }
+            }
+        })?;
+        Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
+    }
+}

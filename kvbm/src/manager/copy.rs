@@ -1,0 +1,103 @@
+//! The two threads that copy, and what they report.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Instant;
+
+use kvbm_shm::PoolMemory;
+
+use super::{Done, Outcome, Shared};
+use crate::error::Refused;
+use crate::ledger::{OffloadBatch, OnboardBatch};
+use crate::tier::Route;
+
+/// Device to host.
+pub(super) struct OffloadJob {
+    pub batch: OffloadBatch,
+    pub memory: Arc<PoolMemory>,
+}
+
+/// Host to device.
+pub(super) struct OnboardJob {
+    pub batch: OnboardBatch,
+    pub memory: Arc<PoolMemory>,
+    pub tokens_per_block: u32,
+    pub done: Done,
+}
+
+pub(super) fn run_offloads(shared: &Shared) {
+    while let Some(OffloadJob { batch, memory }) = shared.offloads.next() {
+        let started = Instant::now();
+        let layout = memory.layout();
+        let mut bytes = 0;
+        // When stopping, nobody will read what is copied now.
+        let mut copied = !shared.stopping.load(Ordering::SeqCst);
+        for (block, place) in batch.copies() {
+            if !copied {
+                break;
+            }
+            shared.gate.give_way();
+            let to = shared.host.memory(place);
+            memory.memory().copy_to(layout.offset(block), &to, place.offset, layout.block_bytes);
+            bytes += layout.block_bytes as u64;
+            delay(shared);
+            // Checked after each block: once it moved, the rest is not worth copying.
+            copied = memory.epoch() == batch.epoch;
+        }
+        shared.offloads.finished();
+        shared.with_ledger(|ledger, _| {
+            let stored = ledger.finish_offload(batch, copied);
+            if copied {
+                shared.counters.moved(Route::DeviceToHost, stored, bytes, started.elapsed());
+            } else {
+                shared.counters.failed(Route::DeviceToHost);
+            }
+        });
+    }
+}
+
+pub(super) fn run_onboards(shared: &Shared) {
+    while let Some(OnboardJob { batch, memory, tokens_per_block, done }) = shared.onboards.next() {
+        let started = Instant::now();
+        let layout = memory.layout();
+        let blocks = batch.copies().len();
+        let mut bytes = 0;
+        let mut copied = true;
+        for (place, block) in batch.copies() {
+            // The writer quarantines targets whose copy it did not see ending, so writing late does no harm; not
+            // writing is still better.
+            copied = memory.epoch() == batch.epoch;
+            if !copied {
+                break;
+            }
+            let from = shared.host.memory(place);
+            from.copy_to(place.offset, memory.memory(), layout.offset(block), layout.block_bytes);
+            bytes += layout.block_bytes as u64;
+            delay(shared);
+        }
+        shared.gate.leave();
+        shared.onboards.finished();
+        shared.with_ledger(|ledger, _| {
+            ledger.finish_onboard(batch, copied);
+            if copied {
+                shared.counters.moved(Route::HostToDevice, blocks, bytes, started.elapsed());
+                shared.counters.matched(blocks as u64 * u64::from(tokens_per_block));
+            } else {
+                shared.counters.failed(Route::HostToDevice);
+            }
+        });
+        done(if copied {
+            Outcome { blocks_done: blocks, blocks_failed: 0, bytes, error: None }
+        } else {
+            let error = Some(Refused::Stale { what: "epoch" });
+            Outcome { blocks_done: 0, blocks_failed: blocks, bytes: 0, error }
+        });
+    }
+}
+
+fn delay(shared: &Shared) {
+    if !shared.config.copy_delay.is_zero() {
+        thread::sleep(shared.config.copy_delay);
+    }
+}

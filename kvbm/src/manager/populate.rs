@@ -1,0 +1,49 @@
+//! Populates host memory in the background, segment by segment.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use super::Shared;
+
+/// Populating is bound by the kernel zeroing pages: a few threads help on large machines, more do not.
+const THREADS_MAX: usize = 8;
+
+/// Returns when all segments are there, or the first could not be had.
+pub(super) fn run(shared: &Shared, count: u32, segment_bytes: usize) {
+    let started = Instant::now();
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let next = AtomicU32::new(0);
+    let work = || {
+        while next.fetch_add(1, Ordering::Relaxed) < count && add_segment(shared, segment_bytes) {}
+    };
+    thread::scope(|scope| {
+        for _ in 1..(cores / 4).clamp(1, THREADS_MAX) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let segments = shared.host.count();
+    tracing::info!(
+        segments,
+        segment_bytes,
+        seconds = started.elapsed().as_secs_f64(),
+        "host memory is populated"
+    );
+}
+
+fn add_segment(shared: &Shared, bytes: usize) -> bool {
+    let stopping = || shared.stopping.load(Ordering::SeqCst);
+    match shared.host.add(bytes, stopping) {
+        Ok(Some(segment)) => {
+            shared.with_ledger(|ledger, _| ledger.add_segment(segment));
+            true
+        }
+        Ok(None) => false,
+        Err(error) => {
+            tracing::error!(%error, "host memory is smaller than configured");
+            *shared.host_error.lock() = Some(error.to_string());
+            false
+        }
+    }
+}

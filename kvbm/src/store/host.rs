@@ -1,0 +1,82 @@
+//! Host segments: sealed memfds of equal size, populated in the background.
+//!
+//! A segment is shown to the ledger only when its pages are there, so a slot never faults and a daemon with little
+//! memory left finds out here and not in the middle of a copy.
+
+use std::sync::Arc;
+
+use kvbm_shm::{Error, SharedMemory};
+use parking_lot::RwLock;
+
+use crate::ledger::{HostPlace, SegmentId};
+
+/// io_uring registers buffers of at most 1 GiB.
+const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+/// Enough segments that several models can share even a small tier.
+const SEGMENTS_WANTED: u64 = 64;
+/// Below this a segment is not worth its descriptor.
+const SEGMENT_BYTES_WANTED: u64 = 64 << 20;
+/// Populated in one call to the kernel, so that stopping does not take long.
+const POPULATE_BYTES: usize = 64 << 20;
+
+/// How a capacity is cut: number and size of the equal segments. Nothing at all for less than a page.
+pub(crate) fn segment_plan(capacity_bytes: u64) -> (u32, usize) {
+    let wanted = (capacity_bytes / SEGMENTS_WANTED).clamp(SEGMENT_BYTES_WANTED, SEGMENT_BYTES_MAX);
+    let wanted = wanted.min((capacity_bytes / 4).max(4096));
+    let count = capacity_bytes.div_ceil(wanted);
+    if count == 0 {
+        return (0, 4096);
+    }
+    let bytes = capacity_bytes / count / 4096 * 4096;
+    if bytes == 0 { (0, 4096) } else { (count as u32, bytes as usize) }
+}
+
+/// The memory of the host tier.
+#[derive(Debug, Default)]
+pub(crate) struct HostSegments(RwLock<Vec<Arc<SharedMemory>>>);
+
+impl HostSegments {
+    /// Makes one more segment and populates it; gives up early, with `None`, when `stop` says so.
+    pub fn add(&self, bytes: usize, stop: impl Fn() -> bool) -> Result<Option<SegmentId>, Error> {
+        let memory = SharedMemory::create("kvbm-host", bytes)?;
+        for start in (0..bytes).step_by(POPULATE_BYTES) {
+            if stop() {
+                return Ok(None);
+            }
+            memory.populate(start..(start + POPULATE_BYTES).min(bytes))?;
+        }
+        let mut segments = self.0.write();
+        segments.push(Arc::new(memory));
+        Ok(Some(SegmentId(segments.len() as u32 - 1)))
+    }
+
+    /// The memory a place is in.
+    pub fn memory(&self, place: HostPlace) -> Arc<SharedMemory> {
+        Arc::clone(&self.0.read()[place.segment.0 as usize])
+    }
+
+    /// Segments populated so far.
+    pub fn count(&self) -> usize {
+        self.0.read().len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capacity_is_used_almost_whole_in_equal_pages_aligned_segments() {
+        for capacity in [1_000_000_000u64, 60_000_000_000, 250_000_000, 1 << 40, 5_000_000] {
+            let (count, bytes) = segment_plan(capacity);
+            let total = u64::from(count) * bytes as u64;
+            assert!(
+                total <= capacity && total as f64 > capacity as f64 * 0.99,
+                "{capacity}: {count} x {bytes}"
+            );
+            assert!(count >= 4 && bytes % 4096 == 0 && bytes as u64 <= SEGMENT_BYTES_MAX);
+        }
+        assert_eq!(segment_plan(0).0, 0);
+        assert_eq!(segment_plan(4095).0, 0);
+    }
+}

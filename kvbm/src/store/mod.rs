@@ -1,0 +1,7 @@
+//! HOLDS: the memory behind the ledger's slots.
+
+mod host;
+mod pools;
+
+pub(crate) use host::{HostSegments, segment_plan};
+pub(crate) use pools::Pools;

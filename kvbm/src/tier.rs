@@ -1,0 +1,64 @@
+//! Where blocks are, and the ways between.
+
+use std::fmt;
+
+/// A level of the hierarchy, fastest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tier {
+    /// An engine's KV memory (G1).
+    Device,
+    /// Host memory of the daemon (G2).
+    Host,
+    /// NVMe (G3).
+    Disk,
+    /// A remote store (G4).
+    Remote,
+}
+
+impl Tier {
+    /// Lower-case name, as in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::Host => "host",
+            Self::Disk => "disk",
+            Self::Remote => "remote",
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A way that blocks are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// Offload: device to host.
+    DeviceToHost,
+    /// Onboard: host to device.
+    HostToDevice,
+}
+
+impl Route {
+    /// All routes, in order of [`Route::index`].
+    pub const ALL: [Self; 2] = [Self::DeviceToHost, Self::HostToDevice];
+
+    /// Name as in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DeviceToHost => "d2h",
+            Self::HostToDevice => "h2d",
+        }
+    }
+
+    /// Position in [`Route::ALL`].
+    pub fn index(self) -> usize {
+        match self {
+            Self::DeviceToHost => 0,
+            Self::HostToDevice => 1,
+        }
+    }
+}
