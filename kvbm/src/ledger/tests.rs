@@ -60,6 +60,7 @@ enum Op {
     NewWorker { model: u8, domain: u32, inherit: bool },
     Grant(usize, usize),
     Compute { worker: usize, namespace: usize, key: u16 },
+    Chain { worker: usize, namespace: usize, key: u16 },
     Release(usize, usize),
     Match { worker: usize, namespace: usize, key: u16 },
     Onboard(usize, usize),
@@ -81,12 +82,14 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (worker.clone(), 1usize..5).prop_map(|(w, n)| Op::Grant(w, n)),
         8 => (worker.clone(), 0usize..2, 0..KEYS)
             .prop_map(|(worker, namespace, key)| Op::Compute { worker, namespace, key }),
-        6 => (worker.clone(), any::<usize>()).prop_map(|(w, i)| Op::Release(w, i)),
+        6 => (worker.clone(), 0usize..2, 0..KEYS)
+            .prop_map(|(worker, namespace, key)| Op::Chain { worker, namespace, key }),
+        16 => (worker.clone(), any::<usize>()).prop_map(|(w, i)| Op::Release(w, i)),
         6 => (worker.clone(), 0usize..2, 0..KEYS)
             .prop_map(|(worker, namespace, key)| Op::Match { worker, namespace, key }),
         5 => (worker.clone(), 1usize..5).prop_map(|(w, n)| Op::Onboard(w, n)),
         1 => worker.clone().prop_map(Op::ReleaseLease),
-        6 => (1usize..5).prop_map(Op::Plan),
+        10 => (1usize..5).prop_map(Op::Plan),
         6 => (any::<usize>(), prop::bool::weighted(0.85)).prop_map(|(i, ok)| Op::EndOffload(i, ok)),
         5 => (any::<usize>(), prop::bool::weighted(0.85)).prop_map(|(i, ok)| Op::EndOnboard(i, ok)),
         1 => worker.clone().prop_map(Op::Kill),
@@ -357,6 +360,14 @@ impl World {
                     self.compute(i, *namespace, *key);
                 }
             }
+            Op::Chain { worker, namespace, key } => {
+                if let Some(i) = self.worker(*worker) {
+                    for key in path(*key) {
+                        self.apply(&Op::Grant(i, 1));
+                        self.compute(i, *namespace, key);
+                    }
+                }
+            }
             Op::Release(w, k) => {
                 if let Some(i) = self.worker(*w) {
                     let worker = &mut self.workers[i];
@@ -473,9 +484,9 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
     #[test]
-    fn random_walks_never_serve_other_bytes_and_lose_no_slot(ops in prop::collection::vec(op(), 1..250)) {
+    fn random_walks_never_serve_other_bytes_and_lose_no_slot(ops in prop::collection::vec(op(), 1..300)) {
         let mut world = World::new();
         world.apply(&Op::Segment);
         world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
