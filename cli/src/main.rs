@@ -1,1 +1,147 @@
-fn main() {}
+//! The `kvbm` binary: one program, one subcommand per part.
+
+mod bench;
+mod parent;
+mod ready;
+mod signals;
+mod status;
+mod up;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use ready::Ready;
+
+/// KV cache for LLM inference that outlives the engine: one daemon per node owns every KV block on it
+#[derive(Debug, Parser)]
+#[command(name = "kvbm", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(up::UpArgs),
+    /// Run the daemon of this node: it owns the KV blocks, engines attach to it
+    Daemon(Part<kvbm_server::DaemonArgs>),
+    /// Run the reference engine: tokens in, tokens out, KV in a pool that the daemon owns
+    Worker(Part<kvbm_worker::WorkerArgs>),
+    /// Run the OpenAI HTTP frontend before the workers
+    Frontend(Part<kvbm_frontend::FrontendArgs>),
+    Status(status::StatusArgs),
+    Bench(bench::BenchArgs),
+}
+
+/// A part that `kvbm up` may start.
+#[derive(Debug, Args)]
+struct Part<A: Args> {
+    #[command(flatten)]
+    args: A,
+    /// File that appears when the part serves
+    #[arg(long, hide = true, value_name = "PATH")]
+    ready_file: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = parent::follow() {
+        return complain(&error, 1);
+    }
+    match cli.command {
+        Command::Up(args) => {
+            start_log();
+            outcome(block_on(up::run(args)))
+        }
+        Command::Daemon(Part { args, ready_file }) => kvbm_server::run(&args, |addresses| {
+            let metrics = addresses.admin_url("/metrics");
+            let address = addresses.socket.display().to_string();
+            announce(&Ready { address, metrics }, ready_file);
+        }),
+        Command::Worker(Part { args, ready_file }) => {
+            start_log();
+            worker(args, ready_file)
+        }
+        Command::Frontend(Part { args, ready_file }) => {
+            start_log();
+            frontend(args, ready_file)
+        }
+        Command::Status(args) => outcome(block_on(status::run(args))),
+        Command::Bench(args) => outcome(bench::run(&args).map(|()| 0)),
+    }
+}
+
+fn worker(args: kvbm_worker::WorkerArgs, ready_file: Option<PathBuf>) -> ExitCode {
+    let serve = async {
+        let stop = signals::stop_token().map_err(|error| (error, 1))?;
+        let ready = |info: kvbm_worker::ReadyInfo| {
+            let metrics = info.system_url.map_or_else(String::new, |url| format!("{url}/metrics"));
+            announce(&Ready { address: info.endpoint, metrics }, ready_file);
+        };
+        let run = kvbm_worker::run(args, stop, ready).await;
+        run.map_err(|error| (error.to_string(), error.exit_code()))
+    };
+    match block_on(serve) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((error, code)) => complain(&format!("kvbm worker: {error}"), code),
+    }
+}
+
+fn frontend(args: kvbm_frontend::FrontendArgs, ready_file: Option<PathBuf>) -> ExitCode {
+    let serve = async {
+        let config = kvbm_frontend::Config::try_from(args).map_err(|error| (error.to_string(), 2))?;
+        let stop = signals::stop_token().map_err(|error| (error, 1))?;
+        let bound = |mut address: std::net::SocketAddr| {
+            tracing::info!(%address, "serving");
+            if address.ip().is_unspecified() {
+                address.set_ip([127, 0, 0, 1].into());
+            }
+            let address = format!("http://{address}");
+            announce(&Ready { metrics: format!("{address}/metrics"), address }, ready_file);
+        };
+        kvbm_frontend::run(config, stop, bound).await.map_err(|error| (error.to_string(), 1))
+    };
+    match block_on(serve) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((error, code)) => complain(&format!("kvbm frontend: {error}"), code),
+    }
+}
+
+/// Logs to standard error, filtered by DYN_LOG or RUST_LOG; as JSON with KVBM_LOG_JSON.
+fn start_log() {
+    let filter = ["DYN_LOG", "RUST_LOG"].into_iter().find_map(|name| std::env::var(name).ok());
+    let filter = tracing_subscriber::EnvFilter::new(filter.as_deref().unwrap_or("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let json = std::env::var("KVBM_LOG_JSON").is_ok_and(|value| matches!(value.as_str(), "1" | "true"));
+    if json {
+        builder.json().flatten_event(true).init();
+    } else {
+        builder.with_ansi(std::io::stderr().is_terminal()).init();
+    }
+}
+
+fn announce(ready: &Ready, file: Option<PathBuf>) {
+    if let Err(error) = ready.announce(file.as_deref()) {
+        tracing::error!(%error, "cannot tell that this part serves");
+    }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.expect("the kernel gives threads and an epoll descriptor").block_on(work)
+}
+
+fn outcome(result: Result<u8, String>) -> ExitCode {
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => complain(&format!("kvbm: {error}"), 2),
+    }
+}
+
+/// One line on standard error.
+fn complain(what: &dyn std::fmt::Display, code: u8) -> ExitCode {
+    eprintln!("{what}");
+    ExitCode::from(code)
+}

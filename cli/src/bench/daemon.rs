@@ -1,0 +1,123 @@
+//! A daemon of its own for a measurement: a child process, with nobody else's traffic.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kvbm_connector::Client;
+use kvbm_hash::{BaseNamespace, BaseParts, Namespace};
+use kvbm_proto::v1::{OpenPool, PoolMode, PoolReply};
+use kvbm_shm::PoolMemory;
+
+use crate::parent::PARENT_PID;
+use crate::ready::Ready;
+
+/// How long host memory may take to be populated.
+const POPULATE_MAX: Duration = Duration::from_secs(60);
+
+/// Ends with its owner.
+pub(super) struct BenchDaemon {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl BenchDaemon {
+    /// Starts it, with `host_bytes` of host memory.
+    pub fn start(host_bytes: u64) -> Result<Self, String> {
+        let dir = tempfile::tempdir().map_err(|error| format!("make a temporary folder: {error}"))?;
+        let program = std::env::current_exe().map_err(|error| format!("find own program: {error}"))?;
+        let ready = dir.path().join("ready.json");
+        let child = Command::new(program)
+            .args(["daemon", "--metrics-port", "0", "--cpu-cache-gb", &(host_bytes as f64 / 1e9).to_string()])
+            .arg("--socket")
+            .arg(dir.path().join("kvbm.sock"))
+            .arg("--ready-file")
+            .arg(&ready)
+            .env(PARENT_PID, std::process::id().to_string())
+            .env("DYN_LOG", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("start a daemon: {error}"))?;
+        let mut daemon = Self { child, dir };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Ready::read(&ready).is_none() {
+            if let Ok(Some(status)) = daemon.child.try_wait() {
+                return Err(format!("the daemon ended: {status}"));
+            }
+            if Instant::now() > deadline {
+                return Err("the daemon did not become ready".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(daemon)
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("kvbm.sock")
+    }
+
+    /// Waits until all host memory is populated.
+    pub async fn populated(&self, client: &Client) -> Result<(), String> {
+        let deadline = Instant::now() + POPULATE_MAX;
+        loop {
+            let status = client.status().await.map_err(|error| error.to_string())?;
+            let status: kvbm_server::status::Status = serde_json::from_str(&status).map_err(|error| error.to_string())?;
+            if status.tiers.iter().any(|tier| tier.tier == "host" && tier.state == "on") {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("host memory was not populated: {:?}", status.tiers));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for BenchDaemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An attached engine that does not compute.
+pub(super) struct BenchEngine {
+    pub client: Client,
+    pub namespace: Namespace,
+    pub namespace_id: u32,
+    pub memory: PoolMemory,
+    pub pool: PoolReply,
+}
+
+impl BenchEngine {
+    /// Attaches, and opens a pool of `block_count` blocks of `block_bytes`.
+    pub async fn attach(client: Client, block_bytes: usize, block_count: u32) -> Result<Self, String> {
+        let base = BaseNamespace::new(&BaseParts {
+            model: "bench",
+            revision: "1",
+            kv_dtype: "bytes",
+            layout: &block_bytes.to_string(),
+            tokens_per_block: 32,
+            parallel: "tp1",
+        });
+        let namespace = base.namespace(None, None);
+        let client = client.with_deadline(Duration::from_secs(60));
+        let registered = client.register_namespace(namespace, base, "", "bench").await;
+        let namespace_id = registered.map_err(|error| error.to_string())?;
+        let open = OpenPool {
+            mode: PoolMode::Owned.into(),
+            base: base.0.to_vec(),
+            block_bytes: block_bytes as u64,
+            block_count,
+            tokens_per_block: 32,
+            device: "cpu:0".into(),
+            shard_count: 1,
+            fresh: true,
+            ..OpenPool::default()
+        };
+        let (memory, pool) = client.open_pool(open).await.map_err(|error| error.to_string())?;
+        Ok(Self { client, namespace, namespace_id, memory, pool })
+    }
+}

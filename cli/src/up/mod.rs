@@ -1,0 +1,193 @@
+//! `kvbm up`: daemon, workers and frontend with one command.
+//!
+//! Start order is daemon, workers, frontend; stop order is the reverse. Whatever dies is started again after a pause.
+
+mod args;
+mod part;
+mod state_dir;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+pub(crate) use args::UpArgs;
+use part::Part;
+use state_dir::StateDir;
+
+/// How often children are looked at.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long a part may take to stop.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the parts may take until they serve: a large model is read and hashed first.
+const START_MAX: Duration = Duration::from_secs(1800);
+/// A part that ends this often before everything was ready once is not started again.
+const EARLY_ENDS_MAX: u32 = 3;
+
+/// Where `kvbm status` looks when it is told nothing.
+pub(crate) fn default_socket() -> PathBuf {
+    state_dir::default().join("kvbm.sock")
+}
+
+/// The model that comes with kvbm: beside the sources, or installed beside the program.
+fn bundled_model() -> Option<PathBuf> {
+    let program = std::env::current_exe().ok()?;
+    let installed = program.parent()?.join("../share/kvbm/models/tiny");
+    let sources = program.ancestors().map(|dir| dir.join("models/tiny")).find(|dir| dir.join("config.json").is_file());
+    std::iter::once(installed).find(|dir| dir.join("config.json").is_file()).or(sources)
+}
+
+/// Runs until told to stop. Returns the exit code.
+pub(crate) async fn run(args: UpArgs) -> Result<u8, String> {
+    let model = match args.model.clone() {
+        Some(model) => model,
+        None => bundled_model().ok_or("--model: the bundled model was not found, name a folder")?,
+    };
+    if !model.join("config.json").is_file() {
+        return Err(format!("--model {}: there is no config.json in it", model.display()));
+    }
+    let state = StateDir::open(args.state_dir.clone())?;
+    let mut signals = Signals::new()?;
+    let mut fleet = Fleet::new(&args, &model, &state);
+    let outcome = fleet.serve(&args, &state, &mut signals).await;
+    fleet.stop().await;
+    outcome.map(|()| 0)
+}
+
+/// Ctrl-C, or whoever started us, wants us to stop.
+struct Signals(Signal, Signal, Signal);
+
+impl Signals {
+    fn new() -> Result<Self, String> {
+        let listen = |kind| signal(kind).map_err(|error| format!("listen to signals: {error}"));
+        Ok(Self(
+            listen(SignalKind::interrupt())?,
+            listen(SignalKind::terminate())?,
+            listen(SignalKind::hangup())?,
+        ))
+    }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.0.recv() => {}
+            _ = self.1.recv() => {}
+            _ = self.2.recv() => {}
+        }
+    }
+}
+
+struct Fleet {
+    /// In order of starting.
+    parts: Vec<Part>,
+}
+
+impl Fleet {
+    fn new(args: &UpArgs, model: &Path, state: &StateDir) -> Self {
+        let socket = state.socket().display().to_string();
+        let run_dir = state.run_dir();
+        let strings = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let daemon = strings(&[
+            "daemon",
+            "--socket",
+            &socket,
+            "--cpu-cache-gb",
+            &args.cpu_cache_gb.to_string(),
+            "--disk-cache-gb",
+            &args.disk_cache_gb.to_string(),
+            "--disk-cache-dir",
+            &state.disk_dir().display().to_string(),
+            "--metrics-port",
+            &args.metrics_port.to_string(),
+        ]);
+        let mut parts = vec![Part::new("daemon".into(), daemon, &run_dir)];
+        for i in 1..=args.workers {
+            let worker = strings(&[
+                "worker",
+                "--socket",
+                &socket,
+                "--model",
+                &model.display().to_string(),
+                "--engine",
+                &args.engine,
+                "--device-cache-gb",
+                &args.device_cache_gb.to_string(),
+                "--listen",
+                &format!("unix:{}", run_dir.join(format!("worker-{i}.sock")).display()),
+            ]);
+            parts.push(Part::new(format!("worker {i}"), worker, &run_dir));
+        }
+        let frontend =
+            strings(&["frontend", "--socket", &socket, "--http-port", &args.http_port.to_string()]);
+        parts.push(Part::new("frontend".into(), frontend, &run_dir));
+        Self { parts }
+    }
+
+    async fn serve(&mut self, args: &UpArgs, state: &StateDir, signals: &mut Signals) -> Result<(), String> {
+        for part in &mut self.parts {
+            part.start()?;
+        }
+        let deadline = Instant::now() + START_MAX;
+        let mut ready = false;
+        let mut early_ends = 0;
+        loop {
+            if !ready && self.parts.iter().all(|part| part.ready().is_some()) {
+                ready = true;
+                self.announce(args, state);
+            }
+            for part in &mut self.parts {
+                if let Some((how, code)) = part.ended() {
+                    early_ends += u32::from(!ready);
+                    // Code 2 says that a setting is wrong: trying again does not help.
+                    if !ready && (code == Some(2) || early_ends > EARLY_ENDS_MAX) {
+                        return Err(format!("{} could not start ({how})", part.name));
+                    }
+                    let pause = part.schedule_restart();
+                    tracing::warn!(part = part.name, %how, ?pause, "ended and will be started again");
+                }
+                if part.due.is_some_and(|due| due <= Instant::now()) {
+                    part.start()?;
+                }
+            }
+            if !ready && Instant::now() > deadline {
+                let late = self.parts.iter().find(|part| part.ready().is_none());
+                return Err(format!("{} did not become ready", late.map_or("nothing", |part| &part.name)));
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = signals.stop() => return Ok(()),
+            }
+        }
+    }
+
+    /// Tells people or scripts where everything is, and keeps the ports for later starts.
+    fn announce(&mut self, args: &UpArgs, state: &StateDir) {
+        let of = |name: &str| self.parts.iter().find(|part| part.name == name).and_then(Part::ready);
+        let http = of("frontend").unwrap_or_default().address;
+        let metrics = of("daemon").unwrap_or_default().metrics;
+        let pid = |prefix: &str| -> Vec<u32> {
+            self.parts.iter().filter(|part| part.name.starts_with(prefix)).map(Part::pid).collect()
+        };
+        let (daemon, frontend, workers) = (pid("daemon"), pid("frontend"), pid("worker"));
+        if args.json {
+            let pids = json!({"daemon": daemon[0], "frontend": frontend[0], "workers": workers});
+            let socket = state.socket();
+            println!("{}", json!({"ready": true, "http": http, "metrics": metrics, "socket": socket, "pids": pids}));
+        } else {
+            println!("kvbm is up.\n\n  OpenAI API  {http}/v1\n  metrics     {metrics}\n  status      kvbm status --socket {}\n", state.socket().display());
+            println!("Try:\n\n  curl {http}/v1/completions -H 'content-type: application/json' \\\n    -d '{{\"model\":\"tiny\",\"prompt\":\"In the beginning\",\"max_tokens\":32,\"temperature\":0}}'\n\nCtrl-C stops everything.");
+        }
+        let port = |url: &str| url.trim_end_matches("/metrics").rsplit(':').next().map(str::to_owned);
+        for (name, flag, url) in [("daemon", "--metrics-port", &metrics), ("frontend", "--http-port", &http)] {
+            if let (Some(part), Some(port)) = (self.parts.iter_mut().find(|part| part.name == name), port(url)) {
+                part.set_argument(flag, port);
+            }
+        }
+    }
+
+    async fn stop(&mut self) {
+        for part in self.parts.iter_mut().rev() {
+            part.stop(PATIENCE).await;
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Real processes to test: the `kvbm` binary that was built before the tests (`make test` does).
+//!
+//! Nothing here sleeps to wait for something: conditions are polled, with a limit that only a failure reaches.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a harness fails by panicking")]
+
+mod conversation;
+mod node;
+mod process;
+mod random;
+mod wait;
+mod worker_client;
+
+pub use conversation::{Conversation, Turn, conversations};
+pub use node::{DaemonOptions, Node, WorkerOptions};
+pub use process::{Process, program};
+pub use random::Random;
+pub use wait::{eventually, eventually_within};
+pub use worker_client::{Answer, WorkerClient};
+
+use std::path::PathBuf;
+
+/// The bundled model.
+pub fn tiny_model() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/tiny").canonicalize().unwrap()
+}
+
+/// Number of seeds of each drill: `KVBM_DRILL_SEEDS`, else few.
+pub fn drill_seeds(default: u64) -> std::ops::Range<u64> {
+    let first = std::env::var("KVBM_SEED").ok().map(|seed| seed.parse().expect("KVBM_SEED is a number"));
+    if let Some(seed) = first {
+        return seed..seed + 1;
+    }
+    let count = std::env::var("KVBM_DRILL_SEEDS").ok().map(|n| n.parse().expect("KVBM_DRILL_SEEDS is a number"));
+    0..count.unwrap_or(default)
+}

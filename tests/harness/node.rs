@@ -1,0 +1,186 @@
+//! A daemon and workers in a folder of their own.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use kvbm_server::status::Status;
+use tempfile::TempDir;
+
+use crate::process::Process;
+use crate::tiny_model;
+use crate::wait::eventually;
+use crate::worker_client::WorkerClient;
+
+/// How a daemon is started.
+#[derive(Debug, Clone)]
+pub struct DaemonOptions {
+    /// Host memory, MB.
+    pub host_mb: f64,
+    /// Further arguments.
+    pub arguments: Vec<String>,
+}
+
+impl Default for DaemonOptions {
+    fn default() -> Self {
+        Self { host_mb: 256.0, arguments: vec![] }
+    }
+}
+
+/// How a worker is started.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// Model folder.
+    pub model: PathBuf,
+    /// Blocks in its pool.
+    pub pool_blocks: usize,
+    /// Tokens in one block.
+    pub tokens_per_block: usize,
+    /// Without a daemon.
+    pub alone: bool,
+    /// Further arguments.
+    pub arguments: Vec<String>,
+}
+
+impl Default for WorkerOptions {
+    fn default() -> Self {
+        let (pool_blocks, tokens_per_block) = (128, 32);
+        Self { model: tiny_model(), pool_blocks, tokens_per_block, alone: false, arguments: vec![] }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Node {
+    /// Its folder.
+    pub dir: TempDir,
+    /// The daemon, while there is one.
+    pub daemon: Option<Process>,
+    daemon_options: DaemonOptions,
+    metrics: String,
+}
+
+impl Node {
+    /// A folder without processes.
+    pub fn empty() -> Self {
+        let dir = tempfile::Builder::new().prefix("kvbm").tempdir().unwrap();
+        Self { dir, daemon: None, daemon_options: DaemonOptions::default(), metrics: String::new() }
+    }
+
+    /// A running daemon whose host memory is populated.
+    pub fn start(options: DaemonOptions) -> Self {
+        let mut node = Self { daemon_options: options, ..Self::empty() };
+        node.start_daemon();
+        node
+    }
+
+    /// The daemon's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("kvbm.sock")
+    }
+
+    /// Starts the daemon (again).
+    pub fn start_daemon(&mut self) {
+        let mut arguments: Vec<String> = vec!["daemon".into(), "--socket".into()];
+        arguments.push(self.socket().display().to_string());
+        let gb = self.daemon_options.host_mb / 1000.0;
+        arguments.extend(["--metrics-port".into(), "0".into(), "--cpu-cache-gb".into(), gb.to_string()]);
+        arguments.extend(self.daemon_options.arguments.clone());
+        let mut daemon = Process::start(self.dir.path(), "daemon", &arguments, &[]);
+        let ready = daemon.wait_ready();
+        self.metrics = ready["metrics"].as_str().unwrap().to_owned();
+        self.daemon = Some(daemon);
+        eventually("host memory is populated", || {
+            let status = self.status();
+            status.tiers.iter().all(|tier| tier.state != "populating").then_some(())
+        });
+    }
+
+    /// The daemon.
+    pub fn daemon(&mut self) -> &mut Process {
+        self.daemon.as_mut().unwrap()
+    }
+
+    /// Kills the daemon with -9.
+    pub fn kill_daemon(&mut self) {
+        self.daemon.take().unwrap().kill();
+    }
+
+    /// Starts a worker and waits until it serves.
+    pub fn worker(&self, name: &str, options: &WorkerOptions) -> (Process, WorkerClient) {
+        let endpoint = self.dir.path().join(format!("{name}.sock"));
+        let mut arguments: Vec<String> = vec!["worker".into(), "--model".into()];
+        arguments.push(options.model.display().to_string());
+        arguments.extend(["--listen".into(), format!("unix:{}", endpoint.display())]);
+        arguments.extend(["--block-size".into(), options.tokens_per_block.to_string()]);
+        arguments.extend(["--device-cache-blocks".into(), options.pool_blocks.to_string()]);
+        if options.alone {
+            arguments.push("--no-daemon".into());
+        } else {
+            arguments.extend(["--socket".into(), self.socket().display().to_string()]);
+        }
+        arguments.extend(options.arguments.clone());
+        let mut process = Process::start(self.dir.path(), name, &arguments, &[]);
+        process.wait_ready();
+        (process, WorkerClient::connect(&endpoint))
+    }
+
+    /// What `kvbm status --json` says.
+    pub fn status(&self) -> Status {
+        let address = self.metrics.trim_end_matches("/metrics");
+        ureq::get(format!("{address}/status")).call().unwrap().body_mut().read_json().unwrap()
+    }
+
+    /// Sum of a metric over its labels, or over those lines that contain `label`.
+    pub fn metric(&self, name: &str, label: &str) -> f64 {
+        let text = ureq::get(&self.metrics).call().unwrap().body_mut().read_to_string().unwrap();
+        metric_in(&text, name, label)
+    }
+
+    /// Waits until so many blocks have been offloaded.
+    pub fn assert_offloaded(&self, blocks: u64) {
+        eventually("blocks are in host memory", || {
+            (self.metric("kvbm_offload_blocks_d2h", "") >= blocks as f64).then_some(())
+        });
+    }
+
+    /// Flips the sign and exponent of one stored number in host memory, behind the daemon's back.
+    pub fn flip_host_byte(&mut self) {
+        let pid = self.daemon().pid();
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+            let is_host = std::fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().contains("kvbm-host"));
+            if !is_host {
+                continue;
+            }
+            let file = File::options().read(true).write(true).open(entry.path()).unwrap();
+            let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            // Numbers are bf16: the second byte of each has sign and exponent.
+            if let Some(at) = (1..bytes.len()).step_by(2).find(|at| bytes[*at] != 0) {
+                file.write_all_at(&[bytes[at] ^ 0xC0], at as u64).unwrap();
+                return;
+            }
+        }
+        panic!("no host segment of the daemon holds a block");
+    }
+
+    /// Fails unless nothing is held: no lease, pin, quarantine, transfer.
+    pub fn assert_idle(&self) {
+        eventually("everything held is given back", || {
+            let status = self.status();
+            let held = |slots: kvbm_server::status::SlotStatus| slots.pinned + slots.quarantined;
+            let pools: u64 = status.pools.iter().map(|pool| held(pool.slots)).sum();
+            let tiers: u64 = status.tiers.iter().map(|tier| held(tier.slots)).sum();
+            let idle = status.leases + status.transfers_in_flight + pools + tiers == 0;
+            idle.then_some(())
+        });
+    }
+}
+
+/// Sum of the samples of a metric whose line contains `label`.
+pub fn metric_in(text: &str, name: &str, label: &str) -> f64 {
+    let samples = text.lines().filter(|line| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])) && line.contains(label)
+    });
+    samples.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}

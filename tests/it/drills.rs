@@ -1,0 +1,232 @@
+//! Drills: processes are killed or stopped in the middle of copies; no token may be wrong, nothing may stay held.
+//!
+//! Copies are slowed down (`--copy-delay-us`) so that the blow falls into one. `KVBM_DRILL_SEEDS` sets the length,
+//! `KVBM_SEED` repeats one.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kvbm_tests::{
+    Answer, DaemonOptions, Node, Random, WorkerClient, WorkerOptions, drill_seeds, eventually, eventually_within,
+};
+use rustix::process::Signal;
+
+const SHORT: u64 = 6;
+const PROMPTS: u64 = 10;
+
+fn prompts() -> Vec<Vec<u32>> {
+    // Pairs share a long prefix.
+    (0..PROMPTS)
+        .map(|i| {
+            let mut tokens = Random::new(1000 + i / 2).tokens(160);
+            tokens.extend(Random::new(2000 + i).tokens(60));
+            tokens
+        })
+        .collect()
+}
+
+/// What an undisturbed worker says.
+fn expected() -> Vec<Vec<u32>> {
+    let node = Node::empty();
+    let (_worker, client) = node.worker("alone", &WorkerOptions { alone: true, ..WorkerOptions::default() });
+    prompts().iter().map(|prompt| client.generate(prompt, 12).tokens).collect()
+}
+
+fn slow_copies(host_mb: f64) -> DaemonOptions {
+    DaemonOptions { host_mb, arguments: vec!["--copy-delay-us".into(), "2000".into()] }
+}
+
+fn small_pool() -> WorkerOptions {
+    WorkerOptions { pool_blocks: 40, ..WorkerOptions::default() }
+}
+
+/// Sends prompts in random order until told to stop; every answer that comes must be right. Returns how many came, and
+/// how many requests failed.
+fn traffic(client: &WorkerClient, seed: u64, expected: &[Vec<u32>], stop: &AtomicBool) -> (usize, usize) {
+    let (prompts, mut random) = (prompts(), Random::new(seed));
+    let (mut answered, mut failed) = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        let i = random.within(0..prompts.len());
+        match client.send(WorkerClient::request(&prompts[i], 12)) {
+            Ok(answer) => {
+                assert_eq!(answer.tokens, expected[i], "seed {seed}: prompt {i} (host {})", answer.host);
+                answered += 1;
+            }
+            Err(_) => {
+                failed += 1;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+    (answered, failed)
+}
+
+/// Runs traffic from three clients while `blow` falls; returns answered and failed requests.
+fn under_traffic(
+    client: &WorkerClient,
+    seed: u64,
+    expected: &[Vec<u32>],
+    blow: impl FnOnce(),
+) -> (usize, usize) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (stop_ref, client_ref) = (&stop, &client);
+        let clients: Vec<_> = (0..3)
+            .map(|i| scope.spawn(move || traffic(client_ref, seed * 3 + i, expected, stop_ref)))
+            .collect();
+        let guard = StopOnDrop(&stop);
+        blow();
+        drop(guard);
+        let sums = clients.into_iter().map(|client| client.join().unwrap());
+        sums.fold((0, 0), |sum, (answered, failed)| (sum.0 + answered, sum.1 + failed))
+    })
+}
+
+/// Ends the traffic even when the blow fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A moment somewhere in the traffic.
+fn moment(random: &mut Random) {
+    std::thread::sleep(Duration::from_millis(random.below(150) + 20));
+}
+
+fn all_right(client: &WorkerClient, expected: &[Vec<u32>]) -> Vec<Answer> {
+    let answers: Vec<Answer> = prompts().iter().map(|prompt| client.generate(prompt, 12)).collect();
+    for (i, (answer, expected)) in answers.iter().zip(expected).enumerate() {
+        assert_eq!(&answer.tokens, expected, "prompt {i}");
+    }
+    answers
+}
+
+#[test]
+fn drill_worker_killed() {
+    let expected = expected();
+    for seed in drill_seeds(SHORT) {
+        let mut random = Random::new(seed);
+        // In turn: device and host, device alone, host alone.
+        let (host_mb, fresh) = [(64.0, false), (0.0, false), (64.0, true)][(seed % 3) as usize];
+        let node = Node::start(slow_copies(host_mb));
+        let (mut worker, client) = node.worker("worker", &small_pool());
+        let (answered, _) = under_traffic(&client, seed, &expected, || {
+            eventually("a few requests are through", || {
+                (node.status().pools.iter().map(|pool| pool.slots.resident).sum::<u64>() > 10).then_some(())
+            });
+            moment(&mut random);
+            worker.kill();
+        });
+        eventually("its death is noticed", || node.status().sessions.is_empty().then_some(()));
+        node.assert_idle();
+        let arguments = if fresh { vec!["--fresh-device-pool".into()] } else { vec![] };
+        let (_successor, client) = node.worker("worker", &WorkerOptions { arguments, ..small_pool() });
+        let answers = all_right(&client, &expected);
+        let (device, host) = answers.iter().fold((0, 0), |sum, a| (sum.0 + a.device, sum.1 + a.host));
+        println!("seed {seed}: {answered} answered before, cached after: device {device}, host {host}");
+        // The second of each pair finds what the first computed just now, so compare with what that gives.
+        let own: u32 = (PROMPTS as u32 / 2) * 160;
+        if fresh {
+            assert!(device + host > own, "seed {seed}: nothing survived in host");
+        } else {
+            assert!(device + host > own, "seed {seed}: nothing survived the worker");
+        }
+        if host_mb == 0.0 {
+            assert_eq!(host, 0);
+        }
+        node.assert_idle();
+    }
+}
+
+#[test]
+fn drill_daemon_killed() {
+    let expected = expected();
+    for seed in drill_seeds(SHORT) {
+        let mut random = Random::new(seed);
+        let mut node = Node::start(slow_copies(64.0));
+        let (_worker, client) = node.worker("worker", &small_pool());
+        let (answered, failed) = under_traffic(&client, seed, &expected, || {
+            eventually("copies are under way", || {
+                (node.metric("kvbm_offload_blocks_d2h", "") > 5.0).then_some(())
+            });
+            moment(&mut random);
+            node.kill_daemon();
+            moment(&mut random);
+            node.start_daemon();
+            let returned = Instant::now();
+            eventually_within(Duration::from_secs(10), "the worker is attached again", || {
+                (node.status().workers.len() == 1).then_some(())
+            });
+            let took = returned.elapsed();
+            println!("seed {seed}: attached {took:?} after the return");
+            assert!(took < Duration::from_secs(2), "seed {seed}: attached again after {took:?}");
+            let offloaded = node.metric("kvbm_offload_blocks_d2h", "");
+            eventually("caching resumes", || {
+                (node.metric("kvbm_offload_blocks_d2h", "") > offloaded).then_some(())
+            });
+        });
+        println!("seed {seed}: {answered} answered, {failed} failed");
+        assert_eq!(failed, 0, "seed {seed}: a request failed because of the cache");
+        all_right(&client, &expected);
+        let again = all_right(&client, &expected);
+        assert!(again.iter().map(|a| a.device + a.host).sum::<u32>() > 1600, "seed {seed}: no cache");
+        node.assert_idle();
+    }
+}
+
+#[test]
+fn drill_worker_stopped() {
+    let expected = expected();
+    for seed in drill_seeds(SHORT) {
+        let mut random = Random::new(seed);
+        let arguments = ["--copy-delay-us", "2000", "--lease-ms", "200"].map(String::from).to_vec();
+        let node = Node::start(DaemonOptions { host_mb: 64.0, arguments });
+        let (worker, client) = node.worker("worker", &small_pool());
+        let (answered, failed) = under_traffic(&client, seed, &expected, || {
+            eventually("copies are under way", || {
+                (node.metric("kvbm_offload_blocks_d2h", "") > 5.0).then_some(())
+            });
+            moment(&mut random);
+            worker.signal(Signal::STOP);
+            // Longer than leases, deadlines and detachment.
+            std::thread::sleep(Duration::from_millis(700));
+            worker.signal(Signal::CONT);
+            moment(&mut random);
+            moment(&mut random);
+        });
+        println!("seed {seed}: {answered} answered, {failed} failed");
+        assert_eq!(failed, 0, "seed {seed}");
+        all_right(&client, &expected);
+        eventually("it is attached", || (node.status().workers.len() == 1).then_some(()));
+        node.assert_idle();
+    }
+}
+
+/// The engine does not notice a daemon that hangs, and uses the cache again when it goes on.
+#[test]
+fn drill_daemon_stopped() {
+    let expected = expected();
+    for seed in drill_seeds(SHORT) {
+        let mut random = Random::new(seed);
+        let mut node = Node::start(slow_copies(64.0));
+        let (_worker, client) = node.worker("worker", &small_pool());
+        let (answered, failed) = under_traffic(&client, seed, &expected, || {
+            eventually("copies are under way", || {
+                (node.metric("kvbm_offload_blocks_d2h", "") > 5.0).then_some(())
+            });
+            moment(&mut random);
+            node.daemon().signal(Signal::STOP);
+            std::thread::sleep(Duration::from_millis(900));
+            node.daemon().signal(Signal::CONT);
+            moment(&mut random);
+        });
+        println!("seed {seed}: {answered} answered, {failed} failed");
+        assert_eq!(failed, 0, "seed {seed}: a request failed because of the cache");
+        eventually("it is attached", || (node.status().workers.len() == 1).then_some(()));
+        all_right(&client, &expected);
+        node.assert_idle();
+    }
+}

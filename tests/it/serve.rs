@@ -1,0 +1,158 @@
+//! `kvbm up` as a user meets it.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use kvbm_tests::{eventually, eventually_within, program};
+use serde_json::{Value, json};
+
+struct Up {
+    child: Child,
+    ready: Value,
+    _dir: tempfile::TempDir,
+}
+
+impl Up {
+    fn start(arguments: &[&str]) -> Self {
+        let dir = tempfile::Builder::new().prefix("kvbm").tempdir().unwrap();
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let mut child = Command::new(program())
+            .args(["up", "--json", "--http-port", "0", "--metrics-port", "0", "--cpu-cache-gb", "0.1", "--state-dir"])
+            .arg(dir.path())
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::from(log))
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let ready = serde_json::from_str(&line).unwrap_or_else(|_| {
+            panic!("not ready: {}", std::fs::read_to_string(dir.path().join("log")).unwrap())
+        });
+        Self { child, ready, _dir: dir }
+    }
+
+    fn pids(&self) -> Vec<u64> {
+        let pids = &self.ready["pids"];
+        let workers = pids["workers"].as_array().unwrap().iter().map(|pid| pid.as_u64().unwrap());
+        [&pids["daemon"], &pids["frontend"]].map(|pid| pid.as_u64().unwrap()).into_iter().chain(workers).collect()
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.ready["http"].as_str().unwrap())
+    }
+
+    fn post(&self, path: &str, body: &Value) -> (u16, String, Value) {
+        let agent = ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).build());
+        let mut response = agent.post(self.url(path)).send_json(body).unwrap();
+        let cached = response.headers().get("x-kvbm-cached-tokens").map_or("", |v| v.to_str().unwrap()).to_owned();
+        let status = response.status().as_u16();
+        (status, cached, response.body_mut().read_json().unwrap_or(Value::Null))
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn gone(pid: u64) -> bool {
+    let Ok(status) = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")) else {
+        return true;
+    };
+    // A zombie that only its new parent has to collect has ended, too.
+    status.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'))
+}
+
+#[test]
+fn the_readmes_curl_gives_the_stored_continuation_and_then_cached_tokens() {
+    let up = Up::start(&["--workers", "2"]);
+    let prompt = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and \
+                  darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters.";
+    let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0});
+    let (status, cached, cold) = up.post("/v1/completions", &body);
+    assert_eq!((status, cached.as_str()), (200, "device=0,host=0,disk=0"), "{cold}");
+    let text = cold["choices"][0]["text"].as_str().unwrap().to_owned();
+    assert!(!text.is_empty());
+    let whole_blocks = (cold["usage"]["prompt_tokens"].as_u64().unwrap() - 1) / 32 * 32;
+    assert!(whole_blocks >= 32);
+    // Round robin: the second request goes to the other worker and is a host hit.
+    let metrics = up.ready["metrics"].as_str().unwrap().to_owned();
+    eventually("the prompt is in host memory", || {
+        let text = ureq::get(&metrics).call().unwrap().body_mut().read_to_string().unwrap();
+        let line = text.lines().find(|line| line.starts_with("kvbm_offload_blocks_d2h"))?;
+        (line.rsplit(' ').next()?.parse::<f64>().ok()? >= whole_blocks as f64 / 32.0).then_some(())
+    });
+    for expected in [format!("device=0,host={whole_blocks},disk=0"), format!("device={whole_blocks},host=0,disk=0")] {
+        let (status, cached, warm) = up.post("/v1/completions", &body);
+        assert_eq!((status, &cached), (200, &expected));
+        assert_eq!(warm["choices"][0]["text"].as_str().unwrap(), text);
+        assert_eq!(warm["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64(), Some(whole_blocks));
+    }
+    let (status, _, models) = {
+        let mut response = ureq::get(up.url("/v1/models")).call().unwrap();
+        (response.status().as_u16(), (), response.body_mut().read_json::<Value>().unwrap())
+    };
+    assert_eq!((status, models["data"][0]["id"].as_str()), (200, Some("tiny")));
+}
+
+#[test]
+fn a_part_that_dies_is_started_again_and_requests_go_on() {
+    let up = Up::start(&[]);
+    let body = json!({"model": "tiny", "prompt": "First Citizen:", "max_tokens": 8, "temperature": 0});
+    let (_, _, first) = up.post("/v1/completions", &body);
+    for part in ["daemon", "frontend"] {
+        let pid = up.ready["pids"][part].as_u64().unwrap();
+        rustix::process::kill_process(
+            rustix::process::Pid::from_raw(pid as i32).unwrap(),
+            rustix::process::Signal::KILL,
+        )
+        .unwrap();
+        let again = eventually_within(Duration::from_secs(20), "answers again", || {
+            let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| up.post("/v1/completions", &body)));
+            answer.ok().filter(|(status, ..)| *status == 200)
+        });
+        assert_eq!(again.2["choices"], first["choices"], "after the {part} was killed");
+    }
+}
+
+#[test]
+fn children_end_when_up_ends_however_it_ends() {
+    for signal in [rustix::process::Signal::INT, rustix::process::Signal::KILL] {
+        let mut up = Up::start(&[]);
+        let pids = up.pids();
+        assert_eq!(pids.len(), 3);
+        assert!(pids.iter().all(|pid| !gone(*pid)));
+        let own = rustix::process::Pid::from_raw(up.child.id() as i32).unwrap();
+        rustix::process::kill_process(own, signal).unwrap();
+        let status = up.child.wait().unwrap();
+        assert_eq!(status.success(), signal == rustix::process::Signal::INT, "{status}");
+        eventually_within(Duration::from_secs(10), "all children have ended", || {
+            pids.iter().all(|pid| gone(*pid)).then_some(())
+        });
+    }
+}
+
+#[test]
+fn wrong_settings_are_one_line_and_code_2() {
+    let cases: [(&[&str], &[(&str, &str)], &[&str]); 5] = [
+        (&["daemon", "--cpu-cache-gb", "-1"], &[], &["cpu-cache-gb", "-1"]),
+        (&["daemon"], &[("DYN_KVBM_CPU_CACHE_GB", "lots")], &["DYN_KVBM_CPU_CACHE_GB", "lots"]),
+        (&["worker", "--model", "/nowhere"], &[], &["/nowhere"]),
+        (&["frontend", "--http-port", "70000", "--socket", "/tmp/x"], &[], &["--http-port", "70000", "65535"]),
+        (&["up", "--model", "/nowhere"], &[], &["/nowhere"]),
+    ];
+    for (arguments, environment, expected) in cases {
+        let output = Command::new(program()).args(arguments).envs(environment.iter().copied()).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{arguments:?}: {error}");
+        for part in expected {
+            assert!(error.contains(part), "{arguments:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! One pass over a batch of chunks of sequences.
+
+use rayon::prelude::*;
+
+use super::attention::{Queries, attend};
+use super::matmul::matmul;
+use super::pointwise::{activate, normalize, rotate};
+use super::{BlockId, Engine, KvMemory};
+
+/// Tokens of one piece of attention.
+const QUERY_SPAN: usize = 16;
+
+/// Consecutive tokens of one sequence: part of a prompt, or the one token that was sampled last.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    /// The tokens; at least one.
+    pub tokens: &'a [u32],
+    /// Position of the first of them. The KV of all positions before is in the blocks.
+    pub first_position: usize,
+    /// The sequence's blocks, from its first; they reach at least to the end of the chunk.
+    pub blocks: &'a [BlockId],
+    /// Logits of the last token are wanted.
+    pub want_logits: bool,
+}
+
+impl Chunk<'_> {
+    /// Position behind the last token.
+    pub fn end(&self) -> usize {
+        self.first_position + self.tokens.len()
+    }
+}
+
+/// Logits of the chunks that want them, in the order of the batch.
+#[derive(Debug, Clone, Default)]
+pub struct Logits {
+    values: Vec<f32>,
+    vocab_size: usize,
+}
+
+impl Logits {
+    /// Makes room for `rows` rows, all zero.
+    pub fn reset(&mut self, rows: usize, vocab_size: usize) -> &mut [f32] {
+        self.vocab_size = vocab_size;
+        self.values.clear();
+        self.values.resize(rows * vocab_size, 0.0);
+        &mut self.values
+    }
+
+    /// Logits of the `index`th chunk that wanted some.
+    pub fn row(&self, index: usize) -> &[f32] {
+        &self.values[index * self.vocab_size..][..self.vocab_size]
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.values.len().checked_div(self.vocab_size).unwrap_or(0)
+    }
+}
+
+/// Activations of a batch, kept from pass to pass.
+#[derive(Default)]
+pub(super) struct Buffers {
+    hidden: Vec<f32>,
+    normal: Vec<f32>,
+    qkv: Vec<f32>,
+    attended: Vec<f32>,
+    gate_up: Vec<f32>,
+    active: Vec<f32>,
+    delta: Vec<f32>,
+}
+
+/// Where a token of the batch belongs.
+struct Token {
+    chunk: usize,
+    position: usize,
+}
+
+/// A piece of attention: tokens `first .. first + count` of the batch, one head of keys.
+struct Piece {
+    chunk: usize,
+    first: usize,
+    position: usize,
+    count: usize,
+    kv_head: usize,
+}
+
+/// Base address of a buffer whose rows are written by several threads, each its own.
+struct Rows(*mut f32);
+// SAFETY: the pieces write disjoint rows and heads.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// # Safety
+    /// `offset` must be within the buffer.
+    unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+impl Engine {
+    /// Computes the chunks' KV into their blocks, and the logits that are wanted.
+    ///
+    /// # Panics
+    /// When the batch breaks a rule: a token outside the vocabulary, a position behind the context, a block table too
+    /// short, a block outside the pool or filled by two chunks, or memory laid out for another model.
+    pub fn forward(&mut self, kv: &KvMemory, batch: &[Chunk<'_>], logits: &mut Logits) {
+        self.check(kv, batch);
+        let mut buffers = std::mem::take(&mut self.buffers);
+        self.pool.install(|| self.run(kv, batch, &mut buffers, logits));
+        self.buffers = buffers;
+    }
+
+    fn check(&self, kv: &KvMemory, batch: &[Chunk<'_>]) {
+        let per_block = kv.layout().tokens_per_block;
+        assert_eq!(kv.layout(), self.kv_layout(per_block), "memory is laid out for this model");
+        let mut filled: Vec<BlockId> = Vec::new();
+        for chunk in batch {
+            assert!(!chunk.tokens.is_empty(), "a chunk has tokens");
+            assert!(chunk.end() <= self.config.context_length, "positions are within the context");
+            assert!(chunk.end() <= chunk.blocks.len() * per_block, "blocks reach to the end of the chunk");
+            let vocab_size = self.config.vocab_size;
+            assert!(chunk.tokens.iter().all(|t| (*t as usize) < vocab_size), "tokens are in the vocabulary");
+            filled.extend(&chunk.blocks[chunk.first_position / per_block..chunk.end().div_ceil(per_block)]);
+        }
+        filled.sort_unstable();
+        assert!(filled.windows(2).all(|pair| pair[0] != pair[1]), "no block is filled twice");
+    }
+
+    fn run(&self, kv: &KvMemory, batch: &[Chunk<'_>], buffers: &mut Buffers, logits: &mut Logits) {
+        let (hidden_size, wide) = (self.config.hidden_size, self.config.intermediate_size);
+        let (tokens, pieces) = self.divide(batch);
+        let count = tokens.len();
+        buffers.resize(count, self);
+        let ids = batch.iter().flat_map(|chunk| chunk.tokens);
+        for (id, to) in ids.zip(buffers.hidden.chunks_exact_mut(hidden_size)) {
+            self.model.embedding.row(*id as usize, to);
+        }
+        for (index, layer) in self.layers().iter().enumerate() {
+            self.normalize_all(&buffers.hidden, &layer.attention_norm, &mut buffers.normal);
+            matmul(self.isa, &buffers.normal, &layer.qkv, &mut buffers.qkv, count);
+            self.store_kv(kv, batch, &tokens, index, &mut buffers.qkv);
+            self.attend_all(kv, batch, &pieces, index, &buffers.qkv, &mut buffers.attended);
+            matmul(self.isa, &buffers.attended, &layer.out, &mut buffers.delta, count);
+            add(&mut buffers.hidden, &buffers.delta);
+
+            self.normalize_all(&buffers.hidden, &layer.feed_forward_norm, &mut buffers.normal);
+            matmul(self.isa, &buffers.normal, &layer.gate_up, &mut buffers.gate_up, count);
+            each_row(&buffers.gate_up, 2 * wide, &mut buffers.active, wide, |from, to| {
+                activate(self.isa, &from[..wide], &from[wide..], to);
+            });
+            matmul(self.isa, &buffers.active, &layer.down, &mut buffers.delta, count);
+            add(&mut buffers.hidden, &buffers.delta);
+        }
+        self.logits(batch, buffers, logits);
+    }
+
+    /// Lists the tokens of the batch and the pieces of attention.
+    fn divide(&self, batch: &[Chunk<'_>]) -> (Vec<Token>, Vec<Piece>) {
+        let (mut tokens, mut pieces) = (Vec::new(), Vec::new());
+        for (chunk, part) in batch.iter().enumerate() {
+            for begin in (0..part.tokens.len()).step_by(QUERY_SPAN) {
+                let count = QUERY_SPAN.min(part.tokens.len() - begin);
+                let (first, position) = (tokens.len() + begin, part.first_position + begin);
+                pieces.extend((0..self.config.kv_heads).map(|kv_head| Piece {
+                    chunk,
+                    first,
+                    position,
+                    count,
+                    kv_head,
+                }));
+            }
+            tokens.extend((part.first_position..part.end()).map(|position| Token { chunk, position }));
+        }
+        // Long pieces first, so that threads end together.
+        pieces.sort_by_key(|piece| std::cmp::Reverse(piece.position));
+        (tokens, pieces)
+    }
+
+    fn normalize_all(&self, from: &[f32], weight: &[f32], to: &mut [f32]) {
+        let size = self.config.hidden_size;
+        each_row(from, size, to, size, |from, to| normalize(from, weight, self.config.norm_epsilon, to));
+    }
+
+    /// Rotates queries and keys, and stores keys and values.
+    fn store_kv(&self, kv: &KvMemory, batch: &[Chunk<'_>], tokens: &[Token], layer: usize, qkv: &mut [f32]) {
+        let head_dim = self.config.head_dim;
+        let (q, k) = (self.config.heads * head_dim, self.config.kv_heads * head_dim);
+        let per_block = kv.layout().tokens_per_block;
+        let store = |(row, token): (&mut [f32], &Token)| {
+            let angles = &self.model.angles[token.position * head_dim..][..head_dim];
+            let (cosines, sines) = angles.split_at(head_dim / 2);
+            rotate(&mut row[..q + k], head_dim, cosines, sines);
+            let block = batch[token.chunk].blocks[token.position / per_block];
+            let (k, v) = row[q..].split_at(k);
+            // SAFETY: `check` saw that no block is filled by two chunks, and positions within a chunk differ.
+            unsafe { kv.write(block, token.position % per_block, layer, k, v) };
+        };
+        if tokens.len() < SERIAL_ROWS {
+            qkv.chunks_exact_mut(q + 2 * k).zip(tokens).for_each(store);
+        } else {
+            qkv.par_chunks_exact_mut(q + 2 * k).zip(tokens).with_min_len(SERIAL_ROWS).for_each(store);
+        }
+    }
+
+    fn attend_all(
+        &self,
+        kv: &KvMemory,
+        batch: &[Chunk<'_>],
+        pieces: &[Piece],
+        layer: usize,
+        qkv: &[f32],
+        attended: &mut [f32],
+    ) {
+        let head_dim = self.config.head_dim;
+        let (group, q) = (self.config.heads / self.config.kv_heads, self.config.heads * head_dim);
+        let qkv_stride = q + 2 * self.config.kv_heads * head_dim;
+        let rows = Rows(attended.as_mut_ptr());
+        let attend_piece = |piece: &Piece| {
+            let head = piece.kv_head * group * head_dim;
+            let queries = Queries {
+                kv,
+                blocks: batch[piece.chunk].blocks,
+                layer,
+                kv_head: piece.kv_head,
+                group,
+                first_position: piece.position,
+                tokens: piece.count,
+                q: qkv[piece.first * qkv_stride + head..].as_ptr(),
+                q_stride: qkv_stride,
+                // SAFETY: `attended` has a row of `q` elements for each token of the batch.
+                out: unsafe { rows.at(piece.first * q + head) },
+                out_stride: q,
+            };
+            let thread = rayon::current_thread_index().unwrap_or(0);
+            let mut scratch = self.scratch[thread].lock();
+            // SAFETY: the piece's rows exist in both buffers, its heads of `attended` are its own, and all KV of this
+            // layer is written.
+            unsafe { attend(self.isa, &queries, &mut scratch) };
+        };
+        let keys: usize = pieces.iter().map(|piece| (piece.position + piece.count) * piece.count).sum();
+        if keys * group * head_dim < SERIAL_ATTENTION {
+            pieces.iter().for_each(attend_piece);
+        } else {
+            pieces.par_iter().with_max_len(1).for_each(attend_piece);
+        }
+    }
+
+    fn logits(&self, batch: &[Chunk<'_>], buffers: &mut Buffers, logits: &mut Logits) {
+        let size = self.config.hidden_size;
+        let (mut end, mut rows) = (0, 0);
+        for chunk in batch {
+            end += chunk.tokens.len();
+            if chunk.want_logits {
+                let from = &buffers.hidden[(end - 1) * size..end * size];
+                let to = &mut buffers.normal[rows * size..][..size];
+                normalize(from, &self.model.norm, self.config.norm_epsilon, to);
+                rows += 1;
+            }
+        }
+        let to = logits.reset(rows, self.config.vocab_size);
+        if rows > 0 {
+            matmul(self.isa, &buffers.normal[..rows * size], self.model.head(), to, rows);
+        }
+    }
+}
+
+/// Below so many rows, work on single rows stays on one thread.
+const SERIAL_ROWS: usize = 32;
+/// Below so many multiply-adds, attention stays on one thread.
+const SERIAL_ATTENTION: usize = 200_000;
+
+impl Buffers {
+    fn resize(&mut self, tokens: usize, engine: &Engine) {
+        let config = &engine.config;
+        let q = config.heads * config.head_dim;
+        let sizes = [
+            (&mut self.hidden, config.hidden_size),
+            (&mut self.normal, config.hidden_size),
+            (&mut self.qkv, q + 2 * config.kv_heads * config.head_dim),
+            (&mut self.attended, q),
+            (&mut self.gate_up, 2 * config.intermediate_size),
+            (&mut self.active, config.intermediate_size),
+            (&mut self.delta, config.hidden_size),
+        ];
+        for (buffer, size) in sizes {
+            buffer.resize(tokens * size, 0.0);
+        }
+    }
+}
+
+fn add(to: &mut [f32], from: &[f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to += from;
+    }
+}
+
+/// Runs `work` on each pair of rows.
+fn each_row(
+    from: &[f32],
+    from_size: usize,
+    to: &mut [f32],
+    to_size: usize,
+    work: impl Fn(&[f32], &mut [f32]) + Sync,
+) {
+    if to.len() / to_size < SERIAL_ROWS {
+        from.chunks_exact(from_size).zip(to.chunks_exact_mut(to_size)).for_each(|(from, to)| work(from, to));
+    } else {
+        from.par_chunks_exact(from_size)
+            .zip(to.par_chunks_exact_mut(to_size))
+            .with_min_len(SERIAL_ROWS)
+            .for_each(|(from, to)| work(from, to));
+    }
+}

@@ -1,0 +1,308 @@
+//! Which sequences run next, and with which blocks: continuous batching, chunked prefill, preemption, cancellation.
+//!
+//! A synchronous state machine: it is given requests, events of the [`Cache`] and logits; it reads no clock and waits for
+//! nothing. Each turn the owner calls [`Scheduler::admit`] and [`Scheduler::plan`], runs the engine over [`Scheduler::chunks`] and hands the logits
+//! to [`Scheduler::apply`].
+//!
+//! **Order.** Sequences that decode come first. The rest of a step goes to prompts, those with the fewest tokens left
+//! first, so that a short prompt does not wait behind a long one; each step that passes a prompt over makes it count as
+//! shorter, so that a long one is not starved.
+//!
+//! **Blocks.** Taken when a step needs them. When there are none, the youngest of the younger sequences gives up its own
+//! and goes back to the queue; what it generated is kept, what it committed is usually found again. A sequence with no
+//! younger one to rob waits. The oldest is never robbed, so something always gets done. Once blocks have run out, nothing
+//! is admitted until a sequence has ended.
+//!
+//! **Invariant.** The queue is in order of arrival, and every reference to a block that the cache gave is in exactly one
+//! sequence.
+
+mod cache;
+mod counters;
+mod plan;
+mod sequence;
+
+use std::collections::{BTreeMap, VecDeque};
+
+pub use cache::{Allocate, Cache, CacheEvent, LeaseId, Onboard, Ticket};
+pub use counters::Counters;
+pub use plan::Plan;
+
+use crate::request::{CachedTokens, Event, FinishReason, Limits, Refusal, Request, RequestId};
+use crate::{BlockId, Chunk, Logits};
+use sequence::{Phase, Sequence, Start};
+
+/// How a [`Scheduler`] works.
+#[derive(Debug, Clone)]
+pub struct SchedulerOptions {
+    /// What requests must keep to.
+    pub limits: Limits,
+    /// Tokens that end a sequence.
+    pub eos_token_ids: Vec<u32>,
+    /// Most tokens of a step.
+    pub max_batch_tokens: usize,
+    /// Most sequences that are active, and so in a step.
+    pub max_batch: usize,
+    /// Most requests in the queue.
+    pub max_waiting: usize,
+    /// Turns after which a request is given up that alone cannot get a block.
+    pub max_starved_turns: usize,
+}
+
+impl SchedulerOptions {
+    /// The defaults: 512 tokens and 64 sequences, 1,024 in the queue.
+    pub fn new(limits: Limits, eos_token_ids: Vec<u32>) -> Self {
+        Self {
+            limits,
+            eos_token_ids,
+            max_batch_tokens: 512,
+            max_batch: 64,
+            max_waiting: 1024,
+            max_starved_turns: 5000,
+        }
+    }
+}
+
+/// Order in which requests came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Arrival(u64);
+
+/// Whether new sequences may leave the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    Open,
+    /// Blocks ran out; until a sequence ends.
+    Closed,
+}
+
+/// The state machine; see the module.
+pub struct Scheduler {
+    options: SchedulerOptions,
+    queue: VecDeque<(Arrival, Sequence)>,
+    active: BTreeMap<Arrival, Sequence>,
+    admission: Admission,
+    next_arrival: u64,
+    next_ticket: u64,
+    counters: Counters,
+    events: Vec<(RequestId, Event)>,
+}
+
+impl Scheduler {
+    /// A scheduler without requests.
+    ///
+    /// # Panics
+    /// When a step could not hold one token of each active sequence.
+    pub fn new(options: SchedulerOptions) -> Self {
+        assert!(
+            options.max_batch > 0 && options.max_batch_tokens >= options.max_batch,
+            "a step holds all decodes"
+        );
+        Self {
+            options,
+            queue: VecDeque::new(),
+            active: BTreeMap::new(),
+            admission: Admission::Open,
+            next_arrival: 0,
+            next_ticket: 0,
+            counters: Counters::default(),
+            events: Vec::new(),
+        }
+    }
+
+    /// Puts a request into the queue, or refuses it.
+    pub fn submit(&mut self, request: Request) {
+        let id = request.id;
+        let max_tokens = match self.options.limits.check(&request) {
+            Ok(_) if self.queue.len() >= self.options.max_waiting => Err(Refusal::Busy),
+            checked => checked,
+        };
+        match max_tokens {
+            Err(refusal) => {
+                self.counters.refused += 1;
+                self.events.push((id, Event::Refused(refusal)));
+            }
+            Ok(max_tokens) => {
+                self.counters.requests += 1;
+                let arrival = Arrival(self.next_arrival);
+                self.next_arrival += 1;
+                let per_block = self.options.limits.tokens_per_block;
+                self.queue.push_back((arrival, Sequence::new(request, max_tokens, per_block)));
+            }
+        }
+    }
+
+    /// Ends a request wherever it stands. Unknown and ended ones are ignored.
+    pub fn cancel(&mut self, id: RequestId, cache: &mut impl Cache) {
+        let waiting = self.queue.iter().position(|(_, sequence)| sequence.request.id == id);
+        if let Some((_, sequence)) = waiting.and_then(|at| self.queue.remove(at)) {
+            self.end(sequence, FinishReason::Cancelled, cache);
+            return;
+        }
+        let active = self.active.iter().find(|(_, sequence)| sequence.request.id == id).map(|(at, _)| *at);
+        if let Some(sequence) = active.and_then(|at| self.active.remove(&at)) {
+            self.end(sequence, FinishReason::Cancelled, cache);
+        }
+    }
+
+    /// Takes in what the cache reported.
+    pub fn cache_event(&mut self, event: CacheEvent, cache: &mut impl Cache) {
+        match event {
+            CacheEvent::Looked { ticket, device, host_blocks, disk_blocks: _, lease } => {
+                self.looked(ticket, device, host_blocks, lease, cache);
+            }
+            // Every turn asks again anyway.
+            CacheEvent::Granted => {}
+            CacheEvent::Onboarded { ticket, outcome } => self.onboarded(ticket, outcome),
+        }
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<(RequestId, Event)> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// No request is waiting or active.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.active.is_empty()
+    }
+
+    /// What was counted so far.
+    pub fn counters(&self) -> Counters {
+        Counters { waiting: self.queue.len() as u64, running: self.active.len() as u64, ..self.counters }
+    }
+
+    /// Adds the time that a step took.
+    pub fn count_step_seconds(&mut self, seconds: f64) {
+        self.counters.step_seconds += seconds;
+    }
+
+    /// What the engine is to compute for a plan.
+    pub fn chunks<'a>(&'a self, plan: &Plan) -> Vec<Chunk<'a>> {
+        plan.entries
+            .iter()
+            .map(|entry| {
+                let sequence = &self.active[&entry.arrival];
+                let (begin, end) = (sequence.computed, sequence.computed + entry.tokens);
+                Chunk {
+                    tokens: &sequence.tokens[begin..end],
+                    first_position: begin,
+                    blocks: &sequence.blocks,
+                    want_logits: end == sequence.tokens.len(),
+                }
+            })
+            .collect()
+    }
+
+    /// Takes in that a plan was computed: commits blocks, chooses tokens, ends sequences.
+    ///
+    /// # Panics
+    /// When the logits are not those of the plan.
+    pub fn apply(&mut self, plan: Plan, logits: &Logits, cache: &mut impl Cache) {
+        let (mut row, mut decodes) = (0, 0);
+        for entry in plan.entries {
+            let sequence = self.active.get_mut(&entry.arrival).expect("a plan is applied before all else");
+            decodes += u64::from(entry.tokens == 1 && sequence.generated() > 0);
+            sequence.computed += entry.tokens;
+            self.counters.computed_tokens += entry.tokens as u64;
+            sequence.commit_complete(cache);
+            if sequence.remaining() > 0 {
+                continue;
+            }
+            let token = sequence.request.sampling.choose(logits.row(row), sequence.tokens.len());
+            row += 1;
+            sequence.tokens.push(token);
+            self.counters.generated_tokens += 1;
+            self.events.push((sequence.request.id, Event::Tokens(vec![token])));
+            if let Some(reason) = sequence.finish(&self.options.eos_token_ids)
+                && let Some(sequence) = self.active.remove(&entry.arrival)
+            {
+                self.end(sequence, reason, cache);
+            }
+        }
+        assert_eq!(row, logits.rows(), "logits are those of the plan");
+        self.counters.steps += 1;
+        self.counters.decode_steps += u64::from(decodes > 0);
+        self.counters.decode_sequences += decodes;
+        self.counters.max_decode_batch = self.counters.max_decode_batch.max(decodes);
+    }
+
+    fn looked(
+        &mut self,
+        ticket: Ticket,
+        device: Vec<BlockId>,
+        host_blocks: usize,
+        lease: Option<LeaseId>,
+        cache: &mut impl Cache,
+    ) {
+        let found = self.active.values_mut().find(|sequence| sequence.phase == Phase::Looking(ticket));
+        let Some(sequence) = found else {
+            tracing::warn!(?ticket, "the cache answered a lookup that nobody waits for");
+            return;
+        };
+        let per_block = self.options.limits.tokens_per_block;
+        let most = (sequence.tokens.len() - 1) / per_block;
+        assert!(device.len() + host_blocks <= most, "a cache finds at most the blocks it was asked for");
+        if sequence.start == Start::Unreported {
+            sequence.cached.device = device.len() * per_block;
+        }
+        sequence.adopt(device);
+        sequence.phase = match lease {
+            Some(lease) if host_blocks > 0 => Phase::Matched { lease, host_blocks },
+            Some(lease) => {
+                cache.abandon_lease(lease);
+                Phase::Running
+            }
+            None => Phase::Running,
+        };
+    }
+
+    fn onboarded(&mut self, ticket: Ticket, outcome: Onboard) {
+        let found = self.active.values_mut().find(
+            |sequence| matches!(&sequence.phase, Phase::Onboarding { ticket: waiting, .. } if *waiting == ticket),
+        );
+        let Some(sequence) = found else {
+            tracing::warn!(?ticket, "the cache ended an onboard that nobody waits for");
+            return;
+        };
+        let Phase::Onboarding { targets, .. } = std::mem::replace(&mut sequence.phase, Phase::Running) else {
+            unreachable!("the phase was compared just now");
+        };
+        match outcome {
+            Onboard::Done => {
+                if sequence.start == Start::Unreported {
+                    sequence.cached.host = targets.len() * self.options.limits.tokens_per_block;
+                }
+                sequence.adopt(targets);
+            }
+            Onboard::Failed => self.counters.failed_onboards += 1,
+        }
+    }
+
+    /// Reports that a sequence left the queue, once.
+    fn report_start(sequence: &mut Sequence, counters: &mut Counters, events: &mut Vec<(RequestId, Event)>) {
+        if sequence.start == Start::Reported {
+            return;
+        }
+        sequence.start = Start::Reported;
+        let CachedTokens { device, host, disk } = sequence.cached;
+        counters.prompt_tokens += sequence.request.prompt.len() as u64;
+        counters.device_tokens += device as u64;
+        counters.host_tokens += host as u64;
+        counters.disk_tokens += disk as u64;
+        events.push((sequence.request.id, Event::Started(sequence.cached)));
+    }
+
+    fn end(&mut self, mut sequence: Sequence, reason: FinishReason, cache: &mut impl Cache) {
+        sequence.let_go(cache);
+        self.admission = Admission::Open;
+        match reason {
+            FinishReason::Stop | FinishReason::Length => self.counters.finished += 1,
+            FinishReason::Cancelled => self.counters.cancelled += 1,
+        }
+        let finished = Event::Finished {
+            reason,
+            prompt_tokens: sequence.request.prompt.len(),
+            completion_tokens: sequence.generated(),
+        };
+        self.events.push((sequence.request.id, finished));
+    }
+}

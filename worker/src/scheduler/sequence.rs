@@ -1,0 +1,155 @@
+//! One request on its way.
+
+use kvbm_hash::{Chain, SequenceHash};
+
+use super::cache::{LeaseId, Ticket};
+use crate::request::{CachedTokens, Eos, FinishReason, Request};
+use crate::{BlockId, Cache};
+
+/// Where a sequence stands.
+///
+/// ```text
+/// queue -> Looking -> Matched -> Onboarding -> Running -> done
+///   ^          \________ (no host blocks) _______/ |
+///   |___________________ preempted ________________|
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// The cache was asked for its prefix.
+    Looking(Ticket),
+    /// Host blocks are leased; blocks to copy them into are still wanted.
+    Matched { lease: LeaseId, host_blocks: usize },
+    /// Host blocks are being copied into `targets`.
+    Onboarding { ticket: Ticket, targets: Vec<BlockId> },
+    /// It is computed.
+    Running,
+}
+
+/// A request and how far it is.
+///
+/// ```text
+/// tokens:  [ prompt ............. | generated ... ]
+///          [0, computed)  KV is in the blocks
+///          [0, committed * tokens_per_block)  and known to the cache
+/// ```
+pub(super) struct Sequence {
+    pub(super) request: Request,
+    /// Clipped to the context.
+    pub(super) max_tokens: usize,
+    /// The prompt, then what was generated.
+    pub(super) tokens: Vec<u32>,
+    /// Tokens whose KV is in the blocks. The last token's is never, between steps.
+    pub(super) computed: usize,
+    /// Blocks that the cache knows by their keys.
+    committed: usize,
+    pub(super) blocks: Vec<BlockId>,
+    pub(super) phase: Phase,
+    /// Steps in which it waited although it could have run.
+    pub(super) skipped: usize,
+    /// Turns in a row in which no block could be had though nobody else held any.
+    pub(super) starved_turns: usize,
+    /// What was found in the cache the first time.
+    pub(super) cached: CachedTokens,
+    pub(super) start: Start,
+    keys: Vec<SequenceHash>,
+    chain: Chain,
+    tokens_per_block: usize,
+}
+
+/// Whether the client was told that the request left the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    Unreported,
+    Reported,
+}
+
+impl Sequence {
+    pub(super) fn new(request: Request, max_tokens: usize, tokens_per_block: usize) -> Self {
+        Self {
+            max_tokens,
+            tokens: request.prompt.clone(),
+            computed: 0,
+            committed: 0,
+            blocks: Vec::new(),
+            phase: Phase::Running,
+            skipped: 0,
+            starved_turns: 0,
+            cached: CachedTokens::default(),
+            start: Start::Unreported,
+            keys: Vec::new(),
+            chain: Chain::new(request.namespace),
+            tokens_per_block,
+            request,
+        }
+    }
+
+    /// Tokens whose KV is still to be computed.
+    pub(super) fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Tokens generated so far.
+    pub(super) fn generated(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Keys that are worth looking up: at least one token is always left to compute.
+    pub(super) fn lookup_keys(&mut self) -> Vec<SequenceHash> {
+        let count = (self.tokens.len() - 1) / self.tokens_per_block;
+        self.extend_keys(count);
+        self.keys[..count].to_vec()
+    }
+
+    /// Takes over blocks whose KV came from the cache.
+    pub(super) fn adopt(&mut self, blocks: Vec<BlockId>) {
+        self.blocks.extend(blocks);
+        self.committed = self.blocks.len();
+        self.computed = self.blocks.len() * self.tokens_per_block;
+    }
+
+    /// Tells the cache of blocks that became complete.
+    pub(super) fn commit_complete(&mut self, cache: &mut impl Cache) {
+        let complete = self.computed / self.tokens_per_block;
+        self.extend_keys(complete);
+        while self.committed < complete {
+            let index = self.committed;
+            let parent = index.checked_sub(1).map(|before| self.keys[before]);
+            cache.commit(self.blocks[index], self.request.namespace, self.keys[index], parent);
+            self.committed += 1;
+        }
+    }
+
+    /// Gives everything back to the cache. What was generated is kept.
+    pub(super) fn let_go(&mut self, cache: &mut impl Cache) {
+        match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Looking(ticket) => cache.abandon(ticket),
+            Phase::Matched { lease, .. } => cache.abandon_lease(lease),
+            Phase::Onboarding { ticket, .. } => cache.abandon(ticket),
+            Phase::Running => {}
+        }
+        if !self.blocks.is_empty() {
+            cache.release(std::mem::take(&mut self.blocks));
+        }
+        (self.computed, self.committed, self.skipped, self.starved_turns) = (0, 0, 0, 0);
+    }
+
+    /// Whether the last token, just generated, ends the sequence.
+    pub(super) fn finish(&self, eos_token_ids: &[u32]) -> Option<FinishReason> {
+        let last = self.tokens.last()?;
+        let at_end = self.request.eos == Eos::Ends && eos_token_ids.contains(last);
+        if at_end || self.request.stop_token_ids.contains(last) {
+            Some(FinishReason::Stop)
+        } else if self.generated() >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    fn extend_keys(&mut self, count: usize) {
+        while self.keys.len() < count {
+            let begin = self.keys.len() * self.tokens_per_block;
+            self.keys.push(self.chain.push(&self.tokens[begin..begin + self.tokens_per_block]));
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The engine and the scheduler against the bundled model.
+#![allow(clippy::unwrap_used)]
+
+mod bits;
+mod loading;
+mod reference;
+mod scheduling;
+mod support;
+mod test_cache;
+mod turning;

@@ -1,0 +1,363 @@
+//! The scheduler under random workloads: every output equals that of a run alone, and nothing is left behind.
+
+use std::collections::BTreeMap;
+
+use kvbm_hash::Namespace;
+use kvbm_worker::{
+    BlockId, Cache, Counters, Eos, Event, FinishReason, KvMemory, Limits, Llama, Logits, Model, Refusal,
+    Request, RequestId, Sampling, Scheduler, SchedulerOptions,
+};
+
+use crate::support::{Random, engine, run};
+use crate::test_cache::{Behaviour, TestCache, TestModel, VOCAB, expected};
+
+const EASY: Behaviour =
+    Behaviour { blocks: 400, tokens_per_block: 16, host_blocks: 0, delay: 0, pending_in: 0, failing_in: 0 };
+
+const EOS: u32 = 5;
+
+fn scheduler(behaviour: Behaviour, change: impl FnOnce(&mut SchedulerOptions)) -> Scheduler {
+    let limits = Limits {
+        context_length: 6000,
+        vocab_size: VOCAB,
+        pool_blocks: behaviour.blocks,
+        tokens_per_block: behaviour.tokens_per_block,
+    };
+    let mut options = SchedulerOptions::new(limits, vec![EOS]);
+    change(&mut options);
+    Scheduler::new(options)
+}
+
+fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
+    Request {
+        id: RequestId(id),
+        namespace: Namespace([3; 32]),
+        prompt,
+        sampling: Sampling::Greedy,
+        max_tokens,
+        eos: Eos::Ignored,
+        stop_token_ids: vec![],
+    }
+}
+
+/// One turn, as `Loop` does it. Returns whether something was computed.
+fn turn(scheduler: &mut Scheduler, cache: &mut TestCache, model: &mut impl Model) -> usize {
+    let mut logits = Logits::default();
+    for event in cache.poll() {
+        scheduler.cache_event(event, cache);
+    }
+    scheduler.admit(cache);
+    for event in cache.poll() {
+        scheduler.cache_event(event, cache);
+    }
+    let plan = scheduler.plan(cache);
+    let tokens = plan.tokens();
+    assert!(tokens <= 512);
+    if !plan.is_empty() {
+        model.forward(&scheduler.chunks(&plan), &mut logits);
+        scheduler.apply(plan, &logits, cache);
+    }
+    tokens
+}
+
+/// What a request is answered by a model that runs it alone.
+fn alone(request: &Request, limit: usize, next: impl Fn(&[u32]) -> Vec<f32>) -> (Vec<u32>, FinishReason) {
+    let mut tokens = request.prompt.clone();
+    loop {
+        let token = request.sampling.choose(&next(&tokens), tokens.len());
+        tokens.push(token);
+        let out = tokens[request.prompt.len()..].to_vec();
+        let ends = request.eos == Eos::Ends && token == EOS;
+        if ends || request.stop_token_ids.contains(&token) {
+            return (out, FinishReason::Stop);
+        }
+        if out.len() == limit {
+            return (out, FinishReason::Length);
+        }
+    }
+}
+
+#[derive(Default, Debug)]
+struct Outcome {
+    started: usize,
+    tokens: Vec<u32>,
+    end: Option<Event>,
+}
+
+fn collect(outcomes: &mut BTreeMap<RequestId, Outcome>, scheduler: &mut Scheduler) {
+    for (id, event) in scheduler.take_events() {
+        let outcome = outcomes.entry(id).or_default();
+        assert_eq!(outcome.end, None, "nothing after the end");
+        match event {
+            Event::Started(_) => outcome.started += 1,
+            Event::Tokens(tokens) => {
+                assert_eq!(outcome.started, 1);
+                outcome.tokens.extend(tokens);
+            }
+            end => outcome.end = Some(end),
+        }
+    }
+}
+
+fn random_request(random: &mut Random, id: u64, texts: &[Vec<u32>]) -> Request {
+    let text = &texts[random.below(texts.len())];
+    let mut prompt = text[..1 + random.below(text.len())].to_vec();
+    prompt.extend((0..random.below(20)).map(|_| random.below(VOCAB) as u32));
+    let max_tokens = 1 + random.below(60);
+    Request {
+        namespace: Namespace([random.below(2) as u8; 32]),
+        sampling: match random.below(2) {
+            0 => Sampling::Greedy,
+            _ => Sampling::Temperature { temperature: 0.8, seed: random.next() },
+        },
+        eos: if random.below(2) == 0 { Eos::Ends } else { Eos::Ignored },
+        stop_token_ids: if random.below(3) == 0 { vec![7, 11] } else { vec![] },
+        ..request(id, prompt, max_tokens)
+    }
+}
+
+/// Runs one random workload and checks every output. Returns the counters, and evictions and onboards.
+fn random_workload(seed: u64) -> (Counters, usize, usize) {
+    let mut random = Random(seed);
+    let tokens_per_block = [16, 32, 64][random.below(3)];
+    let behaviour = Behaviour {
+        // From barely enough for one request to enough for several.
+        blocks: 480usize.div_ceil(tokens_per_block) + random.below(40),
+        tokens_per_block,
+        host_blocks: [0, 5, 200][random.below(3)],
+        delay: random.below(4),
+        pending_in: [0, 3, 10][random.below(3)],
+        failing_in: [0, 2, 5][random.below(3)],
+    };
+    let (mut cache, contents) = TestCache::new(behaviour, seed);
+    let mut model = TestModel { contents, tokens_per_block };
+    let mut scheduler = scheduler(behaviour, |options| {
+        options.max_batch = 1 + random.below(10);
+        options.max_batch_tokens = 10 + random.below(300);
+    });
+    let texts: Vec<Vec<u32>> =
+        (0..4).map(|_| (0..400).map(|_| random.below(VOCAB) as u32).collect()).collect();
+    let requests: Vec<Request> = (0..30).map(|id| random_request(&mut random, id, &texts)).collect();
+    let mut outcomes: BTreeMap<RequestId, Outcome> = BTreeMap::new();
+    let mut cancelled = Vec::new();
+    let mut turns = 0;
+    let mut coming = requests.iter();
+    loop {
+        if random.below(4) == 0 {
+            for request in coming.by_ref().take(random.below(6)) {
+                scheduler.submit(request.clone());
+            }
+        }
+        if random.below(12) == 0 {
+            let id = RequestId(random.below(30) as u64);
+            scheduler.cancel(id, &mut cache);
+            cancelled.push(id);
+        }
+        turn(&mut scheduler, &mut cache, &mut model);
+        collect(&mut outcomes, &mut scheduler);
+        turns += 1;
+        assert!(turns < 100_000, "seed {seed} comes to an end");
+        if coming.len() == 0 && scheduler.is_idle() {
+            break;
+        }
+    }
+    for request in &requests {
+        let outcome = &outcomes[&request.id];
+        let (want, reason) = alone(request, request.max_tokens, expected);
+        match outcome.end.as_ref().expect("every request ends") {
+            Event::Finished { reason: FinishReason::Cancelled, completion_tokens, .. } => {
+                assert!(cancelled.contains(&request.id));
+                assert_eq!(*completion_tokens, outcome.tokens.len());
+                assert!(want.starts_with(&outcome.tokens), "seed {seed}");
+            }
+            end => {
+                let want_end = Event::Finished {
+                    reason,
+                    prompt_tokens: request.prompt.len(),
+                    completion_tokens: want.len(),
+                };
+                assert_eq!((&outcome.tokens, end), (&want, &want_end), "seed {seed} {:?}", request.id);
+            }
+        }
+    }
+    cache.assert_nothing_held();
+    (scheduler.counters(), cache.evictions, cache.onboards)
+}
+
+#[test]
+fn random_workloads_give_the_outputs_of_runs_alone() {
+    let mut total = Counters::default();
+    let (mut evictions, mut onboards) = (0, 0);
+    for seed in 0..400 {
+        let (counters, evicted, onboarded) = random_workload(seed);
+        total.preemptions += counters.preemptions;
+        total.failed_onboards += counters.failed_onboards;
+        total.cancelled += counters.cancelled;
+        total.device_tokens += counters.device_tokens;
+        total.host_tokens += counters.host_tokens;
+        total.max_decode_batch = total.max_decode_batch.max(counters.max_decode_batch);
+        assert_eq!(counters.requests, counters.finished + counters.cancelled, "seed {seed}");
+        (evictions, onboards) = (evictions + evicted, onboards + onboarded);
+    }
+    println!("{total:?}, {evictions} evictions, {onboards} onboards");
+    assert!(total.preemptions > 100 && total.failed_onboards > 50 && total.cancelled > 500);
+    assert!(total.device_tokens > 10_000 && total.host_tokens > 10_000 && total.max_decode_batch > 4);
+    assert!(evictions > 1000 && onboards > 500);
+}
+
+#[test]
+fn a_short_prompt_overtakes_a_long_prefill() {
+    let (mut cache, contents) = TestCache::new(EASY, 1);
+    let mut model = TestModel { contents, tokens_per_block: 16 };
+    let mut scheduler = scheduler(EASY, |_| {});
+    scheduler.submit(request(1, vec![1; 3900], 5));
+    assert_eq!(turn(&mut scheduler, &mut cache, &mut model), 512);
+    scheduler.take_events();
+    // It comes while a chunk is computed: the step after that one answers.
+    scheduler.submit(request(2, vec![2; 40], 5));
+    assert_eq!(turn(&mut scheduler, &mut cache, &mut model), 512);
+    let answered = |events: Vec<(RequestId, Event)>| {
+        events.iter().any(|(id, e)| id.0 == 2 && matches!(e, Event::Tokens(_)))
+    };
+    assert!(answered(scheduler.take_events()));
+    // And the long one goes on beside it.
+    assert_eq!(turn(&mut scheduler, &mut cache, &mut model), 512);
+}
+
+#[test]
+fn a_long_prompt_is_not_starved_by_short_ones() {
+    let behaviour = Behaviour { blocks: 3000, ..EASY };
+    let (mut cache, contents) = TestCache::new(behaviour, 1);
+    let mut model = TestModel { contents, tokens_per_block: 16 };
+    let mut scheduler = scheduler(behaviour, |_| {});
+    scheduler.submit(request(0, vec![1; 3900], 1));
+    for step in 1..600 {
+        for i in 0..3 {
+            let id = step * 3 + i;
+            scheduler.submit(request(id, (0..300).map(|t| ((id * 7 + t) % 97) as u32).collect(), 1));
+        }
+        turn(&mut scheduler, &mut cache, &mut model);
+        let done =
+            scheduler.take_events().iter().any(|(id, e)| id.0 == 0 && matches!(e, Event::Finished { .. }));
+        if done {
+            return;
+        }
+    }
+    panic!("600 steps were not enough");
+}
+
+#[test]
+fn what_is_committed_is_found_again_and_decode_blocks_too() {
+    let (mut cache, contents) = TestCache::new(EASY, 1);
+    let mut model = TestModel { contents, tokens_per_block: 16 };
+    let mut scheduler = scheduler(EASY, |_| {});
+    let mut started = |request: Request| {
+        scheduler.submit(request);
+        let mut events = Vec::new();
+        while !scheduler.is_idle() {
+            turn(&mut scheduler, &mut cache, &mut model);
+            events.extend(scheduler.take_events());
+        }
+        let tokens: Vec<u32> = events
+            .iter()
+            .flat_map(|(_, e)| if let Event::Tokens(t) = e { t.clone() } else { vec![] })
+            .collect();
+        let Some((_, Event::Started(cached))) = events.into_iter().next() else { panic!("starts") };
+        (cached.device, tokens)
+    };
+    let prompt: Vec<u32> = (0..32).collect();
+    let (hits, first) = started(request(1, prompt.clone(), 40));
+    assert_eq!(hits, 0);
+    let (hits, again) = started(request(2, prompt.clone(), 40));
+    assert_eq!((hits, &again), (16, &first), "one token of the prompt is always computed");
+    let conversation = [prompt, first].concat();
+    assert_eq!(
+        started(request(3, conversation, 1)).0,
+        64,
+        "of 72 tokens 71 were computed, 4 blocks complete"
+    );
+}
+
+#[test]
+fn a_full_queue_and_what_cannot_fit_are_refused() {
+    let behaviour = Behaviour { blocks: 300, ..EASY };
+    let (mut cache, _) = TestCache::new(behaviour, 1);
+    let mut scheduler = scheduler(behaviour, |options| options.max_waiting = 2);
+    for id in 0..3 {
+        scheduler.submit(request(id, vec![1], 1));
+    }
+    assert_eq!(scheduler.take_events(), vec![(RequestId(2), Event::Refused(Refusal::Busy))]);
+    scheduler.cancel(RequestId(0), &mut cache);
+    scheduler.submit(request(4, vec![1; 5000], 1500));
+    let events = scheduler.take_events();
+    assert!(
+        matches!(events[1].1, Event::Refused(Refusal::Invalid { field: "max_tokens", .. })),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn a_request_that_alone_gets_no_block_is_given_up() {
+    let behaviour = Behaviour { blocks: 10, ..EASY };
+    let (mut cache, contents) = TestCache::new(behaviour, 1);
+    let stolen = cache.allocate(8);
+    let mut model = TestModel { contents, tokens_per_block: 16 };
+    let mut scheduler = scheduler(behaviour, |options| options.max_starved_turns = 20);
+    scheduler.submit(request(1, vec![1; 100], 10));
+    for _ in 0..30 {
+        turn(&mut scheduler, &mut cache, &mut model);
+    }
+    let events = scheduler.take_events();
+    assert!(matches!(events.as_slice(), [(RequestId(1), Event::Failed(_))]), "{events:?}");
+    let kvbm_worker::Allocate::Blocks(stolen) = stolen else { panic!("ten were free") };
+    cache.release(stolen);
+    cache.assert_nothing_held();
+}
+
+/// The real model, several at once in a small pool, against runs alone.
+#[test]
+fn the_bundled_model_answers_the_same_in_company() {
+    let mut random = Random(11);
+    let behaviour = Behaviour { blocks: 34, delay: 1, pending_in: 5, ..EASY };
+    let texts: Vec<Vec<u32>> =
+        (0..2).map(|_| (0..300).map(|_| 3 + random.below(90) as u32).collect()).collect();
+    let requests: Vec<Request> = (0..12)
+        .map(|id| Request { max_tokens: 24, ..random_request(&mut random, id, &texts) })
+        .map(|r| Request { namespace: Namespace([0; 32]), ..r })
+        .collect();
+    let mut solo = engine(2, None);
+    let wants: Vec<(Vec<u32>, FinishReason)> = requests
+        .iter()
+        .map(|request| {
+            let kv = KvMemory::private(solo.kv_layout(32), 20);
+            let solo = std::cell::RefCell::new((&mut solo, 0));
+            alone(request, 24, |tokens| {
+                let (engine, done) = &mut *solo.borrow_mut();
+                let logits = run(engine, &kv, &tokens[*done..], *done);
+                *done = tokens.len();
+                logits
+            })
+        })
+        .collect();
+    let engine = engine(2, None);
+    let kv = KvMemory::private(engine.kv_layout(16), behaviour.blocks);
+    let mut model = Llama { engine, kv };
+    let (mut cache, _) = TestCache::new(behaviour, 5);
+    let mut scheduler = scheduler(behaviour, |options| options.max_batch_tokens = 100);
+    requests.iter().for_each(|request| scheduler.submit(request.clone()));
+    let mut outcomes = BTreeMap::new();
+    while !scheduler.is_idle() {
+        turn(&mut scheduler, &mut cache, &mut model);
+        collect(&mut outcomes, &mut scheduler);
+    }
+    for (request, (want, _)) in requests.iter().zip(wants) {
+        assert_eq!(outcomes[&request.id].tokens, want, "{:?}", request.id);
+    }
+    let counters = scheduler.counters();
+    assert!(
+        counters.max_decode_batch > 1 && counters.device_tokens > 0 && counters.preemptions > 0,
+        "{counters:?}"
+    );
+    cache.assert_nothing_held();
+    assert_eq!(model.kv.read_block(BlockId(0)).len(), model.kv.layout().block_bytes());
+}
