@@ -1,0 +1,402 @@
+//! The cache as the engine's loop sees it: every call returns at once, results come as events.
+//!
+//! One thread owns it. It decides everything about the pool in that thread, from its [`PoolTable`]; the link only
+//! forwards and reports. So a detach is one step here: epoch, quarantine, table, answers; no other thread can be in the
+//! middle of something.
+//!
+//! Who owns a block: `allocate` and a lookup's `device` give the caller one reference per block, `release` takes one.
+//! Targets of an onboard are the cache's until `Onboarded` says they are the caller's again (`ok`), or gone.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_shm::PoolMemory;
+
+use crate::exchange::{Attempt, Command, Note, QuestionId};
+use crate::link::LinkHandle;
+use crate::pool_table::{BlockRef, Content, DaemonId, PoolTable, Release};
+use crate::{Config, Counters, DetachReason, WorkerRegistration};
+
+mod arrivals;
+mod start;
+
+pub use start::{StartError, Startup};
+
+/// Open questions, at most; more are answered locally.
+const QUESTIONS_MAX: usize = 512;
+
+/// Names a lease for as long as the engine is attached; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LeaseId(u64);
+
+/// What came of an allocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Allocate {
+    /// The caller's, one reference each.
+    Blocks(Vec<u32>),
+    /// Ask again after [`CacheEvent::Granted`].
+    Pending,
+    /// Nothing more can be evicted now. Ask again after a release, or later.
+    Exhausted,
+}
+
+/// A result, or a change of state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CacheEvent {
+    /// The answer to a lookup.
+    Looked {
+        /// The caller's name for it.
+        ticket: u64,
+        /// Leading blocks that are in the pool, one reference each for the caller.
+        device: Vec<u32>,
+        /// Blocks behind them that are in host memory.
+        host_blocks: u32,
+        /// Blocks behind those that are on disk.
+        disk_blocks: u32,
+        /// What to onboard the host blocks with.
+        lease: Option<LeaseId>,
+    },
+    /// An allocation that was pending may succeed now.
+    Granted,
+    /// The outcome of an onboard.
+    Onboarded {
+        /// The caller's name for it.
+        ticket: u64,
+        /// The targets are complete and the caller's. Otherwise they are the caller's no more.
+        ok: bool,
+    },
+    /// The daemon decides about the pool again.
+    Attached {
+        /// The daemon's name for it.
+        pool_id: u32,
+    },
+    /// The engine is on its own.
+    Detached {
+        /// Why.
+        reason: DetachReason,
+    },
+}
+
+/// Who decides about the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheState {
+    /// The engine.
+    Detached,
+    /// The daemon, which has not confirmed it yet: only blocks in use are found, allocations wait.
+    Attaching,
+    /// The daemon.
+    Attached {
+        /// It owes an answer whose deadline has passed: it is not asked until it has given one.
+        breaker_open: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Detached,
+    Attaching { attempt: Attempt, daemon: DaemonId },
+    Attached { attempt: Attempt, daemon: DaemonId },
+}
+
+#[derive(Debug)]
+struct Lookup {
+    ticket: u64,
+    namespace: Namespace,
+    keys: Vec<SequenceHash>,
+    abandoned: bool,
+}
+
+#[derive(Debug)]
+struct Lease {
+    lease_id: u64,
+    contents: Vec<Content>,
+}
+
+#[derive(Debug)]
+struct Onboard {
+    ticket: u64,
+    targets: Vec<u32>,
+    contents: Vec<Content>,
+    abandoned: bool,
+}
+
+/// An event and the blocks that go with it, should nobody want it any more.
+#[derive(Debug)]
+struct Queued {
+    event: CacheEvent,
+    targets: Vec<u32>,
+}
+
+/// The engine's blocks, with the daemon or without.
+pub struct DeviceCache {
+    config: Config,
+    table: PoolTable,
+    memory: Arc<PoolMemory>,
+    mode: Mode,
+    link: Option<LinkHandle>,
+    breaker_open: bool,
+    events: VecDeque<Queued>,
+    lookups: HashMap<QuestionId, Lookup>,
+    onboards: HashMap<QuestionId, Onboard>,
+    leases: HashMap<LeaseId, Lease>,
+    /// Commits and releases that were not sent yet.
+    notes: Vec<Note>,
+    /// Open requests for grants, and how many blocks each asked for.
+    grants: HashMap<QuestionId, u32>,
+    /// Blocks that a pending allocation needs; 0 when none is pending.
+    wanted: u32,
+    /// The last answer gave less than was asked, and nothing was released since.
+    short: bool,
+    numbers: u64,
+    counters: Arc<Counters>,
+}
+
+impl DeviceCache {
+    /// The mapped pool. It stays the same over detach and re-attachment.
+    pub fn memory(&self) -> Arc<PoolMemory> {
+        self.memory.clone()
+    }
+
+    /// What the cache did so far.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
+    /// Who decides about the pool.
+    pub fn state(&self) -> CacheState {
+        match self.mode {
+            Mode::Detached => CacheState::Detached,
+            Mode::Attaching { .. } => CacheState::Attaching,
+            Mode::Attached { .. } => CacheState::Attached { breaker_open: self.breaker_open },
+        }
+    }
+
+    /// Blocks in the pool.
+    pub fn block_count(&self) -> u32 {
+        self.table.block_count()
+    }
+
+    /// The table, for tests and status.
+    pub fn table(&self) -> &PoolTable {
+        &self.table
+    }
+
+    /// Changes how this engine is listed in the daemon's registry.
+    pub fn set_worker(&self, worker: Option<WorkerRegistration>) {
+        if let Some(link) = &self.link {
+            link.set_worker(worker);
+        }
+    }
+
+    /// True when [`DeviceCache::poll`] would return something that no wake-up announced.
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// Finds the longest prefix of `keys`, which begin with the first block of a sequence. Answered by
+    /// [`CacheEvent::Looked`].
+    pub fn lookup(&mut self, ticket: u64, namespace: Namespace, keys: Vec<SequenceHash>) {
+        let lookup = Lookup { ticket, namespace, keys, abandoned: false };
+        if !self.may_ask() || lookup.keys.is_empty() {
+            return self.answer_locally(lookup);
+        }
+        self.flush();
+        let question = self.number();
+        let (namespace, keys) = (lookup.namespace, lookup.keys.clone());
+        self.lookups.insert(question, lookup);
+        let (miss, fail) = (self.config.match_deadline, self.config.detach_after);
+        self.ask(question, Some(miss), fail, Command::Match { question, namespace, keys });
+    }
+
+    /// Takes `count` blocks to fill, all or none.
+    pub fn allocate(&mut self, count: usize) -> Allocate {
+        if let Some(blocks) = self.table.take(count) {
+            self.counters.allocated_blocks.add(blocks.len() as u64);
+            self.top_up();
+            return Allocate::Blocks(blocks);
+        }
+        let wanted = u32::try_from(count).ok().filter(|count| *count <= self.block_count());
+        let Some(wanted) = wanted.filter(|_| self.mode != Mode::Detached) else {
+            self.counters.exhausted.add(1);
+            return Allocate::Exhausted;
+        };
+        if self.short && self.grants.is_empty() {
+            self.short = false;
+            self.counters.exhausted.add(1);
+            return Allocate::Exhausted;
+        }
+        self.wanted = self.wanted.max(wanted);
+        self.flush();
+        self.top_up();
+        Allocate::Pending
+    }
+
+    /// Copies the first `targets` blocks of a lease into blocks that were allocated and not committed. Ends the lease.
+    /// Answered by [`CacheEvent::Onboarded`]; until then nobody may touch the targets.
+    pub fn onboard(&mut self, ticket: u64, lease: LeaseId, targets: Vec<u32>) {
+        let Some(mut lease) = self.leases.remove(&lease) else {
+            return self.onboard_failed(ticket, &targets);
+        };
+        if !self.may_ask() || targets.is_empty() || targets.len() > lease.contents.len() {
+            self.send_now(Command::ReleaseLease(lease.lease_id));
+            return self.onboard_failed(ticket, &targets);
+        }
+        self.flush();
+        lease.contents.truncate(targets.len());
+        let question = self.number();
+        let refs = targets.iter().map(|&block| self.table.block_ref(block)).collect();
+        let onboard = Onboard { ticket, targets, contents: lease.contents, abandoned: false };
+        self.onboards.insert(question, onboard);
+        // Copies queue behind each other.
+        let blocks: usize = self.onboards.values().map(|onboard| onboard.targets.len()).sum();
+        let mebibytes = (blocks * self.memory.layout().block_bytes).div_ceil(1 << 20);
+        let fail = self.config.detach_after
+            + self.config.onboard_per_mib.saturating_mul(u32::try_from(mebibytes).unwrap_or(u32::MAX));
+        let command = Command::Onboard { question, lease_id: lease.lease_id, targets: refs };
+        self.ask(question, None, fail, command);
+    }
+
+    /// `block` is filled and will not be written again. Reaches the daemon with the next [`DeviceCache::flush`].
+    pub fn commit(
+        &mut self,
+        block: u32,
+        namespace: Namespace,
+        key: SequenceHash,
+        parent: Option<SequenceHash>,
+    ) {
+        let content = Content { namespace, key, parent };
+        self.table.commit(block, content);
+        if self.mode != Mode::Detached {
+            self.notes.push(Note::Commit { block: self.table.block_ref(block), content });
+        }
+    }
+
+    /// Gives back one reference of each block. Reaches the daemon with the next [`DeviceCache::flush`].
+    pub fn release(&mut self, blocks: &[u32]) {
+        for &block in blocks {
+            if let Some(release) = self.table.unreference(block) {
+                self.note_release(release);
+            }
+        }
+    }
+
+    /// One more reference for a block that the caller holds.
+    pub fn reference(&mut self, block: u32) {
+        self.table.reference(block);
+    }
+
+    /// A lease will not be used.
+    pub fn abandon_lease(&mut self, lease: LeaseId) {
+        if let Some(lease) = self.leases.remove(&lease) {
+            self.send_now(Command::ReleaseLease(lease.lease_id));
+        }
+    }
+
+    /// Nobody waits for the lookup or onboard named `ticket` any more. What it brings, or has brought since the last
+    /// [`DeviceCache::poll`], is given back, onboard targets included.
+    pub fn abandon(&mut self, ticket: u64) {
+        for lookup in self.lookups.values_mut().filter(|lookup| lookup.ticket == ticket) {
+            lookup.abandoned = true;
+        }
+        for onboard in self.onboards.values_mut().filter(|onboard| onboard.ticket == ticket) {
+            onboard.abandoned = true;
+        }
+        for Queued { event, targets } in std::mem::take(&mut self.events) {
+            match event {
+                CacheEvent::Looked { ticket: of, device, lease, .. } if of == ticket => {
+                    self.release(&device);
+                    lease.into_iter().for_each(|lease| self.abandon_lease(lease));
+                }
+                CacheEvent::Onboarded { ticket: of, .. } if of == ticket => self.release(&targets),
+                event => self.events.push_back(Queued { event, targets }),
+            }
+        }
+    }
+
+    /// Sends what commits and releases piled up. Once per turn of the loop is enough.
+    pub fn flush(&mut self) {
+        if matches!(self.mode, Mode::Attached { .. }) && !self.notes.is_empty() {
+            let notes = std::mem::take(&mut self.notes);
+            self.send_now(Command::Notes(notes));
+        }
+    }
+
+    /// Takes in what arrived, and returns what is new.
+    pub fn poll(&mut self) -> Vec<CacheEvent> {
+        self.take_in();
+        self.events.drain(..).map(|queued| queued.event).collect()
+    }
+
+    fn note_release(&mut self, release: Release) {
+        self.short = false;
+        if self.mode != Mode::Detached {
+            self.notes.push(Note::Release(release));
+        }
+    }
+
+    /// Whether a question can be asked now.
+    fn may_ask(&self) -> bool {
+        let open = self.lookups.len() + self.onboards.len() + self.grants.len();
+        matches!(self.mode, Mode::Attached { .. }) && !self.breaker_open && open < QUESTIONS_MAX
+    }
+
+    fn answer_locally(&mut self, lookup: Lookup) {
+        if lookup.abandoned {
+            return;
+        }
+        self.counters.local_matches.add(1);
+        let device = self.table.find(&lookup.keys);
+        let (ticket, lease) = (lookup.ticket, None);
+        self.push(CacheEvent::Looked { ticket, device, host_blocks: 0, disk_blocks: 0, lease });
+    }
+
+    /// The daemon never wrote to `targets`, or has ended.
+    fn onboard_failed(&mut self, ticket: u64, targets: &[u32]) {
+        self.counters.onboard_failures.add(1);
+        self.release(targets);
+        self.push(CacheEvent::Onboarded { ticket, ok: false });
+    }
+
+    /// Asks for grants when the stash runs low, or an allocation waits.
+    fn top_up(&mut self) {
+        if !self.may_ask() || (self.short && self.wanted == 0) {
+            return;
+        }
+        let stash = self.config.stash_blocks_max.min(self.block_count() / 8).max(1);
+        let have = u32::try_from(self.table.free_count()).unwrap_or(u32::MAX);
+        let have = have.saturating_add(self.grants.values().sum());
+        let low = if self.wanted > 0 { self.wanted } else { stash.div_ceil(2) };
+        if have < low {
+            let (question, count) = (self.number(), stash.max(self.wanted) - have);
+            self.grants.insert(question, count);
+            let command = Command::RequestGrants { question, count };
+            self.ask(question, None, self.config.detach_after, command);
+        }
+    }
+
+    fn ask(&mut self, question: QuestionId, miss: Option<Duration>, fail: Duration, command: Command) {
+        if let Some(link) = &self.link {
+            link.desk.open(question, Instant::now(), miss, fail);
+        }
+        self.send_now(command);
+    }
+
+    fn send_now(&mut self, command: Command) {
+        let Mode::Attached { attempt, .. } = self.mode else { return };
+        let sent = self.link.as_ref().map_or(Ok(()), |link| link.send(attempt, command));
+        if let Err(reason) = sent {
+            self.give_up(reason);
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    fn push(&mut self, event: CacheEvent) {
+        self.events.push_back(Queued { event, targets: Vec::new() });
+    }
+}

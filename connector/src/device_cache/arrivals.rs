@@ -1,0 +1,270 @@
+//! What the link reports, and what the engine makes of it.
+
+use kvbm_proto::v1;
+
+use super::{BlockRef, CacheEvent, Content, DeviceCache, Lease, LeaseId, Lookup, Mode, Onboard, Queued};
+use crate::exchange::{Arrival, Attempt, Command, Opened, Opening, QuestionId};
+use crate::pool_table::{DaemonId, Release};
+use crate::{ClientError, DetachReason};
+
+impl DeviceCache {
+    pub(super) fn take_in(&mut self) {
+        let Some(link) = &self.link else { return };
+        for (attempt, arrival) in link.inbox.drain() {
+            self.arrived(attempt, arrival);
+        }
+        self.flush();
+        self.top_up();
+    }
+
+    fn arrived(&mut self, attempt: Attempt, arrival: Arrival) {
+        let (current, daemon) = match self.mode {
+            Mode::Detached => (None, None),
+            Mode::Attaching { attempt, daemon } | Mode::Attached { attempt, daemon } => {
+                (Some(attempt), Some(daemon))
+            }
+        };
+        match arrival {
+            Arrival::DaemonDead { daemon: dead } => {
+                if daemon == Some(dead) {
+                    self.hang_up();
+                    self.detach(DetachReason::Died, true);
+                }
+                self.daemon_dead(dead);
+            }
+            Arrival::Reachable { daemon } if current.is_none() => self.hand_over(attempt, daemon),
+            // Whatever else is not of this attempt is void: pins, grants and leases of a session end with it.
+            _ if current != Some(attempt) => {}
+            Arrival::Reachable { .. } => {}
+            Arrival::Opened(opened) => self.opened(*opened),
+            Arrival::Down { reason, daemon_dead } => self.detach(reason, daemon_dead),
+            Arrival::Matched { question, result } => self.matched(question, result),
+            Arrival::Missed { question } => self.missed(question),
+            Arrival::Onboarded { question, result } => self.onboarded(question, result),
+            Arrival::Granted { question, result } => self.granted(question, result),
+        }
+    }
+
+    /// A daemon is there: it is given the pool.
+    fn hand_over(&mut self, attempt: Attempt, daemon: DaemonId) {
+        let table = self.table.adoption(daemon);
+        self.mode = Mode::Attaching { attempt, daemon };
+        let memory = self.memory.clone();
+        let opening = Opening::Adoption { epoch: memory.epoch(), memory, table };
+        let sent = self.link.as_ref().map(|link| link.send(attempt, Command::Open(opening)));
+        if let Some(Err(reason)) = sent {
+            self.give_up(reason);
+        }
+    }
+
+    fn opened(&mut self, opened: Opened) {
+        let Mode::Attaching { attempt, daemon } = self.mode else { return };
+        self.mode = Mode::Attached { attempt, daemon };
+        self.table.attached(daemon);
+        self.counters.reattaches.add(1);
+        self.counters.attached.set(1);
+        self.count_quarantine();
+        self.push(CacheEvent::Attached { pool_id: opened.pool_id });
+    }
+
+    fn matched(&mut self, question: QuestionId, result: Result<v1::MatchReply, ClientError>) {
+        let lookup = self.lookups.remove(&question);
+        self.breaker_open = false;
+        let reply = match result {
+            Ok(reply) => reply,
+            Err(ClientError::Malformed { detail }) => {
+                self.lookups.extend(lookup.map(|lookup| (question, lookup)));
+                return self.contradicted(detail);
+            }
+            Err(_) => return lookup.into_iter().for_each(|lookup| self.answer_locally(lookup)),
+        };
+        let device: Vec<BlockRef> = reply.device.iter().map(|&block| block.into()).collect();
+        // Too late, or nobody waits: its pins and lease go straight back.
+        let Some(lookup) = lookup.filter(|lookup| !lookup.abandoned) else {
+            for &block in &device {
+                self.note_release(Release { block, pins: 1 });
+            }
+            return self.release_lease(reply.lease_id);
+        };
+        self.counters.matches.add(1);
+        let (accepted, doubted) = self.table.matched(lookup.namespace, &lookup.keys, &device);
+        let believed = doubted.is_empty();
+        if !believed {
+            tracing::warn!(blocks = ?doubted, "the daemon matched blocks that hold something else");
+            self.counters.contradictions.add(1);
+            doubted.into_iter().for_each(|release| self.note_release(release));
+        }
+        self.counters.device_blocks_matched.add(accepted.len() as u64);
+        let contents = host_contents(&lookup, accepted.len(), reply.host_blocks);
+        let usable = believed && reply.lease_id != 0 && !contents.is_empty();
+        let (host_blocks, disk_blocks, lease) = if usable {
+            let host_blocks = u32::try_from(contents.len()).expect("no more than host_blocks");
+            let lease = LeaseId(self.number());
+            self.leases.insert(lease, Lease { lease_id: reply.lease_id, contents });
+            (host_blocks, reply.disk_blocks, Some(lease))
+        } else {
+            self.release_lease(reply.lease_id);
+            (0, if believed && reply.host_blocks == 0 { reply.disk_blocks } else { 0 }, None)
+        };
+        let ticket = lookup.ticket;
+        self.push(CacheEvent::Looked { ticket, device: accepted, host_blocks, disk_blocks, lease });
+    }
+
+    fn missed(&mut self, question: QuestionId) {
+        // Unless its answer overtook the deadline in the queue.
+        if let Some(lookup) = self.lookups.remove(&question) {
+            self.counters.match_timeouts.add(1);
+            self.breaker_open = true;
+            self.answer_locally(lookup);
+        }
+    }
+
+    fn onboarded(&mut self, question: QuestionId, result: Result<v1::TransferDone, ClientError>) {
+        self.breaker_open = false;
+        if let Err(ClientError::Malformed { detail }) = result {
+            return self.contradicted(detail);
+        }
+        let Some(onboard) = self.onboards.remove(&question) else { return };
+        let Onboard { ticket, targets, contents, abandoned } = onboard;
+        let expected = targets.len();
+        let ok =
+            matches!(&result, Ok(done) if done.blocks_failed == 0 && done.blocks_done as usize == expected);
+        if !ok {
+            tracing::debug!(?result, "an onboard did not deliver");
+            self.counters.onboard_failures.add(1);
+            self.release(&targets);
+        } else {
+            self.counters.onboarded_blocks.add(expected as u64);
+            for (&block, &content) in targets.iter().zip(&contents) {
+                self.table.commit(block, content);
+            }
+            if abandoned {
+                self.release(&targets);
+            }
+        }
+        if !abandoned {
+            let targets = if ok { targets } else { Vec::new() };
+            self.events.push_back(Queued { event: CacheEvent::Onboarded { ticket, ok }, targets });
+        }
+    }
+
+    fn granted(&mut self, question: QuestionId, result: Result<Vec<BlockRef>, ClientError>) {
+        self.breaker_open = false;
+        let Some(asked) = self.grants.remove(&question) else { return };
+        let blocks = match result {
+            Ok(blocks) => blocks,
+            Err(ClientError::Malformed { detail }) => return self.contradicted(detail),
+            Err(error) => {
+                tracing::debug!(%error, "no grants");
+                Vec::new()
+            }
+        };
+        if let Err(contradiction) = self.table.grant(&blocks) {
+            return self.contradicted(format!("block {} was granted while in use", contradiction.block));
+        }
+        self.short = blocks.len() < asked as usize;
+        if self.wanted > 0 && (self.short || self.table.free_count() >= self.wanted as usize) {
+            self.wanted = 0;
+            self.push(CacheEvent::Granted);
+        }
+    }
+
+    fn daemon_dead(&mut self, daemon: DaemonId) {
+        let before = self.table.quarantined_count();
+        for release in self.table.clear_quarantine(daemon) {
+            self.note_release(release);
+        }
+        self.count_quarantine();
+        if self.table.quarantined_count() < before {
+            self.push(CacheEvent::Granted);
+        }
+    }
+
+    fn release_lease(&mut self, lease_id: u64) {
+        if lease_id != 0 {
+            self.send_now(Command::ReleaseLease(lease_id));
+        }
+    }
+
+    /// The daemon is wrong about the pool. A new session with our table sets it right.
+    fn contradicted(&mut self, detail: String) {
+        self.counters.contradictions.add(1);
+        self.give_up(DetachReason::Contradiction(detail));
+    }
+
+    /// Ends the session from this side.
+    pub(super) fn give_up(&mut self, reason: DetachReason) {
+        self.hang_up();
+        self.detach(reason, false);
+    }
+
+    fn hang_up(&self) {
+        if let (Some(link), Mode::Attaching { attempt, .. } | Mode::Attached { attempt, .. }) =
+            (&self.link, self.mode)
+        {
+            link.hang_up(attempt);
+        }
+    }
+
+    /// Goes on alone. The order matters: no block is written again before the epoch says so, and no block is free
+    /// that the daemon may still write to.
+    fn detach(&mut self, reason: DetachReason, daemon_dead: bool) {
+        let (was_attached, daemon) = match self.mode {
+            Mode::Detached => return,
+            Mode::Attaching { daemon, .. } => (false, daemon),
+            Mode::Attached { daemon, .. } => (true, daemon),
+        };
+        self.memory.raise_epoch();
+        self.mode = Mode::Detached;
+        let onboards: Vec<Onboard> = self.onboards.drain().map(|(_, onboard)| onboard).collect();
+        if !daemon_dead {
+            for onboard in &onboards {
+                self.table.quarantine(&onboard.targets, daemon);
+            }
+        }
+        self.table.detach();
+        for onboard in onboards {
+            self.counters.onboard_failures.add(1);
+            if daemon_dead {
+                self.release(&onboard.targets);
+            }
+            if !onboard.abandoned {
+                self.push(CacheEvent::Onboarded { ticket: onboard.ticket, ok: false });
+            }
+        }
+        self.notes.clear();
+        self.grants.clear();
+        self.leases.clear();
+        self.breaker_open = false;
+        self.short = false;
+        let lookups: Vec<Lookup> = self.lookups.drain().map(|(_, lookup)| lookup).collect();
+        lookups.into_iter().for_each(|lookup| self.answer_locally(lookup));
+        if std::mem::take(&mut self.wanted) > 0 {
+            self.push(CacheEvent::Granted);
+        }
+        self.count_quarantine();
+        self.counters.attached.set(0);
+        if was_attached {
+            self.counters.detaches.add(1);
+            self.push(CacheEvent::Detached { reason });
+        } else {
+            tracing::debug!(%reason, "the daemon did not take the pool");
+            self.counters.attach_failures.add(1);
+        }
+    }
+
+    fn count_quarantine(&self) {
+        self.counters.quarantined_blocks.set(self.table.quarantined_count() as u64);
+    }
+}
+
+/// What the host blocks of a match hold, no more than the lookup asked for.
+fn host_contents(lookup: &Lookup, device_blocks: usize, host_blocks: u32) -> Vec<Content> {
+    let content = |at: usize| Content {
+        namespace: lookup.namespace,
+        key: lookup.keys[at],
+        parent: at.checked_sub(1).map(|before| lookup.keys[before]),
+    };
+    let end = lookup.keys.len().min(device_blocks.saturating_add(host_blocks as usize));
+    (device_blocks..end).map(content).collect()
+}

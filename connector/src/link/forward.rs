@@ -1,0 +1,169 @@
+//! Commands become messages, answers become arrivals.
+
+use std::sync::Arc;
+
+use kvbm_hash::Namespace;
+use kvbm_proto::{pack_keys, v1};
+use tokio::time::timeout;
+
+use super::{Connection, End, Link, LinkParts, watched};
+use crate::client::{Committed, answer, commit_message, release_message};
+use crate::exchange::{Arrival, Attempt, Command, Note, QuestionId};
+use crate::session::{Answer, Question};
+use crate::{ClientError, Release};
+
+impl Link {
+    /// Sends one command. A daemon that does not read for `detach_after` is as good as gone.
+    pub(super) async fn forward(
+        &mut self,
+        connection: &mut Connection,
+        pool_id: u32,
+        command: Command,
+    ) -> Result<(), End> {
+        let Self { parts, hangups, attempt, .. } = self;
+        let mut namespaces = std::mem::take(&mut connection.namespaces);
+        let mut sender =
+            Sender { parts, connection, namespaces: &mut namespaces, pool_id, attempt: *attempt };
+        let work = timeout(parts.config.detach_after, sender.send(command));
+        let sent = watched(parts, hangups, *attempt, connection, work).await;
+        connection.namespaces = namespaces;
+        Ok(sent?.unwrap_or(Err(ClientError::Deadline))?)
+    }
+}
+
+struct Sender<'a> {
+    parts: &'a LinkParts,
+    connection: &'a Connection,
+    namespaces: &'a mut std::collections::HashMap<Namespace, u32>,
+    pool_id: u32,
+    attempt: Attempt,
+}
+
+impl Sender<'_> {
+    async fn send(&mut self, command: Command) -> Result<(), ClientError> {
+        let pool_id = self.pool_id;
+        match command {
+            // The attempt is open already.
+            Command::Open(_) => {}
+            Command::Match { question, namespace, keys } => {
+                let namespace_id = match self.namespace(namespace).await {
+                    Ok(namespace_id) => namespace_id,
+                    Err(error @ ClientError::Refused { .. }) => {
+                        self.answered(question)(Arrival::Matched { question, result: Err(error) });
+                        return Ok(());
+                    }
+                    Err(error) => return Err(error),
+                };
+                let keys = pack_keys(keys.iter().map(|key| &key.0));
+                let body = Question::Match(v1::Match { namespace_id, keys, pool_id });
+                let of = |answer| answer!(answer, Match);
+                self.ask(question, body, of, |question, result| Arrival::Matched { question, result }).await;
+            }
+            Command::Onboard { question, lease_id, targets } => {
+                let targets = targets.into_iter().map(Into::into).collect();
+                let body = Question::Onboard(v1::Onboard { lease_id, pool_id, targets });
+                let of = |answer| answer!(answer, TransferDone);
+                self.ask(question, body, of, |question, result| Arrival::Onboarded { question, result })
+                    .await;
+            }
+            Command::RequestGrants { question, count } => {
+                let body = Question::RequestGrants(v1::RequestGrants { pool_id, count });
+                let of = |answer| {
+                    let grants: v1::Grants = answer!(answer, Grants)?;
+                    Ok(grants.blocks.into_iter().map(Into::into).collect())
+                };
+                self.ask(question, body, of, |question, result| Arrival::Granted { question, result }).await;
+            }
+            Command::Notes(notes) => self.notes(notes).await?,
+            Command::ReleaseLease(lease_id) => {
+                self.tell(Question::ReleaseLease(v1::ReleaseLease { lease_id })).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Neighbours of one kind and namespace share a message; their order stays.
+    async fn notes(&mut self, notes: Vec<Note>) -> Result<(), ClientError> {
+        let mut notes = notes.into_iter().peekable();
+        while let Some(note) = notes.next() {
+            match note {
+                Note::Release(release) => {
+                    let mut releases = vec![release];
+                    while let Some(Note::Release(next)) =
+                        notes.next_if(|note| matches!(note, Note::Release(_)))
+                    {
+                        releases.push(next);
+                    }
+                    self.release(&releases).await?;
+                }
+                Note::Commit { block, content } => {
+                    let namespace = content.namespace;
+                    let (mut blocks, mut contents) = (vec![block.into()], vec![content]);
+                    let same = |note: &Note| matches!(note, Note::Commit { content, .. } if content.namespace == namespace);
+                    while let Some(Note::Commit { block, content }) = notes.next_if(same) {
+                        blocks.push(block.into());
+                        contents.push(content);
+                    }
+                    let keys = contents.iter().map(|content| content.key).collect();
+                    let parents = contents.iter().map(|content| content.parent).collect();
+                    let committed = Committed { blocks, keys, parents };
+                    match self.namespace(namespace).await {
+                        Ok(id) => {
+                            self.tell(Question::Commit(commit_message(id, self.pool_id, committed))).await?;
+                        }
+                        // The blocks stay private to this engine.
+                        Err(ClientError::Refused { refusal, detail }) => {
+                            tracing::warn!(?refusal, detail, "the daemon does not take this namespace");
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn release(&self, releases: &[Release]) -> Result<(), ClientError> {
+        self.tell(Question::Release(release_message(self.pool_id, releases))).await
+    }
+
+    async fn tell(&self, message: Question) -> Result<(), ClientError> {
+        self.connection.client.session().tell(message).await
+    }
+
+    async fn namespace(&mut self, namespace: Namespace) -> Result<u32, ClientError> {
+        if let Some(id) = self.namespaces.get(&namespace) {
+            return Ok(*id);
+        }
+        let config = &self.parts.config;
+        let client = &self.connection.client;
+        let id = client.register_namespace(namespace, self.parts.base, &config.tenant, &config.model).await?;
+        self.namespaces.insert(namespace, id);
+        Ok(id)
+    }
+
+    /// Asks; the answer goes to the engine from the reader's task, so that arrivals keep the order of the stream.
+    async fn ask<T>(
+        &self,
+        question: QuestionId,
+        body: Question,
+        of: impl FnOnce(Answer) -> Result<T, ClientError> + Send + 'static,
+        arrival: impl FnOnce(QuestionId, Result<T, ClientError>) -> Arrival + Send + 'static,
+    ) {
+        let answered = self.answered(question);
+        let waiter = move |answer: Result<Answer, ClientError>| match answer.and_then(of) {
+            // The end of the session says it all.
+            Err(ClientError::Unavailable { .. }) => {}
+            result => answered(arrival(question, result)),
+        };
+        self.connection.client.session().ask(body, waiter).await;
+    }
+
+    fn answered(&self, question: QuestionId) -> impl FnOnce(Arrival) + Send + 'static {
+        let (desk, inbox, attempt) = (Arc::clone(&self.parts.desk), self.parts.inbox.clone(), self.attempt);
+        move |arrival| {
+            desk.close(question);
+            inbox.push(attempt, arrival);
+        }
+    }
+}
