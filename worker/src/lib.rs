@@ -10,23 +10,36 @@
 //! * [`model`]: a Hugging Face folder, read and checked.
 //! * [`Engine`]: computes KV and logits; the same bits whatever the batch (see its module).
 //! * [`Scheduler`]: continuous batching over a [`Cache`], a synchronous state machine.
-//! * [`Loop`]: joins them; its owner turns it, usually with [`run`] on a thread of its own.
+//! * [`Loop`]: joins them; its owner turns it, usually with [`turn_until_stopped`] on a thread of its own.
+//! * [`run`]: a whole worker: this loop over a pool of the daemon's, served over gRPC.
 //!
 //! The engine never fails because of the cache: a lookup may find nothing, an onboard may fail, and the tokens are
 //! computed.
 #![deny(unsafe_code)]
 
+mod answer;
+mod args;
 mod bell;
 mod echo;
 mod engine;
+mod engine_thread;
 mod error;
 mod inbox;
+mod listener;
+mod metrics;
 pub mod model;
+mod pool_cache;
 mod request;
 mod sampling;
 mod scheduler;
+mod service;
+mod settings;
+mod system;
 mod turns;
+mod worker;
+mod worker_error;
 
+pub use args::{EngineKind, IsaChoice, WorkerArgs};
 pub use bell::Bell;
 pub use echo::Echo;
 pub use engine::{BlockId, Chunk, Engine, EngineOptions, Isa, KvLayout, KvMemory, Logits};
@@ -37,4 +50,6 @@ pub use sampling::Sampling;
 pub use scheduler::{
     Allocate, Cache, CacheEvent, Counters, LeaseId, Onboard, Plan, Scheduler, SchedulerOptions, Ticket,
 };
-pub use turns::{Llama, Loop, Model, Progress, Turn, run};
+pub use turns::{Llama, Loop, Model, Progress, Turn, turn_until_stopped};
+pub use worker::{ReadyInfo, run};
+pub use worker_error::WorkerError;

@@ -63,7 +63,7 @@ pub trait Turn {
 }
 
 /// Turns until all handles are gone or `stop` is set (ring the bell then).
-pub fn run(turns: &mut impl Turn, stop: &AtomicBool) {
+pub fn turn_until_stopped(turns: &mut impl Turn, stop: &AtomicBool) {
     while !stop.load(Ordering::Acquire) {
         match turns.turn() {
             Progress::Worked => {}

@@ -167,8 +167,7 @@ impl Ledger {
         for lease in self.leases.of_session(session) {
             self.end_lease(lease);
         }
-        let owned: Vec<PoolId> = self.pools_of(session).collect();
-        for id in owned {
+        for id in self.pools_of(session) {
             self.orphan_pool(id, now);
         }
         self.drop_surplus_orphans();

@@ -124,9 +124,9 @@ impl Ledger {
     }
 
     /// Pools of a session, connected or silent.
-    pub(super) fn pools_of(&self, session: SessionId) -> impl Iterator<Item = PoolId> + '_ {
-        let mine = move |pool: &DevicePool| matches!(pool.owner, Owner::Session(owner) | Owner::Silent(owner) if owner == session);
-        self.pools.iter().filter(move |(_, pool)| mine(pool)).map(|(id, _)| *id)
+    pub fn pools_of(&self, session: SessionId) -> Vec<PoolId> {
+        let mine = |pool: &DevicePool| matches!(pool.owner, Owner::Session(owner) | Owner::Silent(owner) if owner == session);
+        self.pools.iter().filter(|(_, pool)| mine(pool)).map(|(id, _)| *id).collect()
     }
 
     /// The session that writes a pool, connected or silent.

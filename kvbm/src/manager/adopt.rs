@@ -46,10 +46,10 @@ impl Shared {
         let former = self.with_ledger(|ledger, now| {
             let former = ledger.pool_named(domain_of(ledger, session)?, uuid);
             if let Some(former) = former {
-                // The engine speaks for itself again: its former session has nothing left to hold.
                 let owner = ledger.pool_owner(former).filter(|owner| *owner != session);
                 ledger.retire_pool(former);
-                if let Some(owner) = owner {
+                // The engine speaks for itself again: its former session ends, unless it holds other pools.
+                if let Some(owner) = owner.filter(|owner| ledger.pools_of(*owner).is_empty()) {
                     ledger.session_dead(owner, now);
                 }
             }

@@ -262,9 +262,18 @@ impl Manager {
         self.shared.with_ledger(|ledger, _| ledger.open_session(domain))
     }
 
-    /// Its process is dead: what it held is released after copies in flight ended.
+    /// Its process is dead: what it held is released after copies in flight ended. A pool whose epoch moved is not kept:
+    /// the engine had gone its own way in it, and what the ledger knows of it is of the past.
     pub fn session_dead(&self, session: SessionId) {
-        self.shared.with_ledger(|ledger, now| ledger.session_dead(session, now));
+        self.shared.with_ledger(|ledger, now| {
+            for id in ledger.pools_of(session) {
+                let known = ledger.pool(id).map(|pool| pool.epoch);
+                if self.shared.pools.get(id).map(|memory| memory.epoch()) != known {
+                    ledger.retire_pool(id);
+                }
+            }
+            ledger.session_dead(session, now);
+        });
     }
 
     /// Its connection is gone while its process lives: what it holds is quarantined.

@@ -278,6 +278,51 @@ fn a_successor_inherits_what_a_dead_worker_left() {
     manager.stop();
 }
 
+/// The engine detached, reused blocks and died before it handed the pool back: nothing is known of it.
+#[test]
+fn a_pool_whose_epoch_moved_has_no_successor() {
+    let manager = manager(with_host(0));
+    let first = Engine::attach(&manager, false);
+    let blocks = first.compute(&first.keys(&(0..12).collect::<Vec<_>>()));
+    first.pool.memory.raise_epoch();
+    first.pool.memory.memory().write(LAYOUT.offset(blocks[0].block), b"other bytes");
+    manager.session_dead(first.session);
+    let second = Engine::attach(&manager, false);
+    assert!(!second.pool.inherited && second.pool.entries.is_empty());
+    assert_eq!(manager.inspect(|ledger| ledger.pools().count()), 1);
+    manager.stop();
+}
+
+#[test]
+fn adopting_one_pool_leaves_the_former_sessions_others_alone() {
+    let manager = manager(with_host(0));
+    let first = Engine::attach(&manager, true);
+    let other = OpenPool {
+        base: base().0,
+        layout: LAYOUT,
+        tokens_per_block: 4,
+        device: "cpu:1".into(),
+        fresh: true,
+        uuid: [200; 16],
+    };
+    let other = manager.open_pool(first.session, other).unwrap();
+    let session = manager.open_session(TrustDomain(1));
+    let adopt = AdoptPool {
+        memory: PoolMemory::from_fd(first.pool.memory.fd().try_clone_to_owned().unwrap()).unwrap(),
+        epoch: first.pool.memory.raise_epoch(),
+        base: base().0,
+        tokens_per_block: 4,
+        device: "cpu:0".into(),
+        entries: vec![],
+        held: vec![],
+    };
+    let (send, receive) = mpsc::channel();
+    manager.adopt_pool(session, adopt, Box::new(move |opened| send.send(opened).unwrap()));
+    receive.recv().unwrap().unwrap();
+    assert_eq!(manager.request_grants(first.session, other.pool_id, 1).unwrap().len(), 1);
+    manager.stop();
+}
+
 #[test]
 fn stopping_answers_everything_that_is_under_way() {
     let config = ManagerConfig { copy_delay: Duration::from_millis(1), ..with_host(1 << 20) };

@@ -9,6 +9,8 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use kvbm_shm::{POOL_HEADER_BYTES, PoolMemory};
+
 use super::lanes::{LANES, narrow};
 
 /// A block of the device pool.
@@ -92,6 +94,22 @@ impl KvMemory {
         assert!(layout.tokens_per_block.is_multiple_of(LANES), "attention reads keys 16 at a time");
         assert!(base.addr().is_multiple_of(2) && stride.is_multiple_of(2), "elements are aligned");
         Self { base, stride, block_count, layout, _owner: owner }
+    }
+
+    /// The blocks of a pool that other processes may have mapped too. Which of them may be used, and when, is for the
+    /// pool's cache to say.
+    ///
+    /// # Panics
+    /// When the pool's blocks are not of this layout.
+    pub fn of_pool(pool: Arc<PoolMemory>, layout: KvLayout) -> Self {
+        let shape = pool.layout();
+        assert_eq!(shape.block_bytes, layout.block_bytes(), "the pool was made for this layout");
+        // SAFETY: the mapping holds the header page and then `block_count` strides, page-aligned, and lives as long as
+        // `pool`. In this process nobody else touches the blocks; other processes copy only blocks that no batch uses.
+        unsafe {
+            let base = pool.memory().address().as_ptr().add(POOL_HEADER_BYTES);
+            Self::new(base, shape.stride(), shape.block_count as usize, layout, pool)
+        }
     }
 
     /// Memory of this process alone, zeroed.

@@ -5,6 +5,7 @@ mod bits;
 mod loading;
 mod reference;
 mod scheduling;
+mod serving;
 mod support;
 mod test_cache;
 mod turning;

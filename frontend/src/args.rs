@@ -1,0 +1,150 @@
+//! Flags, and the configuration that they are checked into before a port is bound.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::FrontendError;
+use crate::fleet::Endpoint;
+
+/// Flags of the frontend. `Config::try_from` checks them.
+#[derive(Debug, Clone, clap::Args)]
+pub struct FrontendArgs {
+    /// Unix socket of the daemon, whose workers are served
+    #[arg(long, env = "KVBM_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// A worker that is served without a daemon: unix:/path or http://host:port (repeatable)
+    #[arg(long = "worker", env = "KVBM_FRONTEND_WORKERS", value_name = "ENDPOINT", value_delimiter = ',')]
+    pub workers: Vec<String>,
+    /// Folder with tokenizer and chat template, instead of the one that the workers name
+    #[arg(long, env = "KVBM_MODEL_PATH", value_name = "DIR")]
+    pub model_path: Option<PathBuf>,
+    /// Address to listen on
+    #[arg(long, env = "DYN_HTTP_HOST", default_value = "0.0.0.0")]
+    pub http_host: String,
+    /// Port to listen on, 0 for any that is free
+    #[arg(long, env = "DYN_HTTP_PORT", default_value_t = 8000, allow_negative_numbers = true)]
+    pub http_port: i64,
+    /// Seconds that a request waits for a worker before it is answered 503, 0 to 3600
+    #[arg(long, env = "KVBM_WORKER_WAIT_SECONDS", default_value_t = 10.0, allow_negative_numbers = true)]
+    pub worker_wait_seconds: f64,
+    /// Largest request body in MB (10^6 bytes), 1 to 1024
+    #[arg(long, env = "DYN_HTTP_BODY_LIMIT_MB", default_value_t = 32, allow_negative_numbers = true)]
+    pub body_limit_mb: i64,
+    /// Seconds that running requests are given when the frontend stops, 0 to 3600
+    #[arg(long, env = "KVBM_DRAIN_SECONDS", default_value_t = 10.0, allow_negative_numbers = true)]
+    pub drain_seconds: f64,
+}
+
+/// Checked settings of the frontend.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Socket of the daemon.
+    pub socket: Option<PathBuf>,
+    /// Workers served without a daemon.
+    pub workers: Vec<Endpoint>,
+    /// Folder with the tokenizer, instead of the workers' own.
+    pub model_path: Option<PathBuf>,
+    /// Where to listen; port 0 is any that is free.
+    pub address: SocketAddr,
+    /// How long a request waits for a worker.
+    pub worker_wait: Duration,
+    /// Largest request body.
+    pub body_limit_bytes: usize,
+    /// How long running requests are given when the frontend stops.
+    pub drain: Duration,
+}
+
+impl TryFrom<FrontendArgs> for Config {
+    type Error = FrontendError;
+
+    fn try_from(args: FrontendArgs) -> Result<Self, FrontendError> {
+        if args.socket.is_none() && args.workers.is_empty() {
+            return Err(invalid("--socket", "nothing", "the daemon's socket, unless there is a --worker"));
+        }
+        let workers = args.workers.iter().map(|text| {
+            Endpoint::parse(text).ok_or_else(|| invalid("--worker", text, "unix:/path or http://host:port"))
+        });
+        let host: IpAddr = match args.http_host.as_str() {
+            "localhost" => IpAddr::from([127, 0, 0, 1]),
+            host => host.parse().map_err(|_| invalid("--http-host", host, "an IP address"))?,
+        };
+        let port = u16::try_from(args.http_port)
+            .map_err(|_| invalid("--http-port", args.http_port, "within 0 to 65535"))?;
+        let body_limit_mb = usize::try_from(args.body_limit_mb)
+            .ok()
+            .filter(|mb| (1..=1024).contains(mb))
+            .ok_or_else(|| invalid("--body-limit-mb", args.body_limit_mb, "within 1 to 1024"))?;
+        Ok(Self {
+            workers: workers.collect::<Result<_, _>>()?,
+            socket: args.socket,
+            model_path: args.model_path,
+            address: SocketAddr::new(host, port),
+            worker_wait: seconds("--worker-wait-seconds", args.worker_wait_seconds)?,
+            body_limit_bytes: body_limit_mb * 1_000_000,
+            drain: seconds("--drain-seconds", args.drain_seconds)?,
+        })
+    }
+}
+
+fn seconds(flag: &'static str, value: f64) -> Result<Duration, FrontendError> {
+    if (0.0..=3600.0).contains(&value) {
+        Ok(Duration::from_secs_f64(value))
+    } else {
+        Err(invalid(flag, value, "within 0 to 3600"))
+    }
+}
+
+fn invalid(flag: &'static str, value: impl ToString, range: &'static str) -> FrontendError {
+    FrontendError::Invalid { flag, value: value.to_string(), range }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        frontend: FrontendArgs,
+    }
+
+    fn config(flags: &[&str]) -> Result<Config, String> {
+        let command = Command::parse_from([&["frontend"], flags].concat());
+        Config::try_from(command.frontend).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_invalid_value_names_flag_value_and_range() {
+        for (flags, message) in [
+            (&["--http-port", "70000"][..], "--http-port = 70000 is not valid, it must be within 0 to 65535"),
+            (&["--http-port", "-1"], "--http-port = -1 is not valid, it must be within 0 to 65535"),
+            (&["--http-host", "pluto"], "--http-host = pluto is not valid, it must be an IP address"),
+            (&["--body-limit-mb", "0"], "--body-limit-mb = 0 is not valid, it must be within 1 to 1024"),
+            (
+                &["--worker-wait-seconds", "-2"],
+                "--worker-wait-seconds = -2 is not valid, it must be within 0 to 3600",
+            ),
+            (&["--drain-seconds", "NaN"], "--drain-seconds = NaN is not valid, it must be within 0 to 3600"),
+            (
+                &["--worker", "ftp:x"],
+                "--worker = ftp:x is not valid, it must be unix:/path or http://host:port",
+            ),
+        ] {
+            let flags = [&["--socket", "/run/kvbm.sock"], flags].concat();
+            assert_eq!(config(&flags).unwrap_err(), message);
+        }
+        assert!(config(&[]).unwrap_err().starts_with("--socket = nothing"));
+    }
+
+    #[test]
+    fn defaults_are_those_that_users_know() {
+        let config = config(&["--worker", "unix:/run/w.sock", "--worker", "http://127.0.0.1:9"]).unwrap();
+        assert_eq!(config.address.to_string(), "0.0.0.0:8000");
+        assert_eq!(config.body_limit_bytes, 32_000_000);
+        assert_eq!(config.worker_wait, Duration::from_secs(10));
+        assert_eq!(config.workers.len(), 2);
+    }
+}

@@ -1,0 +1,26 @@
+//! Why the frontend does not start. Errors of requests are in `openai::error`.
+
+use std::net::SocketAddr;
+
+/// What keeps the frontend from running.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontendError {
+    /// A setting is outside its range.
+    #[error("{flag} = {value} is not valid, it must be {range}")]
+    Invalid {
+        /// The flag, with its dashes.
+        flag: &'static str,
+        /// What was given.
+        value: String,
+        /// What is permitted.
+        range: &'static str,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// Host and port that were asked for.
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+}

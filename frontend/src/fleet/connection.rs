@@ -1,0 +1,150 @@
+//! One HTTP/2 connection to a worker or to the daemon.
+//!
+//! The generated clients run directly on hyper's connection: one queue between a request and the socket, and it
+//! is known at once when the peer is gone, which a channel that reconnects by itself hides.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use kvbm_proto::v1::registry_client::RegistryClient;
+use kvbm_proto::v1::worker_client::WorkerClient;
+use tokio::net::{TcpStream, UnixStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::body::Body;
+
+use super::Endpoint;
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Peers on other machines that answer no ping for `PING_DEADLINE` are gone.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Tokens of many streams share a connection; a client that reads slowly must not stop the others.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// An open connection; its driver ends by itself when the last request on it has ended and this is dropped.
+pub struct Connection {
+    id: u64,
+    transport: Transport,
+    origin: Uri,
+    closed: CancellationToken,
+}
+
+/// What drives connections, and stops them.
+#[derive(Clone)]
+pub struct Drivers {
+    /// Counts the tasks.
+    pub tasks: TaskTracker,
+    /// Ends them.
+    pub abort: CancellationToken,
+}
+
+impl Connection {
+    /// Connects and shakes hands.
+    pub async fn open(endpoint: &Endpoint, drivers: &Drivers) -> io::Result<Self> {
+        let opening = async {
+            match endpoint {
+                Endpoint::Unix(path) => {
+                    Self::drive(UnixStream::connect(path).await?, endpoint, drivers).await
+                }
+                Endpoint::Tcp(authority) => {
+                    let stream = TcpStream::connect(authority.as_str()).await?;
+                    stream.set_nodelay(true)?;
+                    Self::drive(stream, endpoint, drivers).await
+                }
+            }
+        };
+        tokio::time::timeout(CONNECT_DEADLINE, opening).await.unwrap_or_else(|_| {
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_DEADLINE:?}")))
+        })
+    }
+
+    async fn drive<S>(stream: S, endpoint: &Endpoint, drivers: &Drivers) -> io::Result<Self>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        if matches!(endpoint, Endpoint::Tcp(_)) {
+            builder
+                .keep_alive_interval(PING_INTERVAL)
+                .keep_alive_timeout(PING_DEADLINE)
+                .keep_alive_while_idle(true);
+        }
+        let (sender, driver) = builder.handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
+        let closed = CancellationToken::new();
+        let (ended, abort) = (closed.clone().drop_guard(), drivers.abort.clone());
+        drivers.tasks.spawn(async move {
+            let _ended = ended;
+            // How it ended is seen by each request on it.
+            tokio::select! {
+                _ = driver => {}
+                () = abort.cancelled() => {}
+            }
+        });
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { id, transport: Transport { sender }, origin: endpoint.origin(), closed })
+    }
+
+    /// Not used by any other connection of this process.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether requests can no longer be sent.
+    pub fn is_closed(&self) -> bool {
+        self.closed.is_cancelled() || self.transport.sender.is_closed()
+    }
+
+    /// Returns when the peer is gone.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    /// To talk to a worker.
+    pub fn worker(&self) -> WorkerClient<Transport> {
+        WorkerClient::with_origin(self.transport.clone(), self.origin.clone())
+    }
+
+    /// To talk to the daemon.
+    pub fn registry(&self) -> RegistryClient<Transport> {
+        RegistryClient::with_origin(self.transport.clone(), self.origin.clone())
+            .max_decoding_message_size(kvbm_proto::MESSAGE_BYTES_MAX)
+    }
+}
+
+/// hyper's handle as the service that generated clients want.
+#[derive(Clone)]
+pub struct Transport {
+    sender: http2::SendRequest<Body>,
+}
+
+impl tower::Service<Request<Body>> for Transport {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.sender.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.sender.send_request(request))
+    }
+}

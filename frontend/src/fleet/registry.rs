@@ -1,0 +1,147 @@
+//! The daemon's list of workers, followed for ever. While the daemon is away the last list holds.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvbm_proto::v1::{RegisterWorker, WatchWorkersRequest, WorkerEntry, WorkerList};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+use tonic::Streaming;
+use tracing::{info, warn};
+
+use super::keeper::{self, Listing, Means, keep_listed};
+use super::{Connection, Description, Endpoint};
+
+/// Keeps the workers that the daemon at `socket` lists. Ends only by being dropped.
+pub async fn watch_registry(socket: PathBuf, means: Means) {
+    let daemon = Endpoint::Unix(socket);
+    let mut keepers = Keepers { means, listings: HashMap::new(), tasks: JoinSet::new() };
+    let mut pause = keeper::BACKOFF_MIN;
+    let mut last_reason = String::new();
+    loop {
+        match subscribe(&daemon, &keepers.means).await {
+            Ok((_connection, lists)) => {
+                info!(%daemon, "following the daemon's list of workers");
+                pause = keeper::BACKOFF_MIN;
+                last_reason = keepers.follow(lists).await;
+                warn!(%daemon, reason = last_reason, "lost the daemon, going on with the workers known");
+            }
+            Err(reason) => {
+                if reason != last_reason {
+                    warn!(%daemon, reason, "cannot reach the daemon, trying on");
+                    last_reason = reason;
+                }
+            }
+        }
+        keepers.pause(pause).await;
+        pause = keeper::next_pause(pause);
+    }
+}
+
+async fn subscribe(daemon: &Endpoint, means: &Means) -> Result<(Connection, Streaming<WorkerList>), String> {
+    let connection = Connection::open(daemon, &means.drivers).await.map_err(|error| error.to_string())?;
+    let lists = connection.registry().watch_workers(WatchWorkersRequest {}).await;
+    let lists = lists.map_err(|status| status.message().to_owned())?.into_inner();
+    Ok((connection, lists))
+}
+
+/// One task per worker that is, or lately was, listed.
+struct Keepers {
+    means: Means,
+    listings: HashMap<Endpoint, watch::Sender<Listing>>,
+    tasks: JoinSet<Endpoint>,
+}
+
+impl Keepers {
+    /// Applies each list until the stream ends; says why it did.
+    async fn follow(&mut self, mut lists: Streaming<WorkerList>) -> String {
+        loop {
+            tokio::select! {
+                list = lists.message() => match list {
+                    Ok(Some(list)) => self.apply(list),
+                    Ok(None) => return "the stream ended".to_owned(),
+                    Err(status) => return status.message().to_owned(),
+                },
+                Some(ended) = self.tasks.join_next() => self.ended(ended),
+            }
+        }
+    }
+
+    async fn pause(&mut self, pause: Duration) {
+        let end = sleep(pause);
+        tokio::pin!(end);
+        loop {
+            tokio::select! {
+                () = &mut end => return,
+                Some(ended) = self.tasks.join_next() => self.ended(ended),
+            }
+        }
+    }
+
+    fn apply(&mut self, list: WorkerList) {
+        let listed: HashMap<Endpoint, Listing> = list.workers.into_iter().filter_map(listing).collect();
+        for (endpoint, listing) in &self.listings {
+            if !listed.contains_key(endpoint) {
+                listing.send_if_modified(|listing| match listing {
+                    Listing::Absent(_) => false,
+                    Listing::Listed { .. } => {
+                        *listing = Listing::Absent(Instant::now());
+                        true
+                    }
+                });
+            }
+        }
+        for (endpoint, listing) in listed {
+            match self.listings.get(&endpoint) {
+                Some(known) => {
+                    known.send_if_modified(|before| {
+                        let changed = *before != listing;
+                        *before = listing;
+                        changed
+                    });
+                }
+                None => self.keep(endpoint, listing),
+            }
+        }
+    }
+
+    fn keep(&mut self, endpoint: Endpoint, listing: Listing) {
+        let (sender, receiver) = watch::channel(listing);
+        self.listings.insert(endpoint.clone(), sender);
+        let means = self.means.clone();
+        self.tasks.spawn(async move {
+            keep_listed(endpoint.clone(), receiver, means).await;
+            endpoint
+        });
+    }
+
+    /// A keeper gave up an absent worker, which may have been listed again meanwhile.
+    fn ended(&mut self, endpoint: Result<Endpoint, tokio::task::JoinError>) {
+        let Ok(endpoint) = endpoint else { return };
+        let last = self.listings.remove(&endpoint).map(|sender| sender.borrow().clone());
+        if let Some(listing @ Listing::Listed { .. }) = last {
+            self.keep(endpoint, listing);
+        }
+    }
+}
+
+fn listing(entry: WorkerEntry) -> Option<(Endpoint, Listing)> {
+    let worker: RegisterWorker = entry.worker?;
+    let Some(endpoint) = Endpoint::parse(&worker.endpoint) else {
+        warn!(
+            worker = worker.worker_id,
+            endpoint = worker.endpoint,
+            "worker has an endpoint that cannot be used"
+        );
+        return None;
+    };
+    let description = Description {
+        worker_id: worker.worker_id,
+        model: worker.model,
+        model_path: worker.model_path.into(),
+        context_length: if worker.context_length == 0 { u32::MAX } else { worker.context_length },
+    };
+    Some((endpoint, Listing::Listed { description, draining: worker.state == "draining" }))
+}

@@ -1,0 +1,11 @@
+//! HTTP: sockets, routes, and a request's way from its body to its answer.
+
+mod answer;
+mod body;
+mod event_stream;
+mod prepare;
+mod routes;
+mod server;
+mod source;
+
+pub use server::run;

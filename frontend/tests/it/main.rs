@@ -1,0 +1,11 @@
+//! The frontend against scripted workers and a scripted daemon, over real sockets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, outside of test functions")]
+
+mod answers;
+mod bad_input;
+mod client;
+mod discovery;
+mod failures;
+mod frontend;
+mod mock;
+mod text;

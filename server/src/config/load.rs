@@ -1,0 +1,282 @@
+//! Puts the sources together and remembers where each value came from.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::nearest::nearest;
+use super::settings::{Default, SETTINGS, Setting};
+use super::{Config, foreign, memory};
+use crate::DaemonArgs;
+
+/// Name of the file that is read when no other is named.
+const FILE: &str = "kvbm.toml";
+/// Names the file.
+const FILE_VARIABLE: &str = "KVBM_CONFIG";
+/// Tables of `kvbm.toml` that other parts of the project read.
+const OTHER_TABLES: &[&str] = &["frontend", "worker", "connector", "up"];
+
+/// The process environment as it was at start. Empty values count as unset.
+#[derive(Debug, Clone, std::default::Default)]
+pub struct Environment(BTreeMap<String, String>);
+
+impl Environment {
+    /// This process's.
+    pub fn of_process() -> Self {
+        let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+        std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+}
+
+impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Environment {
+    fn from_iter<I: IntoIterator<Item = (N, V)>>(pairs: I) -> Self {
+        let pairs = pairs.into_iter().map(|(name, value)| (name.into(), value.into()));
+        Self(pairs.filter(|(_, value): &(String, String)| !value.is_empty()).collect())
+    }
+}
+
+/// Where a value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// The command line.
+    Flag(String),
+    /// A variable.
+    Variable(&'static str),
+    /// A key of a file.
+    File {
+        /// The key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+    /// The table of settings.
+    Default(&'static str),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Flag(flag) => write!(f, "--{flag}"),
+            Self::Variable(name) => f.write_str(name),
+            Self::File { key, path } => write!(f, "{key} in {}", path.display()),
+            Self::Default(key) => write!(f, "{key} (default)"),
+        }
+    }
+}
+
+/// One line that says what to change.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// A value cannot be used.
+    #[error("invalid {setting} = {value:?}: permitted is {permitted}")]
+    Value {
+        /// As the user wrote it.
+        setting: Source,
+        /// As the user wrote it.
+        value: String,
+        /// In words.
+        permitted: String,
+    },
+    /// A key of the file is not a setting.
+    #[error("unknown setting {key:?} in {}{}", path.display(), did_you_mean(*nearest))]
+    Key {
+        /// The key.
+        key: String,
+        /// The file.
+        path: PathBuf,
+        /// What was probably meant.
+        nearest: Option<&'static str>,
+    },
+    /// The file cannot be read.
+    #[error("cannot read settings from {} (named by {named_by}): {reason}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Flag or variable.
+        named_by: &'static str,
+        /// On one line.
+        reason: String,
+    },
+    /// Nothing says where the daemon keeps its state.
+    #[error("no state directory: set --state-dir, KVBM_STATE_DIR, XDG_STATE_HOME or HOME")]
+    NoStateDirectory,
+}
+
+fn did_you_mean(name: Option<&str>) -> String {
+    name.map_or_else(String::new, |name| format!(" (did you mean {name:?}?)"))
+}
+
+/// Settings with their history.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The settings.
+    pub config: Config,
+    /// What the user should know but which is no error. To be logged once logging works.
+    pub warnings: Vec<String>,
+    sources: Vec<(&'static Setting, Source)>,
+}
+
+impl Loaded {
+    /// Where the value of `key` came from.
+    pub fn source(&self, key: &str) -> Option<&Source> {
+        self.sources.iter().find(|(setting, _)| setting.key == key).map(|(_, source)| source)
+    }
+
+    /// Each setting, its value and its source, as a `kvbm.toml` with comments.
+    pub fn print(&self) -> String {
+        let mut text = String::new();
+        for (setting, source) in &self.sources {
+            let line = match setting.read(&self.config) {
+                Some(value) => format!("{} = {value}", setting.key),
+                None => format!("# {} is unset", setting.key),
+            };
+            let source = match source {
+                Source::Default(_) => "default".to_owned(),
+                other => other.to_string(),
+            };
+            writeln!(text, "{line:<48} # {source}").expect("a string takes everything");
+        }
+        text
+    }
+}
+
+/// Reads and checks everything.
+pub fn load(args: &DaemonArgs, environment: &Environment) -> Result<Loaded, ConfigError> {
+    load_within(args, environment, memory::available_bytes())
+}
+
+/// `available` is the memory that can be had, bytes, if that is known.
+pub(super) fn load_within(
+    args: &DaemonArgs,
+    environment: &Environment,
+    available: Option<u64>,
+) -> Result<Loaded, ConfigError> {
+    let file = read_file(args, environment)?;
+    let mut config = Config::blank();
+    let mut sources = Vec::with_capacity(SETTINGS.len());
+    for setting in SETTINGS {
+        let given = match given(setting, args, environment, file.as_ref()) {
+            Some(given) => Some(given),
+            None => default(setting, &config, environment)?.map(|text| (Source::Default(setting.key), text)),
+        };
+        let Some((source, text)) = given else {
+            sources.push((setting, Source::Default(setting.key)));
+            continue;
+        };
+        if !setting.write(&mut config, text.trim()) {
+            return Err(ConfigError::Value { setting: source, value: text, permitted: setting.permitted() });
+        }
+        sources.push((setting, source));
+    }
+    let loaded = Loaded { config, warnings: foreign::warnings(environment), sources };
+    check_host_memory(&loaded, available)?;
+    Ok(loaded)
+}
+
+fn given(
+    setting: &Setting,
+    args: &DaemonArgs,
+    environment: &Environment,
+    file: Option<&File>,
+) -> Option<(Source, String)> {
+    if let Some(text) = args.value(setting.key) {
+        return Some((Source::Flag(setting.flag()), text.to_owned()));
+    }
+    for &name in setting.env {
+        if let Some(text) = environment.get(name) {
+            return Some((Source::Variable(name), text.to_owned()));
+        }
+    }
+    let file = file?;
+    let value = file.values.get(setting.key)?;
+    Some((Source::File { key: setting.key, path: file.path.clone() }, text_of(value)))
+}
+
+fn default(
+    setting: &Setting,
+    config: &Config,
+    environment: &Environment,
+) -> Result<Option<String>, ConfigError> {
+    let path = |path: PathBuf| Some(path.to_string_lossy().into_owned());
+    Ok(match setting.default {
+        Default::Text(text) => Some(text.to_owned()),
+        Default::Unset => None,
+        Default::InStateDir(name) => path(config.state_dir.join(name)),
+        Default::StateHome => {
+            let home = || Some(Path::new(environment.get("HOME")?).join(".local/state"));
+            let state = environment.get("XDG_STATE_HOME").map(PathBuf::from).or_else(home);
+            path(state.ok_or(ConfigError::NoStateDirectory)?.join("kvbm"))
+        }
+    })
+}
+
+struct File {
+    path: PathBuf,
+    values: toml::Table,
+}
+
+fn read_file(args: &DaemonArgs, environment: &Environment) -> Result<Option<File>, ConfigError> {
+    let (path, named_by) = match (&args.config, environment.get(FILE_VARIABLE)) {
+        (Some(path), _) => (path.clone(), "--config"),
+        (None, Some(path)) => (path.into(), FILE_VARIABLE),
+        (None, None) => (FILE.into(), "default"),
+    };
+    let fail = |reason: String| ConfigError::File { path: path.clone(), named_by, reason };
+    let text = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && named_by == "default" => {
+            return Ok(None);
+        }
+        text => text.map_err(|error| fail(error.to_string()))?,
+    };
+    let values: toml::Table = text.parse().map_err(|error: toml::de::Error| fail(describe(&error, &text)))?;
+    let known = |key: &str| SETTINGS.iter().any(|setting| setting.key == key) || OTHER_TABLES.contains(&key);
+    if let Some(key) = values.keys().find(|key| !known(key)).cloned() {
+        let nearest = nearest(&key, SETTINGS.iter().map(|setting| setting.key));
+        return Err(ConfigError::Key { key, path, nearest });
+    }
+    Ok(Some(File { path, values }))
+}
+
+/// The parser's message without its picture of the line.
+fn describe(error: &toml::de::Error, text: &str) -> String {
+    let start = error.span().map_or(0, |span| span.start.min(text.len()));
+    let line = text.as_bytes()[..start].iter().filter(|byte| **byte == b'\n').count() + 1;
+    format!("line {line}: {}", error.message().replace('\n', ", "))
+}
+
+fn text_of(value: &toml::Value) -> String {
+    match value {
+        toml::Value::String(text) => text.clone(),
+        toml::Value::Array(items) => items.iter().map(text_of).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
+}
+
+/// Memory that is not there would be found missing only while serving.
+fn check_host_memory(loaded: &Loaded, available: Option<u64>) -> Result<(), ConfigError> {
+    let config = &loaded.config;
+    let asked = config.cpu_cache_bytes();
+    match available {
+        Some(available) if asked > available && config.cpu_cache_blocks.is_none() => {
+            Err(ConfigError::Value {
+                setting: loaded.source("cpu_cache_gb").cloned().unwrap_or(Source::Default("cpu_cache_gb")),
+                value: config.cpu_cache_gb.to_string(),
+                permitted: format!(
+                    "at most {} (GB of memory available now)",
+                    (available as f64 / 1e8).floor() / 10.0
+                ),
+            })
+        }
+        _ => Ok(()),
+    }
+}

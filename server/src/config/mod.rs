@@ -1,0 +1,134 @@
+//! Settings of the daemon: flags, then environment, then `kvbm.toml`, then defaults.
+//!
+//! Every setting is one row of [`settings::SETTINGS`]: its names in each source, its range, its default and its help.
+//! Everything is parsed and checked before any socket is bound; a value that cannot be used is one line that names the
+//! setting as it was written, the value and what is permitted.
+
+mod foreign;
+mod load;
+pub(crate) mod memory;
+mod nearest;
+mod settings;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvbm::{HostCapacity, ManagerConfig};
+
+pub use load::{ConfigError, Environment, Loaded, Source, load};
+pub use settings::{SETTINGS, Setting};
+
+/// The checked settings. See [`SETTINGS`] for names, ranges and defaults.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "the table of settings documents each")]
+pub struct Config {
+    pub state_dir: PathBuf,
+    pub socket: PathBuf,
+    pub cpu_cache_gb: f64,
+    pub cpu_cache_blocks: Option<u64>,
+    pub disk_cache_gb: f64,
+    pub disk_cache_dir: PathBuf,
+    pub metrics: bool,
+    pub metrics_host: IpAddr,
+    pub metrics_port: u64,
+    pub init_timeout_secs: u64,
+    pub queue_depth: u64,
+    pub batch_blocks: u64,
+    pub lease_ms: u64,
+    pub orphan_pools_max: u64,
+    pub orphan_pool_ttl_secs: u64,
+    pub events_kept: u64,
+    pub sessions_max: u64,
+    pub session_queue_depth: u64,
+    pub session_stall_ms: u64,
+    pub bind_timeout_ms: u64,
+    pub allowed_uids: Vec<u32>,
+    pub copy_delay_us: u64,
+    pub log: String,
+    pub log_json: bool,
+}
+
+impl Config {
+    /// Nothing is valid about it until each row of the table was written into it.
+    fn blank() -> Self {
+        Self {
+            state_dir: PathBuf::new(),
+            socket: PathBuf::new(),
+            cpu_cache_gb: 0.0,
+            cpu_cache_blocks: None,
+            disk_cache_gb: 0.0,
+            disk_cache_dir: PathBuf::new(),
+            metrics: false,
+            metrics_host: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            metrics_port: 0,
+            init_timeout_secs: 0,
+            queue_depth: 0,
+            batch_blocks: 0,
+            lease_ms: 0,
+            orphan_pools_max: 0,
+            orphan_pool_ttl_secs: 0,
+            events_kept: 0,
+            sessions_max: 0,
+            session_queue_depth: 0,
+            session_stall_ms: 0,
+            bind_timeout_ms: 0,
+            allowed_uids: Vec::new(),
+            copy_delay_us: 0,
+            log: String::new(),
+            log_json: false,
+        }
+    }
+
+    /// Host memory asked for, bytes; what a number of blocks needs is known only when their size is.
+    pub fn cpu_cache_bytes(&self) -> u64 {
+        gigabytes(self.cpu_cache_gb)
+    }
+
+    /// Where the admin HTTP server should listen; the port may turn out to be busy.
+    pub fn metrics_address(&self) -> SocketAddr {
+        let port = u16::try_from(self.metrics_port).expect("the table of settings bounds it");
+        SocketAddr::new(self.metrics_host, port)
+    }
+
+    /// What the block manager is told. `secret` spreads keys over buckets: a random number.
+    pub(crate) fn manager(&self, secret: u64) -> ManagerConfig {
+        let bounded = |value: u64| usize::try_from(value).expect("the table of settings bounds it");
+        let blocks = self.cpu_cache_blocks.map(|blocks| u32::try_from(blocks).expect("as above"));
+        ManagerConfig {
+            host: blocks.map_or(HostCapacity::Bytes(self.cpu_cache_bytes()), HostCapacity::Blocks),
+            queue_depth: bounded(self.queue_depth),
+            batch_blocks: bounded(self.batch_blocks),
+            lease: Duration::from_millis(self.lease_ms),
+            orphan_pools_max: bounded(self.orphan_pools_max),
+            orphan_pool_ttl: Duration::from_secs(self.orphan_pool_ttl_secs),
+            events_kept: bounded(self.events_kept),
+            copy_delay: Duration::from_micros(self.copy_delay_us),
+            secret,
+        }
+    }
+
+    /// The side channel's path: the socket's with `.fd` behind it.
+    pub fn side_socket(&self) -> PathBuf {
+        with_suffix(&self.socket, ".fd")
+    }
+
+    /// Held while a daemon lives at this socket.
+    pub(crate) fn socket_lock(&self) -> PathBuf {
+        with_suffix(&self.socket, ".lock")
+    }
+}
+
+fn with_suffix(path: &std::path::Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// 1 GB is 10^9 bytes.
+fn gigabytes(value: f64) -> u64 {
+    (value * 1e9).round() as u64
+}
+
+#[cfg(test)]
+mod tests;

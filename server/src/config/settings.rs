@@ -1,0 +1,322 @@
+//! The table of settings: the one place where a setting is named, bounded, defaulted and explained.
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use tracing_subscriber::EnvFilter;
+
+use super::Config;
+
+/// One setting. Its flag is `--` and the key with dashes.
+#[derive(Debug)]
+pub struct Setting {
+    /// Key in `kvbm.toml`.
+    pub key: &'static str,
+    /// Variables, the first that is set counts.
+    pub env: &'static [&'static str],
+    pub(super) default: Default,
+    pub(super) kind: Kind,
+    /// What it does, one sentence.
+    pub help: &'static str,
+}
+
+/// What holds when no source says otherwise.
+#[derive(Debug)]
+pub(super) enum Default {
+    /// This, as the user would write it.
+    Text(&'static str),
+    /// `$XDG_STATE_HOME/kvbm`, else `~/.local/state/kvbm`.
+    StateHome,
+    /// A file of the state directory.
+    InStateDir(&'static str),
+    /// Nothing.
+    Unset,
+}
+
+/// How it is read and where it goes.
+#[derive(Debug)]
+pub(super) enum Kind {
+    Number { range: RangeInclusive<f64>, field: fn(&mut Config) -> &mut f64 },
+    Count { range: RangeInclusive<u64>, field: fn(&mut Config) -> &mut u64 },
+    OptionalCount { range: RangeInclusive<u64>, field: fn(&mut Config) -> &mut Option<u64> },
+    Switch { field: fn(&mut Config) -> &mut bool },
+    Path { bytes_max: usize, field: fn(&mut Config) -> &mut PathBuf },
+    Address { field: fn(&mut Config) -> &mut IpAddr },
+    Users { field: fn(&mut Config) -> &mut Vec<u32> },
+    Filter { field: fn(&mut Config) -> &mut String },
+}
+
+/// Rows are resolved in this order; a default may refer to rows above it.
+pub static SETTINGS: &[Setting] = &[
+    Setting {
+        key: "state_dir",
+        env: &["KVBM_STATE_DIR"],
+        default: Default::StateHome,
+        kind: Kind::Path { bytes_max: 4095, field: |c| &mut c.state_dir },
+        help: "Directory of everything the daemon keeps",
+    },
+    Setting {
+        key: "socket",
+        env: &["KVBM_SOCKET"],
+        default: Default::InStateDir("kvbm.sock"),
+        // sun_path has 108 bytes, and the longest name beside the socket adds ".lock" (a file) or ".fd" (a socket).
+        kind: Kind::Path { bytes_max: 104, field: |c| &mut c.socket },
+        help: "Unix socket of the daemon; the side channel is beside it with .fd behind its name",
+    },
+    Setting {
+        key: "cpu_cache_gb",
+        env: &["DYN_KVBM_CPU_CACHE_GB"],
+        default: Default::Text("1"),
+        kind: Kind::Number { range: 0.0..=65536.0, field: |c| &mut c.cpu_cache_gb },
+        help: "Host memory for KV blocks, GB of 10^9 bytes; 0 turns the host tier off",
+    },
+    Setting {
+        key: "cpu_cache_blocks",
+        env: &["DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS"],
+        default: Default::Unset,
+        kind: Kind::OptionalCount { range: 0..=u32::MAX as u64, field: |c| &mut c.cpu_cache_blocks },
+        help: "Host memory for that many blocks of the first pool's size; wins over cpu_cache_gb",
+    },
+    Setting {
+        key: "disk_cache_gb",
+        env: &["DYN_KVBM_DISK_CACHE_GB"],
+        default: Default::Text("0"),
+        kind: Kind::Number { range: 0.0..=1_048_576.0, field: |c| &mut c.disk_cache_gb },
+        help: "Disk space for KV blocks, GB of 10^9 bytes; accepted, but no disk tier is in service yet",
+    },
+    Setting {
+        key: "disk_cache_dir",
+        env: &["DYN_KVBM_DISK_CACHE_DIR"],
+        default: Default::InStateDir("disk"),
+        kind: Kind::Path { bytes_max: 4095, field: |c| &mut c.disk_cache_dir },
+        help: "Directory of the disk tier",
+    },
+    Setting {
+        key: "metrics",
+        env: &["DYN_KVBM_METRICS"],
+        default: Default::Text("true"),
+        kind: Kind::Switch { field: |c| &mut c.metrics },
+        help: "Serve /metrics; health and status are served in any case",
+    },
+    Setting {
+        key: "metrics_host",
+        env: &["KVBM_METRICS_HOST"],
+        default: Default::Text("127.0.0.1"),
+        kind: Kind::Address { field: |c| &mut c.metrics_host },
+        help: "Address of the admin HTTP server",
+    },
+    Setting {
+        key: "metrics_port",
+        env: &["DYN_KVBM_METRICS_PORT"],
+        default: Default::Text("6880"),
+        kind: Kind::Count { range: 0..=65535, field: |c| &mut c.metrics_port },
+        help: "Port of the admin HTTP server; 0 is any free one, a busy one gives way to the next free one",
+    },
+    Setting {
+        key: "init_timeout_secs",
+        env: &["DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS"],
+        default: Default::Text("120"),
+        kind: Kind::Count { range: 1..=86_400, field: |c| &mut c.init_timeout_secs },
+        help: "How long a worker waits for the daemon when it starts, seconds; workers read it",
+    },
+    Setting {
+        key: "queue_depth",
+        env: &["KVBM_QUEUE_DEPTH"],
+        default: Default::Text("64"),
+        kind: Kind::Count { range: 1..=65_536, field: |c| &mut c.queue_depth },
+        help: "Batches waiting per copy route; full is answered with busy",
+    },
+    Setting {
+        key: "batch_blocks",
+        env: &["KVBM_BATCH_BLOCKS"],
+        default: Default::Text("128"),
+        kind: Kind::Count { range: 1..=256, field: |c| &mut c.batch_blocks },
+        help: "Blocks in one batch of copies",
+    },
+    Setting {
+        key: "lease_ms",
+        env: &["KVBM_LEASE_MS"],
+        default: Default::Text("30000"),
+        kind: Kind::Count { range: 10..=3_600_000, field: |c| &mut c.lease_ms },
+        help: "How long a match stays pinned when nothing is started on it, milliseconds",
+    },
+    Setting {
+        key: "orphan_pools_max",
+        env: &["KVBM_ORPHAN_POOLS_MAX"],
+        default: Default::Text("4"),
+        kind: Kind::Count { range: 0..=1024, field: |c| &mut c.orphan_pools_max },
+        help: "Device pools of dead workers that are kept for a successor",
+    },
+    Setting {
+        key: "orphan_pool_ttl_secs",
+        env: &["KVBM_ORPHAN_POOL_TTL_SECS"],
+        default: Default::Text("600"),
+        kind: Kind::Count { range: 0..=31_536_000, field: |c| &mut c.orphan_pool_ttl_secs },
+        help: "How long each of them is kept, seconds",
+    },
+    Setting {
+        key: "events_kept",
+        env: &["KVBM_EVENTS_KEPT"],
+        default: Default::Text("65536"),
+        kind: Kind::Count { range: 1..=100_000_000, field: |c| &mut c.events_kept },
+        help: "KV events kept for watchers that fall behind",
+    },
+    Setting {
+        key: "sessions_max",
+        env: &["KVBM_SESSIONS_MAX"],
+        default: Default::Text("256"),
+        kind: Kind::Count { range: 1..=65_536, field: |c| &mut c.sessions_max },
+        help: "Sessions at once, silent ones included",
+    },
+    Setting {
+        key: "session_queue_depth",
+        env: &["KVBM_SESSION_QUEUE_DEPTH"],
+        default: Default::Text("1024"),
+        kind: Kind::Count { range: 1..=65_536, field: |c| &mut c.session_queue_depth },
+        help: "Questions of one session that are unanswered or whose answers it has not taken yet",
+    },
+    Setting {
+        key: "session_stall_ms",
+        env: &["KVBM_SESSION_STALL_MS"],
+        default: Default::Text("10000"),
+        kind: Kind::Count { range: 10..=3_600_000, field: |c| &mut c.session_stall_ms },
+        help: "A session with a full queue that takes no answer for so long is disconnected, milliseconds",
+    },
+    Setting {
+        key: "bind_timeout_ms",
+        env: &["KVBM_BIND_TIMEOUT_MS"],
+        default: Default::Text("10000"),
+        kind: Kind::Count { range: 10..=600_000, field: |c| &mut c.bind_timeout_ms },
+        help: "How long an engine may take for each step of attaching, milliseconds",
+    },
+    Setting {
+        key: "allowed_uids",
+        env: &["KVBM_ALLOWED_UIDS"],
+        default: Default::Text(""),
+        kind: Kind::Users { field: |c| &mut c.allowed_uids },
+        help: "Users besides the daemon's own whose processes may attach, numbers separated by commas",
+    },
+    Setting {
+        key: "copy_delay_us",
+        env: &["KVBM_COPY_DELAY_US"],
+        default: Default::Text("0"),
+        kind: Kind::Count { range: 0..=10_000_000, field: |c| &mut c.copy_delay_us },
+        help: "Waits so long after each copied block, microseconds; for drills that must hit a copy in flight",
+    },
+    Setting {
+        key: "log",
+        env: &["KVBM_LOG", "DYN_LOG", "RUST_LOG"],
+        default: Default::Text("info"),
+        kind: Kind::Filter { field: |c| &mut c.log },
+        help: "What is logged: error, warn, info, debug, trace, or target=level, separated by commas",
+    },
+    Setting {
+        key: "log_json",
+        env: &["KVBM_LOG_JSON"],
+        default: Default::Text("false"),
+        kind: Kind::Switch { field: |c| &mut c.log_json },
+        help: "Log one JSON object per line",
+    },
+];
+
+impl Setting {
+    /// Name on the command line, without the leading dashes.
+    pub fn flag(&self) -> String {
+        self.key.replace('_', "-")
+    }
+
+    /// True for settings that need no value on the command line.
+    pub(crate) fn is_switch(&self) -> bool {
+        matches!(self.kind, Kind::Switch { .. })
+    }
+
+    /// Help with range, default and variables.
+    pub fn long_help(&self) -> String {
+        let default = match &self.default {
+            Default::Text("") | Default::Unset => "none".to_owned(),
+            Default::Text(text) => (*text).to_owned(),
+            Default::StateHome => "$XDG_STATE_HOME/kvbm".to_owned(),
+            Default::InStateDir(name) => format!("STATE_DIR/{name}"),
+        };
+        format!("{} [{}] [default: {default}] [env: {}]", self.help, self.permitted(), self.env.join(", "))
+    }
+
+    /// What may be written, in words.
+    pub fn permitted(&self) -> String {
+        match &self.kind {
+            Kind::Number { range, .. } => format!("a number from {} to {}", range.start(), range.end()),
+            Kind::Count { range, .. } | Kind::OptionalCount { range, .. } => {
+                format!("a whole number from {} to {}", range.start(), range.end())
+            }
+            Kind::Switch { .. } => "true or false".to_owned(),
+            Kind::Path { bytes_max, .. } => format!("a path of 1 to {bytes_max} bytes"),
+            Kind::Address { .. } => "an IP address".to_owned(),
+            Kind::Users { .. } => "user ids from 0 to 4294967294, separated by commas".to_owned(),
+            Kind::Filter { .. } => {
+                "levels error, warn, info, debug, trace or off, or target=level".to_owned()
+            }
+        }
+    }
+
+    /// Puts a value as the user wrote it into `config`; false if it is not permitted.
+    pub(super) fn write(&self, config: &mut Config, text: &str) -> bool {
+        match &self.kind {
+            Kind::Number { range, field } => {
+                put(field(config), text.parse().ok().filter(|value| range.contains(value)))
+            }
+            Kind::Count { range, field } => {
+                put(field(config), text.parse().ok().filter(|value| range.contains(value)))
+            }
+            Kind::OptionalCount { range, field } => {
+                put(field(config), text.parse().ok().filter(|value| range.contains(value)).map(Some))
+            }
+            Kind::Switch { field } => put(field(config), switch(text)),
+            Kind::Path { bytes_max, field } => {
+                put(field(config), (1..=*bytes_max).contains(&text.len()).then(|| text.into()))
+            }
+            Kind::Address { field } => put(field(config), text.parse().ok()),
+            Kind::Users { field } => put(field(config), users(text)),
+            Kind::Filter { field } => put(field(config), filter(text)),
+        }
+    }
+
+    /// The value as it would be written in `kvbm.toml`; `None` when it is unset.
+    pub(super) fn read(&self, config: &Config) -> Option<toml::Value> {
+        let config = &mut config.clone();
+        let whole = |value: u64| toml::Value::Integer(i64::try_from(value).unwrap_or(i64::MAX));
+        match &self.kind {
+            Kind::Number { field, .. } => Some(toml::Value::Float(*field(config))),
+            Kind::Count { field, .. } => Some(whole(*field(config))),
+            Kind::OptionalCount { field, .. } => field(config).map(whole),
+            Kind::Switch { field } => Some(toml::Value::Boolean(*field(config))),
+            Kind::Path { field, .. } => Some(toml::Value::String(field(config).display().to_string())),
+            Kind::Address { field } => Some(toml::Value::String(field(config).to_string())),
+            Kind::Users { field } => {
+                Some(toml::Value::Array(field(config).iter().map(|uid| whole((*uid).into())).collect()))
+            }
+            Kind::Filter { field } => Some(toml::Value::String(field(config).clone())),
+        }
+    }
+}
+
+fn put<T>(field: &mut T, value: Option<T>) -> bool {
+    value.map(|value| *field = value).is_some()
+}
+
+fn switch(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "on" | "yes" => Some(true),
+        "0" | "false" | "off" | "no" => Some(false),
+        _ => None,
+    }
+}
+
+fn users(text: &str) -> Option<Vec<u32>> {
+    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+    parts.map(|part| part.parse().ok().filter(|uid| *uid != u32::MAX)).collect()
+}
+
+fn filter(text: &str) -> Option<String> {
+    EnvFilter::try_new(text).ok().map(|_| text.to_owned())
+}

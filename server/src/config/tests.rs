@@ -1,0 +1,206 @@
+use std::path::Path;
+
+use clap::{Args, FromArgMatches};
+
+use super::load::load_within;
+use super::*;
+use crate::DaemonArgs;
+
+const PLENTY: Option<u64> = Some(1 << 40);
+
+fn parse(flags: &[&str]) -> DaemonArgs {
+    let command = DaemonArgs::augment_args(clap::Command::new("daemon"));
+    let matches = command.try_get_matches_from([&["daemon"], flags].concat()).unwrap();
+    DaemonArgs::from_arg_matches(&matches).unwrap()
+}
+
+fn environment(pairs: &[(&str, &str)]) -> Environment {
+    [("XDG_STATE_HOME", "/state")].iter().chain(pairs).copied().collect()
+}
+
+fn fails(flags: &[&str], pairs: &[(&str, &str)], line: &str) {
+    let error = load_within(&parse(flags), &environment(pairs), PLENTY).unwrap_err().to_string();
+    assert_eq!(error, line);
+    assert!(!error.contains('\n'));
+}
+
+fn file(dir: &Path, text: &str) -> String {
+    let path = dir.join("settings.toml");
+    std::fs::write(&path, text).unwrap();
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn flags_win_over_environment_over_file_over_defaults() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(
+        dir.path(),
+        "lease_ms = 111\nqueue_depth = 1\nbatch_blocks = 2\nallowed_uids = [1, 2]\n[worker]\nx = 1",
+    );
+    let flags = ["--config", &path, "--lease-ms", "333", "--log-json"];
+    let pairs =
+        [("KVBM_LEASE_MS", "222"), ("KVBM_QUEUE_DEPTH", "3"), ("DYN_LOG", "warn"), ("RUST_LOG", "x=")];
+    let loaded = load_within(&parse(&flags), &environment(&pairs), PLENTY).unwrap();
+    let config = &loaded.config;
+    assert_eq!((config.lease_ms, config.queue_depth, config.batch_blocks), (333, 3, 2));
+    assert_eq!((config.metrics_port, config.log.as_str(), config.log_json), (6880, "warn", true));
+    assert_eq!(config.socket, Path::new("/state/kvbm/kvbm.sock"));
+    assert_eq!(config.side_socket(), Path::new("/state/kvbm/kvbm.sock.fd"));
+    assert_eq!(config.allowed_uids, [1, 2]);
+    let source = |key| loaded.source(key).unwrap().to_string();
+    assert_eq!(source("lease_ms"), "--lease-ms");
+    assert_eq!(source("queue_depth"), "KVBM_QUEUE_DEPTH");
+    assert_eq!(source("batch_blocks"), format!("batch_blocks in {path}"));
+    assert_eq!(source("log"), "DYN_LOG");
+    assert_eq!(source("socket"), "socket (default)");
+}
+
+#[test]
+fn what_is_printed_can_be_read_again() {
+    let flags = ["--cpu-cache-gb", "2.5", "--socket", "/run/k.sock", "--metrics=off"];
+    let loaded = load_within(&parse(&flags), &environment(&[("KVBM_ALLOWED_UIDS", "7, 8")]), PLENTY).unwrap();
+    let text = loaded.print();
+    assert!(text.contains("cpu_cache_gb = 2.5"), "{text}");
+    let line = text.lines().find(|line| line.starts_with("socket = \"/run/k.sock\"")).unwrap();
+    assert!(line.ends_with("# --socket"), "{line}");
+    assert!(text.contains("# cpu_cache_blocks is unset"));
+    let dir = tempfile::tempdir().unwrap();
+    let again = parse(&["--config", &file(dir.path(), &text)]);
+    assert_eq!(load_within(&again, &environment(&[]), PLENTY).unwrap().config, loaded.config);
+}
+
+#[test]
+fn an_invalid_value_is_one_line_with_setting_value_and_range() {
+    fails(
+        &["--lease-ms", "1"],
+        &[],
+        "invalid --lease-ms = \"1\": permitted is a whole number from 10 to 3600000",
+    );
+    fails(
+        &["--lease-ms", "-5"],
+        &[],
+        "invalid --lease-ms = \"-5\": permitted is a whole number from 10 to 3600000",
+    );
+    fails(
+        &[],
+        &[("DYN_KVBM_CPU_CACHE_GB", "lots")],
+        "invalid DYN_KVBM_CPU_CACHE_GB = \"lots\": permitted is a number from 0 to 65536",
+    );
+    fails(
+        &[],
+        &[("DYN_KVBM_CPU_CACHE_GB", "NaN")],
+        "invalid DYN_KVBM_CPU_CACHE_GB = \"NaN\": permitted is a number from 0 to 65536",
+    );
+    fails(
+        &[],
+        &[("DYN_KVBM_METRICS_PORT", "65536")],
+        "invalid DYN_KVBM_METRICS_PORT = \"65536\": permitted is a whole number from 0 to 65535",
+    );
+    fails(
+        &[],
+        &[("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", "0")],
+        "invalid DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS = \"0\": permitted is a whole number from 1 to 86400",
+    );
+    fails(
+        &[],
+        &[("KVBM_LOG_JSON", "maybe")],
+        "invalid KVBM_LOG_JSON = \"maybe\": permitted is true or false",
+    );
+    fails(&["--metrics-host", "here"], &[], "invalid --metrics-host = \"here\": permitted is an IP address");
+    fails(
+        &["--allowed-uids", "1,x"],
+        &[],
+        "invalid --allowed-uids = \"1,x\": permitted is user ids from 0 to 4294967294, separated by commas",
+    );
+    let long = "x".repeat(105);
+    fails(
+        &["--socket", &long],
+        &[],
+        &format!("invalid --socket = \"{long}\": permitted is a path of 1 to 104 bytes"),
+    );
+    fails(
+        &["--log", "a=b=c"],
+        &[],
+        "invalid --log = \"a=b=c\": permitted is levels error, warn, info, debug, trace or off, or target=level",
+    );
+}
+
+#[test]
+fn a_wrong_file_is_named_with_the_nearest_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "cpu_cache_db = 1");
+    let line = format!("unknown setting \"cpu_cache_db\" in {path} (did you mean \"cpu_cache_gb\"?)");
+    fails(&["--config", &path], &[], &line);
+    let path = file(dir.path(), "lease_ms = true");
+    let line =
+        format!("invalid lease_ms in {path} = \"true\": permitted is a whole number from 10 to 3600000");
+    fails(&[], &[("KVBM_CONFIG", &path)], &line);
+    let path = file(dir.path(), "socket = \"a\"\nlease_ms = \n");
+    let error = load_within(&parse(&["--config", &path]), &environment(&[]), PLENTY).unwrap_err().to_string();
+    assert!(error.contains("(named by --config): line 2: "), "{error}");
+    assert!(!error.contains('\n'));
+    let missing = dir.path().join("none.toml").to_string_lossy().into_owned();
+    let error =
+        load_within(&parse(&["--config", &missing]), &environment(&[]), PLENTY).unwrap_err().to_string();
+    assert!(error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn host_memory_that_is_not_there_is_an_error() {
+    let gigabytes = |flags: &[&str], pairs: &[(&str, &str)]| {
+        load_within(&parse(flags), &environment(pairs), Some(1_950_000_000))
+            .map_err(|error| error.to_string())
+    };
+    let asked = gigabytes(&[], &[("DYN_KVBM_CPU_CACHE_GB", "2")]).unwrap_err();
+    assert_eq!(
+        asked,
+        "invalid DYN_KVBM_CPU_CACHE_GB = \"2\": permitted is at most 1.9 (GB of memory available now)"
+    );
+    let config = gigabytes(&[], &[("DYN_KVBM_CPU_CACHE_GB", "1.9")]).unwrap().config;
+    assert_eq!(config.cpu_cache_bytes(), 1_900_000_000);
+    let blocks = [("DYN_KVBM_CPU_CACHE_GB", "2"), ("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "10")];
+    assert_eq!(gigabytes(&[], &blocks).unwrap().config.cpu_cache_blocks, Some(10));
+}
+
+#[test]
+fn every_foreign_variable_is_in_one_warning_with_its_reason() {
+    let pairs = [
+        ("DYN_KVBM_LEADER_ZMQ_PUB_PORT", "56001"),
+        ("DYN_KVBM_NCCL_MLA_MODE", "true"),
+        ("DYN_KVBM_CPU_CACHE_BG", "5"),
+        ("DYN_KVBM_METRICS", "true"),
+        ("DYN_KVBM_SLEEP", ""),
+        ("KVBM_LEASE_SM", "5"),
+        ("KVBM_WORKER_THREADS", "5"),
+    ];
+    let warnings = load_within(&parse(&[]), &environment(&pairs), PLENTY).unwrap().warnings;
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    for part in [
+        "DYN_KVBM_LEADER_ZMQ_PUB_PORT: engines reach the daemon over a Unix socket (KVBM_SOCKET), not over ZMQ",
+        "DYN_KVBM_NCCL_MLA_MODE: several ranks per engine are not served yet",
+        "DYN_KVBM_CPU_CACHE_BG: unknown (did you mean DYN_KVBM_CPU_CACHE_GB?)",
+    ] {
+        assert!(warnings[0].contains(part), "{part} in {}", warnings[0]);
+    }
+    assert!(!warnings[0].contains("DYN_KVBM_METRICS:") && !warnings[0].contains("SLEEP"));
+    assert_eq!(warnings[1], "unknown variables are ignored: KVBM_LEASE_SM (did you mean KVBM_LEASE_MS?)");
+}
+
+#[test]
+fn without_a_home_a_state_directory_must_be_named() {
+    let empty = Environment::default();
+    let error = load_within(&parse(&[]), &empty, PLENTY).unwrap_err().to_string();
+    assert_eq!(error, "no state directory: set --state-dir, KVBM_STATE_DIR, XDG_STATE_HOME or HOME");
+    assert!(load_within(&parse(&["--state-dir", "/s"]), &empty, PLENTY).is_ok());
+}
+
+#[test]
+fn help_names_range_default_and_variables() {
+    let help = DaemonArgs::augment_args(clap::Command::new("daemon")).render_long_help().to_string();
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(help.contains("--lease-ms <VALUE>"), "{help}");
+    assert!(
+        help.contains("[a whole number from 10 to 3600000] [default: 30000] [env: KVBM_LEASE_MS]"),
+        "{help}"
+    );
+}

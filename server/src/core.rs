@@ -1,0 +1,161 @@
+//! What all parts of the daemon share. Owned by [`crate::Daemon`], which starts and stops them.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use kvbm::ledger::Owner;
+use kvbm::{Manager, NamespaceId, PoolId, Refused, SessionId, Tier};
+use kvbm_proto::v1;
+use kvbm_shm::PoolLayout;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::Config;
+use crate::config::memory;
+use crate::metrics::Refusals;
+use crate::session::Sessions;
+use crate::workers::Workers;
+
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub config: Config,
+    pub manager: Manager,
+    pub sessions: Sessions,
+    pub workers: Workers,
+    pub refusals: Refusals,
+    /// Changes when events were appended.
+    pub events_changed: watch::Sender<()>,
+    /// No new work: everything is answered with `CLOSED`.
+    pub stopping: CancellationToken,
+    /// Copies have ended: streams end.
+    pub closing: CancellationToken,
+    /// Streams have ended: connections are closed.
+    pub hanging_up: CancellationToken,
+    /// Everything that runs beside the servers.
+    pub tasks: TaskTracker,
+    pub started: Instant,
+    /// Base URL of the admin HTTP server.
+    pub admin: OnceLock<String>,
+    /// Bytes from block to block, by base namespace: as the ledger has it, which does not tell.
+    strides: Mutex<HashMap<[u8; 32], u64>>,
+    own_uid: u32,
+}
+
+impl Core {
+    pub fn new(config: Config, manager: Manager) -> Self {
+        let events_changed = watch::Sender::new(());
+        let wake = events_changed.clone();
+        manager.events().listen(move || {
+            wake.send_replace(());
+        });
+        Self {
+            config,
+            manager,
+            sessions: Sessions::default(),
+            workers: Workers::default(),
+            refusals: Refusals::default(),
+            events_changed,
+            stopping: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            hanging_up: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            started: Instant::now(),
+            admin: OnceLock::new(),
+            strides: Mutex::default(),
+            own_uid: rustix::process::geteuid().as_raw(),
+        }
+    }
+
+    /// Whether processes of a user are served: our own, and those configured.
+    pub fn may_attach(&self, uid: u32) -> bool {
+        uid == self.own_uid || self.config.allowed_uids.contains(&uid)
+    }
+
+    /// Pools that a session writes, connected or silent.
+    pub fn pool_count(&self, session: SessionId) -> usize {
+        self.manager.inspect(|ledger| {
+            ledger.pools().filter(|(id, _)| ledger.pool_owner(*id) == Some(session)).count()
+        })
+    }
+
+    pub fn holds_pool(&self, session: SessionId) -> bool {
+        self.pool_count(session) > 0
+    }
+
+    pub fn owns_pool(&self, session: SessionId, pool: PoolId) -> bool {
+        self.manager.inspect(|ledger| ledger.pool_owner(pool) == Some(session))
+    }
+
+    /// Ends sessions whose last holding was adopted by another.
+    pub fn end_forgotten_sessions(&self) {
+        let known: BTreeSet<SessionId> =
+            self.manager.inspect(|ledger| ledger.sessions().map(|(id, _)| *id).collect());
+        self.sessions.end_forgotten(|id| known.contains(&id));
+    }
+
+    /// A pool that would not fit beside the host tier is refused before anything is written to it.
+    pub fn check_memory(&self, layout: PoolLayout) -> Result<(), Refused> {
+        let wanted = (layout.stride() as u64).saturating_mul(layout.block_count.into());
+        let (planned, populated) = self.manager.host_bytes();
+        let Some(available) = memory::available_bytes() else { return Ok(()) };
+        let available = available.saturating_sub(planned.saturating_sub(populated));
+        if wanted <= available {
+            return Ok(());
+        }
+        let blocks = |bytes: u64| usize::try_from(bytes / layout.stride() as u64).unwrap_or(usize::MAX);
+        Err(Refused::Exhausted { tier: Tier::Device, wanted: blocks(wanted), available: blocks(available) })
+    }
+
+    /// Remembers how large blocks of a base namespace are.
+    pub fn note_stride(&self, base: [u8; 32], layout: PoolLayout) {
+        self.strides.lock().entry(base).or_insert(layout.stride() as u64);
+    }
+
+    /// 0 if no pool of that base namespace was ever opened: nothing of it is resident then.
+    pub fn stride(&self, base: &[u8; 32]) -> u64 {
+        self.strides.lock().get(base).copied().unwrap_or(0)
+    }
+
+    /// Digests of namespaces, each once.
+    pub fn known_namespaces(&self, ids: impl Iterator<Item = NamespaceId>) -> Vec<v1::KnownNamespace> {
+        let ids: BTreeSet<NamespaceId> = ids.collect();
+        self.manager.inspect(|ledger| {
+            let known = ids.into_iter().filter_map(|id| Some((id, ledger.namespace(id)?)));
+            known
+                .map(|(id, namespace)| v1::KnownNamespace {
+                    namespace_id: id.0,
+                    digest: namespace.digest.to_vec(),
+                })
+                .collect()
+        })
+    }
+
+    /// Why the daemon is not ready, if it is not.
+    pub fn reasons_not_ready(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.stopping.is_cancelled() {
+            reasons.push("the daemon is stopping".to_owned());
+        }
+        let (planned, populated) = self.manager.host_bytes();
+        if planned > 0 && populated == 0 {
+            reasons.push(match self.manager.host_error() {
+                Some(error) => format!("no host memory can be had: {error}"),
+                None => "no host memory is populated yet".to_owned(),
+            });
+        }
+        reasons
+    }
+
+    /// Whether a pool's writer is connected.
+    pub fn owner_state(owner: Owner) -> (&'static str, Option<SessionId>) {
+        match owner {
+            Owner::Session(id) => ("attached", Some(id)),
+            Owner::Silent(id) => ("silent", Some(id)),
+            Owner::Orphan(_) => ("orphan", None),
+            Owner::Retired => ("retired", None),
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The daemon: owns its parts, starts them in order and stops them in reverse.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvbm::Manager;
+use kvbm_proto::MESSAGE_BYTES_MAX;
+use kvbm_proto::v1::cache_server::CacheServer;
+use kvbm_proto::v1::registry_server::RegistryServer;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::core::Core;
+use crate::error::StartError;
+use crate::registry::RegistryService;
+use crate::session::{self, CacheService};
+use crate::socket::Sockets;
+use crate::status::Status;
+use crate::{Config, admin, inventory, random};
+
+/// How often deadlines are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// Bytes a client may send ahead: the table of a large pool comes in one message.
+const WINDOW_BYTES: u32 = 1 << 20;
+/// How long connections may take to end after everything else has.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Where a daemon is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses {
+    /// gRPC.
+    pub socket: PathBuf,
+    /// Side channel.
+    pub side_socket: PathBuf,
+    /// Admin HTTP.
+    pub admin: SocketAddr,
+}
+
+impl Addresses {
+    /// URL of an admin page, for example `/metrics`.
+    pub fn admin_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.admin)
+    }
+}
+
+/// A running daemon. To be stopped with [`Daemon::stop`]; dropping it only ends its tasks with the runtime.
+#[derive(Debug)]
+pub struct Daemon {
+    core: Arc<Core>,
+    addresses: Addresses,
+    grpc: JoinHandle<()>,
+    admin: JoinHandle<()>,
+    /// Last: the claim on the path goes when nothing of us uses it.
+    _sockets: Sockets,
+}
+
+impl Daemon {
+    /// Binds everything and starts serving. Host memory is populated in the background.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let mut sockets = Sockets::bind(&config)?;
+        let listener = admin::bind(&config).await?;
+        let address = listener
+            .local_addr()
+            .map_err(|source| StartError::Admin { address: config.metrics_address(), source })?;
+        let manager = Manager::start(config.manager(u64::from_le_bytes(random())))?;
+        let addresses =
+            Addresses { socket: config.socket.clone(), side_socket: config.side_socket(), admin: address };
+        let core = Arc::new(Core::new(config, manager));
+        // Set once, here.
+        let _ = core.admin.set(addresses.admin_url(""));
+        let admin = tokio::spawn(admin::serve(Arc::clone(&core), listener));
+        if let Some(side) = sockets.side.take() {
+            core.tasks.spawn(session::accept(Arc::clone(&core), side));
+        }
+        core.tasks.spawn(keep_time(Arc::clone(&core)));
+        let grpc = sockets.grpc.take().map(UnixListenerStream::new).expect("it was bound above");
+        let grpc = tokio::spawn(serve(Arc::clone(&core), grpc));
+        announce(&core, &addresses);
+        Ok(Self { core, addresses, grpc, admin, _sockets: sockets })
+    }
+
+    /// Where it is reached.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// What it holds and for whom.
+    pub fn status(&self) -> Status {
+        inventory::take(&self.core)
+    }
+
+    /// The text of `/metrics`.
+    pub fn metrics(&self) -> String {
+        crate::metrics::render(&self.core)
+    }
+
+    /// Answers everything with `CLOSED`, lets copies in flight end, then closes all connections and removes the
+    /// sockets.
+    pub async fn stop(self) {
+        tracing::info!("stopping");
+        self.core.stopping.cancel();
+        let manager = self.core.manager.clone();
+        if tokio::task::spawn_blocking(move || manager.stop()).await.is_err() {
+            tracing::error!("the block manager did not stop");
+        }
+        self.core.closing.cancel();
+        self.core.tasks.close();
+        if timeout(GOODBYE, self.core.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.core.tasks.len(), "some tasks did not end in time");
+        }
+        self.core.hanging_up.cancel();
+        for (name, mut server) in [("gRPC", self.grpc), ("admin HTTP", self.admin)] {
+            if timeout(GOODBYE, &mut server).await.is_err() {
+                tracing::warn!(name, "connections of a server are cut off");
+                server.abort();
+            }
+        }
+        tracing::info!("stopped");
+    }
+}
+
+async fn serve(core: Arc<Core>, listener: UnixListenerStream) {
+    let cache = CacheServer::new(CacheService(Arc::clone(&core)))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let registry = RegistryServer::new(RegistryService::new(Arc::clone(&core)))
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let server = Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .add_service(cache)
+        .add_service(registry);
+    let hanging_up = core.hanging_up.clone();
+    if let Err(error) = server.serve_with_incoming_shutdown(listener, hanging_up.cancelled_owned()).await {
+        tracing::error!(%error, "the gRPC server ended");
+    }
+}
+
+/// Time passes for leases and orphan pools.
+async fn keep_time(core: Arc<Core>) {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = core.stopping.cancelled() => return,
+            _ = ticks.tick() => core.manager.tick(),
+        }
+    }
+}
+
+/// One line that says what serves where.
+fn announce(core: &Core, addresses: &Addresses) {
+    let config = &core.config;
+    let host = match config.cpu_cache_blocks {
+        Some(blocks) => format!("{blocks} blocks"),
+        None => format!("{} GB", config.cpu_cache_gb),
+    };
+    let metrics = addresses.admin_url(if config.metrics { "/metrics" } else { "/status" });
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %addresses.socket.display(),
+        host,
+        disk = "off",
+        metrics,
+        "kvbm daemon serves"
+    );
+    if config.disk_cache_gb > 0.0 {
+        tracing::warn!(
+            "no disk tier is in service in this version: {} GB in {} are not used",
+            config.disk_cache_gb,
+            config.disk_cache_dir.display()
+        );
+    }
+}

@@ -1,0 +1,187 @@
+//! Takes the status of a running daemon.
+
+use std::collections::BTreeMap;
+
+use kvbm::ledger::{DevicePool, Ledger, Namespace, Owner, SlotCounts};
+use kvbm::{HostCapacity, PoolId, Tier};
+
+use crate::core::Core;
+use crate::status::{
+    DaemonStatus, LayoutStatus, NamespaceStatus, PoolStatus, SCHEMA, SlotStatus, Status, TierStatus,
+};
+
+/// Everything.
+pub(crate) fn take(core: &Core) -> Status {
+    let mut status = figures(core);
+    let namespaces =
+        |ledger: &Ledger| ledger.namespaces().map(|(id, found)| namespace(core, id.0, found)).collect();
+    status.namespaces = core.manager.inspect(namespaces);
+    status
+}
+
+/// Everything but the namespaces: salts come from users, so there may be very many, and everybody waits for the list.
+pub(crate) fn figures(core: &Core) -> Status {
+    let reasons = core.reasons_not_ready();
+    let host = host_state(core);
+    let mut status = core.manager.inspect(|ledger| from_ledger(core, ledger, host));
+    status.tiers.push(TierStatus { reason: disk_reason(core), ..off(Tier::Disk) });
+    status.daemon.ready = reasons.is_empty();
+    status.daemon.reasons = reasons;
+    status.sessions = core.sessions.status();
+    status.workers = core.workers.status();
+    status.transfers_in_flight = core.manager.transfers_in_flight() as u64;
+    status
+}
+
+fn from_ledger(core: &Core, ledger: &Ledger, host: HostState) -> Status {
+    let summaries = ledger.host_summaries();
+    let mut layouts = BTreeMap::<u64, u64>::new();
+    let mut host_slots = SlotStatus::default();
+    let mut host_used = 0;
+    for summary in &summaries {
+        let stride = summary.class.stride as u64;
+        *layouts.entry(stride).or_default() += summary.segments as u64;
+        add(&mut host_slots, slots(summary.counts, 0));
+        host_used += used(summary.counts) * stride;
+    }
+    let live = || ledger.pools().filter(|(_, pool)| pool.owner != Owner::Retired);
+    let mut device = TierStatus { reason: "no engine has opened a pool".to_owned(), ..off(Tier::Device) };
+    for (_, pool) in live() {
+        let layout = pool.identity.layout;
+        device.state = "on".to_owned();
+        device.reason.clear();
+        device.capacity_bytes += layout.stride() as u64 * u64::from(layout.block_count);
+        device.used_bytes += used(pool.slots.counts()) * layout.stride() as u64;
+        add(&mut device.slots, slots(pool.slots.counts(), pool.quarantined()));
+    }
+    device.evictions = ledger.evictions(Tier::Device);
+    let host = TierStatus {
+        state: host.state.to_owned(),
+        reason: host.reason,
+        capacity_bytes: host.capacity_bytes,
+        used_bytes: host_used,
+        slots: host_slots,
+        evictions: ledger.evictions(Tier::Host),
+        ..off(Tier::Host)
+    };
+    Status {
+        schema: SCHEMA,
+        daemon: DaemonStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: core.started.elapsed().as_secs_f64(),
+            socket: core.config.socket.display().to_string(),
+            admin: core.admin.get().cloned().unwrap_or_default(),
+            ready: false,
+            reasons: Vec::new(),
+        },
+        tiers: vec![device, host],
+        pools: ledger.pools().map(|(id, found)| pool(id, found)).collect(),
+        layouts: layouts
+            .into_iter()
+            .map(|(slot_bytes, segments)| LayoutStatus { slot_bytes, segments })
+            .collect(),
+        namespaces: Vec::new(),
+        sessions: Vec::new(),
+        leases: ledger.leases() as u64,
+        transfers_in_flight: 0,
+        workers: Vec::new(),
+    }
+}
+
+fn pool(id: PoolId, pool: &DevicePool) -> PoolStatus {
+    let (state, session) = Core::owner_state(pool.owner);
+    PoolStatus {
+        id: id.0,
+        session: session.map(|session| session.0),
+        device: pool.identity.device.clone(),
+        mode: "owned".to_owned(),
+        epoch: pool.epoch,
+        slots: slots(pool.slots.counts(), pool.quarantined()),
+        state: state.to_owned(),
+        block_bytes: pool.identity.layout.block_bytes as u64,
+    }
+}
+
+fn namespace(core: &Core, id: u32, namespace: &Namespace) -> NamespaceStatus {
+    let stride = core.stride(&namespace.base);
+    let resident = namespace.resident.iter();
+    NamespaceStatus {
+        id,
+        tenant: namespace.tenant.clone(),
+        model: namespace.model.clone(),
+        resident_bytes: resident
+            .map(|(tier, blocks)| (tier.name().to_owned(), *blocks as u64 * stride))
+            .collect(),
+    }
+}
+
+fn off(tier: Tier) -> TierStatus {
+    TierStatus {
+        tier: tier.name().to_owned(),
+        state: "off".to_owned(),
+        reason: String::new(),
+        capacity_bytes: 0,
+        used_bytes: 0,
+        slots: SlotStatus::default(),
+        evictions: 0,
+    }
+}
+
+struct HostState {
+    state: &'static str,
+    reason: String,
+    capacity_bytes: u64,
+}
+
+fn host_state(core: &Core) -> HostState {
+    let (planned, populated) = core.manager.host_bytes();
+    let (state, reason, capacity_bytes) = match core.manager.host_error() {
+        Some(error) if populated == 0 => ("off", error, 0),
+        Some(error) => ("on", format!("less than configured: {error}"), populated),
+        None if planned == 0 => ("off", why_no_host(core), 0),
+        None if populated < planned => {
+            ("populating", format!("{populated} of {planned} bytes are populated"), planned)
+        }
+        None => ("on", String::new(), planned),
+    };
+    HostState { state, reason, capacity_bytes }
+}
+
+fn why_no_host(core: &Core) -> String {
+    match core.config.manager(0).host {
+        HostCapacity::Bytes(bytes) => format!("its size is set to {bytes} bytes"),
+        HostCapacity::Blocks(0) => "its size is set to 0 blocks".to_owned(),
+        HostCapacity::Blocks(_) => "the first pool will tell how large its blocks are".to_owned(),
+    }
+}
+
+fn disk_reason(core: &Core) -> String {
+    if core.config.disk_cache_gb > 0.0 {
+        format!("{} GB are configured, but this version has no disk tier", core.config.disk_cache_gb)
+    } else {
+        "this version has no disk tier".to_owned()
+    }
+}
+
+fn slots(counts: SlotCounts, quarantined: usize) -> SlotStatus {
+    SlotStatus {
+        free: counts.free as u64,
+        filling: counts.filling as u64,
+        resident: counts.resident as u64,
+        pinned: counts.pinned as u64,
+        quarantined: quarantined as u64,
+    }
+}
+
+fn used(counts: SlotCounts) -> u64 {
+    (counts.filling + counts.resident) as u64
+}
+
+fn add(sum: &mut SlotStatus, more: SlotStatus) {
+    sum.free += more.free;
+    sum.filling += more.filling;
+    sum.resident += more.resident;
+    sum.pinned += more.pinned;
+    sum.quarantined += more.quarantined;
+}

@@ -1,0 +1,383 @@
+//! What an attached engine may ask.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvbm::ledger::PoolEntry;
+use kvbm::{AdoptPool, Error, LeaseId, NamespaceId, OpenPool, OpenedPool, PoolId, Refused, SessionId};
+use kvbm_proto::v1::{self, ClientMessage, client_message::Body as Ask, server_message::Body};
+use kvbm_proto::{SideMessage, digest, uuid};
+use kvbm_shm::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
+use tokio::time::timeout;
+use tonic::Streaming;
+
+use super::End;
+use super::outbound::{Answer, Outbound};
+use super::side::{Side, pool_memory};
+use crate::core::Core;
+use crate::random;
+use crate::wire::{self, invalid, malformed};
+
+/// Descriptors that came ahead of their adoption, per session.
+const DESCRIPTORS_MAX: usize = 16;
+/// Pools of one session.
+const POOLS_MAX: usize = 16;
+
+/// A session that is served.
+#[derive(Debug)]
+pub(super) struct Attached {
+    core: Arc<Core>,
+    id: SessionId,
+    outbound: Outbound,
+    side: Side,
+    /// Memory of pools that the client will ask to have adopted.
+    descriptors: HashMap<[u8; 16], OwnedFd>,
+    /// How long the client may take for each step.
+    limit: Duration,
+}
+
+impl Attached {
+    pub fn new(core: Arc<Core>, id: SessionId, outbound: Outbound, side: Side, limit: Duration) -> Self {
+        Self { core, id, outbound, side, descriptors: HashMap::new(), limit }
+    }
+
+    pub fn into_side(self) -> Side {
+        self.side
+    }
+
+    /// Handles messages in order until something ends.
+    pub async fn serve(&mut self, inbound: &mut Streaming<ClientMessage>) -> End {
+        loop {
+            let message = tokio::select! {
+                biased;
+                packet = self.side.receive() => match packet {
+                    Some(packet) => {
+                        self.keep(pool_memory(packet));
+                        continue;
+                    }
+                    None => return End::SideClosed,
+                },
+                () = self.outbound.closed() => return End::StreamClosed,
+                message = super::next(inbound) => message,
+            };
+            let handled = match message {
+                Ok(message) => self.handle(message).await,
+                Err(end) => Err(end),
+            };
+            if let Err(end) = handled {
+                return end;
+            }
+        }
+    }
+
+    fn keep(&mut self, memory: Option<([u8; 16], OwnedFd)>) {
+        match memory {
+            Some((uuid, fd)) if self.descriptors.len() < DESCRIPTORS_MAX => {
+                self.descriptors.insert(uuid, fd);
+            }
+            Some(_) => tracing::warn!(session = self.id.0, "a descriptor too many is dropped"),
+            None => tracing::warn!(session = self.id.0, "a side channel packet without meaning is dropped"),
+        }
+    }
+
+    async fn handle(&mut self, message: ClientMessage) -> Result<(), End> {
+        let ClientMessage { id, body, trace: _ } = message;
+        // Those that are answered only when refused.
+        let done = match &body {
+            None => Err(invalid("body", "is missing or not known")),
+            Some(_) if self.core.stopping.is_cancelled() => Err(Refused::Closed),
+            Some(Ask::Commit(message)) => self.commit(message),
+            Some(Ask::Release(message)) => self.release(message),
+            Some(Ask::ReleaseLease(message)) => {
+                self.core.manager.release_lease(self.id, LeaseId(message.lease_id))
+            }
+            Some(_) => Ok(()),
+        };
+        match (done, body) {
+            (Err(refused), _) => self.outbound.reserve(id).await?.refuse(&refused),
+            (Ok(()), None | Some(Ask::Commit(_) | Ask::Release(_) | Ask::ReleaseLease(_))) => {}
+            (Ok(()), Some(body)) => self.answer(self.outbound.reserve(id).await?, body).await?,
+        }
+        Ok(())
+    }
+
+    async fn answer(&mut self, answer: Answer, body: Ask) -> Result<(), End> {
+        match body {
+            Ask::Ping(_) => answer.send(Body::Pong(v1::Pong {})),
+            Ask::Hello(_) => answer.refuse(&invalid("hello", "was said already")),
+            Ask::RegisterNamespace(message) => answer.send_or_refuse(self.register_namespace(&message)),
+            Ask::OpenPool(message) => self.open_pool(answer, &message).await?,
+            Ask::Match(message) => answer.send_or_refuse(self.find(&message)),
+            Ask::Onboard(message) => self.onboard(answer, &message),
+            Ask::RequestGrants(message) => answer.send_or_refuse(self.grant(&message)),
+            Ask::Offload(message) => self.offload(answer, &message),
+            Ask::Prefetch(message) => answer.send_or_refuse(self.prefetch(&message)),
+            Ask::RegisterWorker(message) => answer.send_or_refuse(self.register_worker(message)),
+            Ask::Commit(_) | Ask::Release(_) | Ask::ReleaseLease(_) => {
+                unreachable!("handled above: they have no answer")
+            }
+        }
+        Ok(())
+    }
+
+    // ---- without an answer ----------------------------------------------------------------------------------------
+
+    fn commit(&self, message: &v1::Commit) -> Result<(), Refused> {
+        let (namespace, pool) = (NamespaceId(message.namespace_id), PoolId(message.pool_id));
+        let (blocks, retention) = (wire::commits(message)?, wire::retention(message)?);
+        self.core.manager.commit(self.id, namespace, pool, &blocks, retention)
+    }
+
+    fn release(&self, message: &v1::Release) -> Result<(), Refused> {
+        self.core.manager.release(self.id, PoolId(message.pool_id), &wire::held(message)?)
+    }
+
+    // ---- answered at once -----------------------------------------------------------------------------------------
+
+    fn register_namespace(&self, message: &v1::RegisterNamespace) -> Result<Body, Refused> {
+        let digest_in = digest("digest", &message.digest).map_err(malformed)?;
+        let base = digest("base", &message.base).map_err(malformed)?;
+        let (tenant, model) =
+            (wire::label("tenant", &message.tenant)?, wire::label("model", &message.model)?);
+        let id = self.core.manager.register_namespace(self.id, digest_in, base, tenant, model)?;
+        Ok(Body::Namespace(v1::NamespaceReply { namespace_id: id.0 }))
+    }
+
+    fn find(&self, message: &v1::Match) -> Result<Body, Refused> {
+        let keys = wire::hashes("keys", &message.keys)?;
+        let pool = (message.pool_id > 0).then_some(PoolId(message.pool_id));
+        let namespace = NamespaceId(message.namespace_id);
+        let matched = self.core.manager.match_prefix(self.id, namespace, &keys, pool)?;
+        Ok(Body::Match(v1::MatchReply {
+            device: matched.device.into_iter().map(wire::block_out).collect(),
+            host_blocks: wire::count(matched.host_blocks),
+            disk_blocks: 0,
+            lease_id: matched.lease.map_or(0, |lease| lease.0),
+            lease_ms: u32::try_from(self.core.config.lease_ms).unwrap_or(u32::MAX),
+        }))
+    }
+
+    fn grant(&self, message: &v1::RequestGrants) -> Result<Body, Refused> {
+        let count = usize::try_from(message.count).unwrap_or(usize::MAX);
+        let blocks = self.core.manager.request_grants(self.id, PoolId(message.pool_id), count)?;
+        let blocks = blocks.into_iter().map(wire::block_out).collect();
+        Ok(Body::Grants(v1::Grants { pool_id: message.pool_id, blocks }))
+    }
+
+    fn prefetch(&self, message: &v1::Prefetch) -> Result<Body, Refused> {
+        let keys = wire::hashes("keys", &message.keys)?;
+        let found = self.core.manager.prefetch(self.id, NamespaceId(message.namespace_id), &keys)?;
+        Ok(Body::Prefetch(v1::PrefetchReply {
+            host_blocks: wire::count(found.host_blocks),
+            promoting_blocks: wire::count(found.promoting_blocks),
+        }))
+    }
+
+    fn register_worker(&self, message: v1::RegisterWorker) -> Result<Body, Refused> {
+        if message.pool_id > 0 && !self.core.owns_pool(self.id, PoolId(message.pool_id)) {
+            return Err(Refused::Unknown { what: "pool" });
+        }
+        self.core.workers.register(self.id, self.side.pid(), message)?;
+        Ok(Body::Worker(v1::WorkerReply {}))
+    }
+
+    // ---- answered when copies have ended ----------------------------------------------------------------------------
+
+    fn onboard(&self, answer: Answer, message: &v1::Onboard) {
+        let (lease, pool) = (LeaseId(message.lease_id), PoolId(message.pool_id));
+        let targets = wire::blocks(&message.targets);
+        later(answer, |done| {
+            let done = Box::new(move |outcome: kvbm::Outcome| done(wire::transfer_done(&outcome)));
+            self.core.manager.onboard(self.id, lease, pool, &targets, done)
+        });
+    }
+
+    fn offload(&self, answer: Answer, message: &v1::Offload) {
+        let blocks = wire::blocks(&message.blocks);
+        later(answer, |done| {
+            let done = Box::new(move |outcome: kvbm::Outcome| done(wire::transfer_done(&outcome)));
+            self.core.manager.offload(self.id, PoolId(message.pool_id), &blocks, done)
+        });
+    }
+
+    // ---- pools ----------------------------------------------------------------------------------------------------
+
+    async fn open_pool(&mut self, answer: Answer, message: &v1::OpenPool) -> Result<(), End> {
+        let wanted = match self.check_pool(message) {
+            Ok(wanted) => wanted,
+            Err(refused) => {
+                answer.refuse(&refused);
+                return Ok(());
+            }
+        };
+        match &message.adoption {
+            None => answer.send(self.give_pool(wanted).await?),
+            Some(adoption) => match self.adoption(adoption, wanted).await? {
+                Ok(adopt) => self.adopt(answer, adopt),
+                Err(refused) => answer.refuse(&refused),
+            },
+        }
+        Ok(())
+    }
+
+    /// A new pool, or what a dead worker left. Its memory travels before the answer.
+    async fn give_pool(&mut self, wanted: OpenPool) -> Result<Body, End> {
+        let (base, layout) = (wanted.base, wanted.layout);
+        let opened = match self.core.check_memory(layout) {
+            Ok(()) => self.core.manager.open_pool(self.id, wanted),
+            Err(refused) => Err(refused.into()),
+        };
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                if !matches!(error, Error::Refused(_)) {
+                    tracing::warn!(session = self.id.0, %error, "a device pool cannot be had");
+                }
+                return Ok(Body::Refused(wire::failed(&error)));
+            }
+        };
+        self.core.note_stride(base, layout);
+        tracing::info!(
+            session = self.id.0,
+            pool = opened.pool_id.0,
+            inherited = opened.inherited,
+            "a pool is opened"
+        );
+        let uuid = opened.memory.uuid();
+        let sent =
+            self.side.send(SideMessage::PoolMemory { uuid }, Some(opened.memory.fd()), self.limit).await;
+        sent.map_err(|_| End::SideClosed)?;
+        Ok(pool_reply(&self.core, &opened))
+    }
+
+    fn check_pool(&self, message: &v1::OpenPool) -> Result<OpenPool, Refused> {
+        if message.mode() != v1::PoolMode::Owned {
+            return Err(invalid("mode", "only POOL_MODE_OWNED is served"));
+        }
+        if message.shard_count > 1 || message.shard > 0 {
+            return Err(invalid("shard_count", "only blocks of one shard are served"));
+        }
+        if message.tokens_per_block == 0 {
+            return Err(invalid("tokens_per_block", "0 is not possible"));
+        }
+        if self.core.pool_count(self.id) >= POOLS_MAX {
+            let busy = Refused::Busy { queue: "pools of a session" };
+            self.core.refusals.note(&busy);
+            return Err(busy);
+        }
+        let block_bytes = usize::try_from(message.block_bytes).unwrap_or(0);
+        if block_bytes == 0 || message.block_count == 0 {
+            return Err(invalid("block_bytes", "a pool needs blocks of at least one byte"));
+        }
+        Ok(OpenPool {
+            base: digest("base", &message.base).map_err(malformed)?,
+            layout: PoolLayout { block_bytes, block_count: message.block_count },
+            tokens_per_block: message.tokens_per_block,
+            device: wire::label("device", &message.device)?.to_owned(),
+            fresh: message.fresh,
+            uuid: random(),
+        })
+    }
+
+    /// An adoption with its memory, which may still be on its way.
+    async fn adoption(
+        &mut self,
+        adoption: &v1::Adoption,
+        wanted: OpenPool,
+    ) -> Result<Result<AdoptPool, Refused>, End> {
+        let name = match uuid("adoption.pool_uuid", &adoption.pool_uuid) {
+            Ok(name) => name,
+            Err(reason) => return Ok(Err(malformed(reason))),
+        };
+        match timeout(self.limit, self.descriptor(name)).await {
+            Ok(fd) => Ok(adoption_of(fd?, name, adoption, wanted)),
+            Err(_) => Ok(Err(invalid("adoption.pool_uuid", "its descriptor did not come in time"))),
+        }
+    }
+
+    fn adopt(&self, answer: Answer, adopt: AdoptPool) {
+        let (core, session, base) = (Arc::clone(&self.core), self.id.0, adopt.base);
+        let done = move |result: Result<OpenedPool, Refused>| match result {
+            Ok(opened) => {
+                tracing::info!(session, pool = opened.pool_id.0, "a pool is adopted");
+                core.note_stride(base, opened.memory.layout());
+                core.end_forgotten_sessions();
+                answer.send(pool_reply(&core, &opened));
+            }
+            Err(refused) => {
+                tracing::warn!(session, %refused, "an adoption is refused");
+                answer.refuse(&refused);
+            }
+        };
+        self.core.manager.adopt_pool(self.id, adopt, Box::new(done));
+    }
+
+    /// The memory of that name, which travels beside the message.
+    async fn descriptor(&mut self, name: [u8; 16]) -> Result<OwnedFd, End> {
+        loop {
+            if let Some(fd) = self.descriptors.remove(&name) {
+                return Ok(fd);
+            }
+            let packet = self.side.receive().await.ok_or(End::SideClosed)?;
+            self.keep(pool_memory(packet));
+        }
+    }
+}
+
+/// Starts something that answers from another thread; a refusal is answered here.
+fn later(answer: Answer, start: impl FnOnce(Box<dyn FnOnce(Body) + Send>) -> Result<(), Refused>) {
+    // Shared, because only the outcome of `start` tells who answers.
+    let answer = Arc::new(parking_lot::Mutex::new(Some(answer)));
+    let taken = Arc::clone(&answer);
+    let done = Box::new(move |body| {
+        if let Some(answer) = taken.lock().take() {
+            answer.send(body);
+        }
+    });
+    if let Err(refused) = start(done)
+        && let Some(answer) = answer.lock().take()
+    {
+        answer.refuse(&refused);
+    }
+}
+
+fn adoption_of(
+    fd: OwnedFd,
+    name: [u8; 16],
+    adoption: &v1::Adoption,
+    wanted: OpenPool,
+) -> Result<AdoptPool, Refused> {
+    let memory = PoolMemory::from_fd(fd).map_err(|error| invalid("adoption.pool_uuid", error.to_string()))?;
+    if memory.uuid() != name || memory.layout() != wanted.layout {
+        return Err(invalid(
+            "adoption.pool_uuid",
+            "the memory that came under this name has another name or layout",
+        ));
+    }
+    let entries: Result<Vec<PoolEntry>, Refused> = adoption.entries.iter().map(wire::pool_entry).collect();
+    Ok(AdoptPool {
+        memory,
+        epoch: adoption.epoch,
+        base: wanted.base,
+        tokens_per_block: wanted.tokens_per_block,
+        device: wanted.device,
+        entries: entries?,
+        held: wire::blocks(&adoption.held),
+    })
+}
+
+fn pool_reply(core: &Core, opened: &OpenedPool) -> Body {
+    let layout = opened.memory.layout();
+    Body::Pool(v1::PoolReply {
+        pool_id: opened.pool_id.0,
+        pool_uuid: opened.memory.uuid().to_vec(),
+        epoch: opened.epoch,
+        block_count: layout.block_count,
+        stride: layout.stride() as u64,
+        offset: POOL_HEADER_BYTES as u64,
+        entries: opened.entries.iter().map(wire::pool_entry_out).collect(),
+        namespaces: core.known_namespaces(opened.entries.iter().map(|entry| entry.namespace)),
+    })
+}

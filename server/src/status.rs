@@ -1,0 +1,335 @@
+//! The document of `kvbm status --json`, and the table that people read.
+//!
+//! Others script against it: fields are added, never renamed; `schema` changes only when an old reader would
+//! misunderstand.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use serde::{Deserialize, Serialize};
+
+/// Value of [`Status::schema`].
+pub const SCHEMA: u32 = 1;
+
+/// What the daemon holds and for whom.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct Status {
+    pub schema: u32,
+    pub daemon: DaemonStatus,
+    pub tiers: Vec<TierStatus>,
+    pub pools: Vec<PoolStatus>,
+    pub layouts: Vec<LayoutStatus>,
+    pub namespaces: Vec<NamespaceStatus>,
+    pub sessions: Vec<SessionStatus>,
+    pub leases: u64,
+    pub transfers_in_flight: u64,
+    pub workers: Vec<WorkerStatus>,
+}
+
+/// The process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct DaemonStatus {
+    pub version: String,
+    pub pid: u32,
+    pub uptime_s: f64,
+    pub socket: String,
+    /// Base URL of the admin HTTP server.
+    pub admin: String,
+    pub ready: bool,
+    /// Why it is not ready.
+    pub reasons: Vec<String>,
+}
+
+/// One tier.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct TierStatus {
+    pub tier: String,
+    /// `on`, `populating` or `off`.
+    pub state: String,
+    /// Why it is in that state; empty when it is on.
+    pub reason: String,
+    pub capacity_bytes: u64,
+    pub used_bytes: u64,
+    pub slots: SlotStatus,
+    pub evictions: u64,
+}
+
+/// Slots by state. Pinned and quarantined ones are also counted in the state they are in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct SlotStatus {
+    pub free: u64,
+    pub filling: u64,
+    pub resident: u64,
+    pub pinned: u64,
+    pub quarantined: u64,
+}
+
+/// One device pool.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct PoolStatus {
+    pub id: u32,
+    /// The session that writes it; `null` while a pool of a dead worker waits for a successor.
+    pub session: Option<u64>,
+    pub device: String,
+    pub mode: String,
+    pub epoch: u64,
+    pub slots: SlotStatus,
+    /// `attached`, `silent`, `orphan` or `retired`.
+    pub state: String,
+    pub block_bytes: u64,
+}
+
+/// Host segments of one slot size.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct LayoutStatus {
+    pub slot_bytes: u64,
+    pub segments: u64,
+}
+
+/// One namespace.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct NamespaceStatus {
+    pub id: u32,
+    pub tenant: String,
+    pub model: String,
+    /// By tier.
+    pub resident_bytes: BTreeMap<String, u64>,
+}
+
+/// One session.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct SessionStatus {
+    pub id: u64,
+    /// Process, by the kernel's word; `null` before the side channel is bound.
+    pub pid: Option<u32>,
+    pub uid: u32,
+    /// As it introduced itself.
+    pub client: String,
+    /// `attaching`, `attached` or `silent`.
+    pub state: String,
+    pub age_s: f64,
+}
+
+/// One worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct WorkerStatus {
+    pub id: String,
+    pub pid: u32,
+    pub model: String,
+    pub role: String,
+    pub state: String,
+    pub session: u64,
+    pub endpoint: String,
+}
+
+/// The status for people: a few short tables.
+pub fn render(status: &Status) -> String {
+    let daemon = &status.daemon;
+    let ready =
+        if daemon.ready { "ready".to_owned() } else { format!("not ready: {}", daemon.reasons.join("; ")) };
+    let mut text = format!(
+        "kvbm {}  pid {}  up {:.0} s  {ready}\nsocket {}\nadmin  {}\n",
+        daemon.version, daemon.pid, daemon.uptime_s, daemon.socket, daemon.admin
+    );
+    let _ = writeln!(text, "leases {}  transfers in flight {}", status.leases, status.transfers_in_flight);
+    let slots = |slots: &SlotStatus| {
+        [slots.free, slots.filling, slots.resident, slots.pinned, slots.quarantined]
+            .map(|count| count.to_string())
+    };
+    let mut tiers = Table::new("tiers", &["tier", "state", "capacity", "used"], SLOTS);
+    for tier in &status.tiers {
+        let state = if tier.reason.is_empty() {
+            tier.state.clone()
+        } else {
+            format!("{} ({})", tier.state, tier.reason)
+        };
+        tiers.row(
+            [tier.tier.clone(), state, bytes(tier.capacity_bytes), bytes(tier.used_bytes)],
+            slots(&tier.slots),
+        );
+    }
+    tiers.print(&mut text);
+    let mut pools =
+        Table::new("pools", &["pool", "session", "device", "mode", "state", "epoch", "block"], SLOTS);
+    for pool in &status.pools {
+        let session = pool.session.map_or_else(|| "-".to_owned(), |id| id.to_string());
+        let cells = [pool.device.clone(), pool.mode.clone(), pool.state.clone(), pool.epoch.to_string()];
+        let cells = [pool.id.to_string(), session].into_iter().chain(cells).chain([bytes(pool.block_bytes)]);
+        pools.row(cells, slots(&pool.slots));
+    }
+    pools.print(&mut text);
+    let mut layouts = Table::new("layouts", &["slot", "segments"], &[]);
+    for layout in &status.layouts {
+        layouts.row([bytes(layout.slot_bytes), layout.segments.to_string()], []);
+    }
+    layouts.print(&mut text);
+    let mut namespaces = Table::new("namespaces", &["namespace", "tenant", "model", "resident"], &[]);
+    for namespace in &status.namespaces {
+        let resident = namespace.resident_bytes.iter().filter(|(_, count)| **count > 0);
+        let resident = resident.map(|(tier, count)| format!("{tier} {}", bytes(*count))).collect::<Vec<_>>();
+        let labels = [namespace.id.to_string(), namespace.tenant.clone(), namespace.model.clone()];
+        namespaces.row(labels, [resident.join(", ")]);
+    }
+    namespaces.print(&mut text);
+    let mut sessions = Table::new("sessions", &["session", "pid", "uid", "state", "age", "client"], &[]);
+    for session in &status.sessions {
+        let pid = session.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        let who = [session.id.to_string(), pid, session.uid.to_string()];
+        sessions.row(who, [session.state.clone(), format!("{:.0} s", session.age_s), session.client.clone()]);
+    }
+    sessions.print(&mut text);
+    let mut workers = Table::new("workers", &["worker", "pid", "model", "role", "state", "endpoint"], &[]);
+    for worker in &status.workers {
+        let who = [worker.id.clone(), worker.pid.to_string(), worker.model.clone()];
+        workers.row(who, [worker.role.clone(), worker.state.clone(), worker.endpoint.clone()]);
+    }
+    workers.print(&mut text);
+    text
+}
+
+const SLOTS: &[&str] = &["free", "filling", "resident", "pinned", "quarantined"];
+
+/// Left-aligned columns under a title.
+struct Table {
+    title: &'static str,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(title: &'static str, columns: &[&str], more: &[&str]) -> Self {
+        let header = columns.iter().chain(more).map(|name| (*name).to_owned()).collect();
+        Self { title, rows: vec![header] }
+    }
+
+    fn row(&mut self, cells: impl IntoIterator<Item = String>, more: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().chain(more).collect());
+    }
+
+    fn print(&self, text: &mut String) {
+        if self.rows.len() == 1 {
+            let _ = writeln!(text, "\n{}: none", self.title);
+            return;
+        }
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..self.rows[0].len()).map(width).collect();
+        text.push('\n');
+        for row in &self.rows {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            let _ = writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
+        }
+    }
+}
+
+/// Decimal units, as everywhere.
+fn bytes(count: u64) -> String {
+    match count {
+        0..1_000 => format!("{count} B"),
+        1_000..1_000_000 => format!("{:.1} kB", count as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", count as f64 / 1e6),
+        _ => format!("{:.2} GB", count as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Status {
+        let slots = SlotStatus { free: 1, filling: 2, resident: 3, pinned: 1, quarantined: 0 };
+        Status {
+            schema: SCHEMA,
+            daemon: DaemonStatus {
+                version: "0.1.0".into(),
+                pid: 7,
+                uptime_s: 1.5,
+                socket: "/run/kvbm.sock".into(),
+                admin: "http://127.0.0.1:6880".into(),
+                ready: true,
+                reasons: vec![],
+            },
+            tiers: vec![TierStatus {
+                tier: "host".into(),
+                state: "on".into(),
+                reason: String::new(),
+                capacity_bytes: 1_000_000_000,
+                used_bytes: 65_536,
+                slots,
+                evictions: 0,
+            }],
+            pools: vec![PoolStatus {
+                id: 1,
+                session: None,
+                device: "cpu:0".into(),
+                mode: "owned".into(),
+                epoch: 2,
+                slots,
+                state: "orphan".into(),
+                block_bytes: 65_536,
+            }],
+            layouts: vec![LayoutStatus { slot_bytes: 65_536, segments: 1 }],
+            namespaces: vec![],
+            sessions: vec![],
+            leases: 4,
+            transfers_in_flight: 0,
+            workers: vec![],
+        }
+    }
+
+    #[test]
+    fn the_fields_others_script_against_are_there() {
+        let json = serde_json::to_value(sample()).unwrap();
+        assert_eq!(json["schema"], 1);
+        for pointer in [
+            "/daemon/version",
+            "/daemon/pid",
+            "/daemon/uptime_s",
+            "/tiers/0/tier",
+            "/tiers/0/state",
+            "/tiers/0/reason",
+            "/tiers/0/capacity_bytes",
+            "/tiers/0/used_bytes",
+            "/tiers/0/slots/quarantined",
+            "/pools/0/id",
+            "/pools/0/session",
+            "/pools/0/device",
+            "/pools/0/mode",
+            "/pools/0/epoch",
+            "/pools/0/slots/free",
+            "/layouts/0/slot_bytes",
+            "/layouts/0/segments",
+            "/namespaces",
+            "/sessions",
+            "/leases",
+            "/transfers_in_flight",
+            "/workers",
+        ] {
+            assert!(json.pointer(pointer).is_some(), "{pointer}");
+        }
+        assert_eq!(serde_json::from_value::<Status>(json).unwrap(), sample());
+    }
+
+    #[test]
+    fn people_get_aligned_tables() {
+        let text = render(&sample());
+        assert!(text.starts_with("kvbm 0.1.0  pid 7  up 2 s  ready\n"), "{text}");
+        assert!(
+            text.contains("\ntier  state  capacity  used     free  filling  resident  pinned  quarantined\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("\nhost  on     1.00 GB   65.5 kB  1     2        3         1       0\n"),
+            "{text}"
+        );
+        assert!(text.contains("\nsessions: none\n"));
+    }
+}

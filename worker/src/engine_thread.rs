@@ -1,0 +1,217 @@
+//! The thread that owns model, pool and scheduler, from loading to the end.
+//!
+//! Only this thread waits for the daemon, once, at its start.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use kvbm_connector::{DeviceCache, Startup, WorkerRegistration};
+use kvbm_hash::{BaseNamespace, BaseParts};
+use kvbm_shm::PoolLayout;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use crate::pool_cache::{Listing, PoolCache};
+use crate::settings::Settings;
+use crate::{
+    Bell, Cache, Counters, Echo, Engine, EngineKind, EngineOptions, Inbox, KvLayout, KvMemory, Limits, Llama,
+    Loop, Progress, Scheduler, SchedulerOptions, Turn, WorkerError, turn_until_stopped,
+};
+
+/// Turns in which a request that alone cannot get a block waits before it is given up: about a minute, in which blocks
+/// come out of quarantine.
+const STARVED_TURNS_MAX: usize = 30_000;
+/// KV of an engine that computes none: a pool to be listed with.
+const ECHO_POOL: PoolLayout = PoolLayout { block_bytes: 4096, block_count: 1 };
+
+/// What the thread is to run.
+pub(crate) struct EnginePlan {
+    pub settings: Settings,
+    pub limits: Limits,
+    pub eos_token_ids: Vec<u32>,
+    pub kv: KvLayout,
+    pub pool: PoolLayout,
+    /// How it is listed with the daemon.
+    pub worker: WorkerRegistration,
+    pub listing: Listing,
+    pub inbox: Inbox,
+}
+
+/// What is known once the model is loaded and the pool is there.
+#[derive(Clone)]
+pub(crate) struct Loaded {
+    pub base: BaseNamespace,
+    pub counters: Arc<Mutex<Counters>>,
+    pub cache: Arc<kvbm_connector::Counters>,
+}
+
+/// The running thread. Dropping it asks it to stop.
+pub(crate) struct EngineThread {
+    stop: Arc<AtomicBool>,
+    bell: Bell,
+    ended: CancellationToken,
+}
+
+impl EngineThread {
+    /// Starts it; the receiver tells when it is loaded, or why not.
+    pub fn start(
+        plan: EnginePlan,
+    ) -> Result<(Self, oneshot::Receiver<Result<Loaded, WorkerError>>), WorkerError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let bell = plan.inbox.bell().clone();
+        let (loaded, receiver) = oneshot::channel();
+        let ended = CancellationToken::new();
+        // Dropped when the thread ends, however it does.
+        let end = ended.clone().drop_guard();
+        let stopped = stop.clone();
+        let work = move || {
+            let _end = end;
+            plan.run(&stopped, loaded);
+        };
+        std::thread::Builder::new().name("engine".into()).spawn(work).map_err(WorkerError::Thread)?;
+        Ok((Self { stop, bell, ended }, receiver))
+    }
+
+    /// Rung when there is something to do.
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// Waits until the thread has ended.
+    pub async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Ends it after the current step.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+}
+
+impl Drop for EngineThread {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl EnginePlan {
+    fn run(self, stop: &AtomicBool, loaded: oneshot::Sender<Result<Loaded, WorkerError>>) {
+        let ready = match self.settings.engine {
+            EngineKind::Llama => self.llama().map(|(turns, facts)| (Turns::Llama(Box::new(turns)), facts)),
+            EngineKind::Echo => self.echo().map(|(turns, facts)| (Turns::Echo(Box::new(turns)), facts)),
+        };
+        match ready {
+            Ok((mut turns, facts)) => {
+                // If nobody waits any more, the stop flag is set.
+                let _ = loaded.send(Ok(facts));
+                turn_until_stopped(&mut turns, stop);
+            }
+            Err(error) => drop(loaded.send(Err(error))),
+        }
+    }
+
+    fn llama(self) -> Result<(Loop<PoolCache, Llama>, Loaded), WorkerError> {
+        let begin = Instant::now();
+        let settings = &self.settings;
+        let options = EngineOptions {
+            threads: settings.threads,
+            isa: settings.isa,
+            context_length: settings.context_length,
+            revision: settings.revision.clone(),
+        };
+        let engine = Engine::load(&settings.model, &options)
+            .map_err(|source| WorkerError::Model { folder: settings.model.clone(), source })?;
+        let seconds = begin.elapsed().as_secs_f64();
+        tracing::info!(threads = engine.threads(), isa = ?engine.isa(), seconds, "model loaded");
+        let base = self.base(engine.revision(), KvLayout::NAME);
+        let cache = self.open_pool(self.pool, base)?;
+        let kv = KvMemory::of_pool(cache.memory(), self.kv);
+        let Self { settings, limits, eos_token_ids, listing, inbox, .. } = self;
+        let scheduler = Scheduler::new(SchedulerOptions {
+            max_batch_tokens: settings.max_batch_tokens,
+            max_batch: settings.max_batch,
+            max_waiting: settings.max_waiting,
+            max_starved_turns: STARVED_TURNS_MAX,
+            ..SchedulerOptions::new(limits, eos_token_ids)
+        });
+        let cache_counters = cache.counters();
+        let turns = Loop::new(scheduler, PoolCache::new(cache, listing), Llama { engine, kv }, inbox);
+        let facts = Loaded { base, counters: turns.counters(), cache: cache_counters };
+        Ok((turns, facts))
+    }
+
+    fn echo(self) -> Result<(ListedEcho, Loaded), WorkerError> {
+        let base = self.base("echo", "none");
+        let cache = self.open_pool(ECHO_POOL, base)?;
+        let facts = Loaded { base, counters: Arc::default(), cache: cache.counters() };
+        let echo = Echo::new(self.limits, self.inbox);
+        Ok((ListedEcho { echo, cache: PoolCache::new(cache, self.listing) }, facts))
+    }
+
+    fn base(&self, revision: &str, layout: &str) -> BaseNamespace {
+        BaseNamespace::new(&BaseParts {
+            model: &self.settings.served_name,
+            revision,
+            kv_dtype: KvLayout::DTYPE,
+            layout,
+            tokens_per_block: self.kv.tokens_per_block as u32,
+            parallel: "tp1",
+        })
+    }
+
+    fn open_pool(&self, layout: PoolLayout, base: BaseNamespace) -> Result<DeviceCache, WorkerError> {
+        let Some(config) = self.settings.daemon.clone() else { return Ok(DeviceCache::private(layout)?) };
+        let bell = self.inbox.bell().clone();
+        Ok(DeviceCache::attach(Startup {
+            config,
+            layout,
+            base,
+            worker: Some(self.worker.clone()),
+            waker: Arc::new(move || bell.ring()),
+            runtime: None,
+        })?)
+    }
+}
+
+/// What is turned.
+enum Turns {
+    Llama(Box<Loop<PoolCache, Llama>>),
+    Echo(Box<ListedEcho>),
+}
+
+impl Turn for Turns {
+    fn turn(&mut self) -> Progress {
+        match self {
+            Self::Llama(turns) => turns.turn(),
+            Self::Echo(turns) => turns.turn(),
+        }
+    }
+
+    fn bell(&self) -> &Bell {
+        match self {
+            Self::Llama(turns) => turns.bell(),
+            Self::Echo(turns) => turns.bell(),
+        }
+    }
+}
+
+/// The echo engine, listed with the daemon through a pool that it does not use.
+struct ListedEcho {
+    echo: Echo,
+    cache: PoolCache,
+}
+
+impl Turn for ListedEcho {
+    fn turn(&mut self) -> Progress {
+        // Nothing was asked, so nothing comes but changes of state, which are logged.
+        self.cache.poll();
+        self.echo.turn()
+    }
+
+    fn bell(&self) -> &Bell {
+        self.echo.bell()
+    }
+}

@@ -1,0 +1,159 @@
+//! The scheduler's [`Cache`] over a [`DeviceCache`]: the daemon's pool, or a private one.
+//!
+//! The two agree on who owns a block and on what each event means. What is adapted is `Exhausted`: the scheduler takes a
+//! victim's blocks when it hears that, so the answer has to count every release made before the question, and an
+//! answer of the daemon that was under way during a release does not.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kvbm_connector::{CacheEvent as Reported, DeviceCache, LeaseId as DaemonLease, WorkerRegistration};
+use kvbm_hash::{Namespace, SequenceHash};
+use parking_lot::Mutex;
+
+use crate::{Allocate, BlockId, Cache, CacheEvent, LeaseId, Onboard, Ticket};
+
+/// A change of how the worker is listed, on its way to the thread that owns the cache.
+#[derive(Clone, Default)]
+pub(crate) struct Listing(Arc<Mutex<Option<WorkerRegistration>>>);
+
+impl Listing {
+    /// Takes effect with the cache's next poll: ring its bell.
+    pub fn change(&self, worker: WorkerRegistration) {
+        *self.0.lock() = Some(worker);
+    }
+}
+
+/// Whether blocks were given back since the cache last said for certain that it has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Released {
+    Nothing,
+    Something,
+}
+
+/// See the module.
+pub(crate) struct PoolCache {
+    inner: DeviceCache,
+    listing: Listing,
+    released: Released,
+    leases: Leases,
+}
+
+impl PoolCache {
+    pub fn new(inner: DeviceCache, listing: Listing) -> Self {
+        Self { inner, listing, released: Released::Nothing, leases: Leases::default() }
+    }
+}
+
+impl Cache for PoolCache {
+    fn lookup(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>) {
+        self.inner.lookup(ticket.0, namespace, keys);
+    }
+
+    fn allocate(&mut self, count: usize) -> Allocate {
+        let mut answer = self.inner.allocate(count);
+        if answer == kvbm_connector::Allocate::Exhausted && self.released == Released::Something {
+            // Asked once more: from here on the question follows the releases.
+            self.released = Released::Nothing;
+            answer = self.inner.allocate(count);
+        }
+        match answer {
+            kvbm_connector::Allocate::Blocks(blocks) => {
+                Allocate::Blocks(blocks.into_iter().map(BlockId).collect())
+            }
+            kvbm_connector::Allocate::Pending => Allocate::Pending,
+            kvbm_connector::Allocate::Exhausted => Allocate::Exhausted,
+        }
+    }
+
+    fn onboard(&mut self, ticket: Ticket, lease: LeaseId, targets: Vec<BlockId>) {
+        let lease = self.leases.take(lease);
+        self.inner.onboard(ticket.0, lease, indices(&targets));
+    }
+
+    fn commit(
+        &mut self,
+        block: BlockId,
+        namespace: Namespace,
+        key: SequenceHash,
+        parent: Option<SequenceHash>,
+    ) {
+        self.inner.commit(block.0, namespace, key, parent);
+    }
+
+    fn release(&mut self, blocks: Vec<BlockId>) {
+        self.released = Released::Something;
+        self.inner.release(&indices(&blocks));
+    }
+
+    fn abandon_lease(&mut self, lease: LeaseId) {
+        let lease = self.leases.take(lease);
+        self.inner.abandon_lease(lease);
+    }
+
+    fn abandon(&mut self, ticket: Ticket) {
+        self.released = Released::Something;
+        self.inner.abandon(ticket.0);
+    }
+
+    fn poll(&mut self) -> Vec<CacheEvent> {
+        if let Some(worker) = self.listing.0.lock().take() {
+            self.inner.set_worker(Some(worker));
+        }
+        let reported = self.inner.poll();
+        reported.into_iter().filter_map(|event| self.translate(event)).collect()
+    }
+}
+
+impl PoolCache {
+    fn translate(&mut self, event: Reported) -> Option<CacheEvent> {
+        match event {
+            Reported::Looked { ticket, device, host_blocks, disk_blocks, lease } => {
+                Some(CacheEvent::Looked {
+                    ticket: Ticket(ticket),
+                    device: device.into_iter().map(BlockId).collect(),
+                    host_blocks: host_blocks as usize,
+                    disk_blocks: disk_blocks as usize,
+                    lease: lease.map(|lease| self.leases.add(lease)),
+                })
+            }
+            Reported::Granted => Some(CacheEvent::Granted),
+            Reported::Onboarded { ticket, ok } => {
+                self.released = Released::Something;
+                let outcome = if ok { Onboard::Done } else { Onboard::Failed };
+                Some(CacheEvent::Onboarded { ticket: Ticket(ticket), outcome })
+            }
+            Reported::Attached { pool_id } => {
+                tracing::info!(pool_id, "the daemon decides about the pool");
+                None
+            }
+            Reported::Detached { reason } => {
+                tracing::warn!(%reason, "going on without the daemon");
+                None
+            }
+        }
+    }
+}
+
+fn indices(blocks: &[BlockId]) -> Vec<u32> {
+    blocks.iter().map(|block| block.0).collect()
+}
+
+/// The scheduler's names of leases. Each is used up once, by an onboard or by being abandoned.
+#[derive(Default)]
+struct Leases {
+    held: HashMap<LeaseId, DaemonLease>,
+    last: u64,
+}
+
+impl Leases {
+    fn add(&mut self, lease: DaemonLease) -> LeaseId {
+        self.last += 1;
+        self.held.insert(LeaseId(self.last), lease);
+        LeaseId(self.last)
+    }
+
+    fn take(&mut self, lease: LeaseId) -> DaemonLease {
+        self.held.remove(&lease).expect("a lease is onboarded or abandoned once")
+    }
+}

@@ -1,0 +1,255 @@
+//! The flags, checked before anything is bound or loaded.
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvbm_shm::PoolLayout;
+
+use crate::listener::Address;
+use crate::model::Config as ModelConfig;
+use crate::{EngineKind, Isa, IsaChoice, KvLayout, WorkerArgs, WorkerError};
+
+/// Settings of a worker that are possible.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub model: PathBuf,
+    pub served_name: String,
+    pub revision: Option<String>,
+    /// `None`: without a daemon.
+    pub daemon: Option<kvbm_connector::Config>,
+    pub listen: Address,
+    pub pool: PoolSize,
+    pub tokens_per_block: usize,
+    pub max_batch_tokens: usize,
+    pub max_batch: usize,
+    pub max_waiting: usize,
+    pub threads: usize,
+    pub context_length: Option<usize>,
+    pub engine: EngineKind,
+    pub isa: Option<Isa>,
+    pub role: String,
+    pub drain: Duration,
+    /// `None`: no system server.
+    pub system: Option<(IpAddr, u16)>,
+    pub lora: Lora,
+}
+
+/// How large the pool is to be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum PoolSize {
+    Blocks(u32),
+    Gigabytes(f64),
+}
+
+/// What becomes of requests that name an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lora {
+    Refused,
+    /// For tests of keys.
+    CountsForKeysOnly,
+}
+
+impl Settings {
+    /// Checks the flags; `variable` looks into the environment.
+    pub fn check(args: WorkerArgs, variable: impl Fn(&str) -> Option<String>) -> Result<Self, WorkerError> {
+        let model = model_folder(&args.model)?;
+        let served_name = match &args.served_model_name {
+            Some(name) => name.clone(),
+            None => model.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into()),
+        };
+        if served_name.is_empty() {
+            return Err(WorkerError::invalid("--served-model-name", "\"\"", "a name"));
+        }
+        if ![16, 32, 64].contains(&args.block_size) {
+            return Err(WorkerError::invalid("--block-size", args.block_size, "16, 32 or 64"));
+        }
+        if args.role != "both" {
+            return Err(WorkerError::invalid("--role", &args.role, "both"));
+        }
+        let max_batch = whole("--max-batch", args.max_batch, 1..=4096)?;
+        let max_batch_tokens = whole("--max-batch-tokens", args.max_batch_tokens, 1..=65_536)?;
+        if max_batch_tokens < max_batch {
+            let expected = format!("at least {max_batch}, one token for each sequence of --max-batch");
+            return Err(WorkerError::invalid("--max-batch-tokens", max_batch_tokens, expected));
+        }
+        let context_length = args.context_length.map(|tokens| whole("--context-length", tokens, 2..=1 << 24));
+        let socket = daemon_socket(&args, &variable)?;
+        let init_timeout = seconds("--init-timeout-seconds", args.init_timeout_seconds, 86_400.0)?;
+        let daemon = socket.as_ref().map(|socket| {
+            let config = kvbm_connector::Config {
+                client: concat!("kvbm-worker/", env!("CARGO_PKG_VERSION")).into(),
+                model: served_name.clone(),
+                tokens_per_block: args.block_size as u32,
+                fresh: args.fresh_device_pool,
+                init_timeout,
+                ..kvbm_connector::Config::new(socket)
+            };
+            config.with_environment(&variable)
+        });
+        Ok(Self {
+            served_name,
+            model,
+            revision: args.model_revision.clone(),
+            daemon: daemon.transpose()?,
+            listen: listen(&args, socket.as_deref())?,
+            pool: pool_size(&args)?,
+            tokens_per_block: args.block_size as usize,
+            max_batch_tokens,
+            max_batch,
+            max_waiting: whole("--max-waiting", args.max_waiting, 1..=65_536)?,
+            threads: whole("--threads", args.threads, 0..=1024)?,
+            context_length: context_length.transpose()?,
+            engine: args.engine,
+            isa: isa(args.isa)?,
+            drain: seconds("--drain-seconds", args.drain_seconds, 3600.0)?,
+            system: system(&args)?,
+            lora: if args.ignore_lora { Lora::CountsForKeysOnly } else { Lora::Refused },
+            role: args.role,
+        })
+    }
+
+    /// The model's configuration, with the context length that is asked for.
+    pub fn model_config(&self) -> Result<ModelConfig, WorkerError> {
+        let loaded = ModelConfig::load(&self.model);
+        let mut config =
+            loaded.map_err(|source| WorkerError::Model { folder: self.model.clone(), source })?;
+        if let Some(context_length) = self.context_length {
+            config.context_length = config.context_length.min(context_length);
+        }
+        Ok(config)
+    }
+
+    /// Blocks of this model.
+    pub fn kv_layout(&self, model: &ModelConfig) -> KvLayout {
+        KvLayout {
+            layers: model.layers,
+            kv_heads: model.kv_heads,
+            head_dim: model.head_dim,
+            tokens_per_block: self.tokens_per_block,
+        }
+    }
+
+    /// A pool of so many blocks as fit.
+    pub fn pool_layout(&self, kv: KvLayout) -> Result<PoolLayout, WorkerError> {
+        let block_bytes = kv.block_bytes();
+        let one = PoolLayout { block_bytes, block_count: 1 };
+        let block_count = match self.pool {
+            PoolSize::Blocks(blocks) => blocks,
+            PoolSize::Gigabytes(gb) => {
+                let stride = one.stride() as f64;
+                let blocks = (gb * 1e9 / stride).floor();
+                if blocks < 1.0 {
+                    let least = stride / 1e9;
+                    let expected = format!("at least {least}, one block of {block_bytes} bytes");
+                    return Err(WorkerError::invalid("--device-cache-gb", gb, expected));
+                }
+                // Saturates far above any memory.
+                blocks as u32
+            }
+        };
+        Ok(PoolLayout { block_count, ..one })
+    }
+}
+
+fn whole(flag: &'static str, value: i64, range: RangeInclusive<i64>) -> Result<usize, WorkerError> {
+    match usize::try_from(value) {
+        Ok(size) if range.contains(&value) => Ok(size),
+        _ => Err(WorkerError::invalid(flag, value, format!("{} to {}", range.start(), range.end()))),
+    }
+}
+
+fn seconds(flag: &'static str, value: f64, most: f64) -> Result<Duration, WorkerError> {
+    if (0.0..=most).contains(&value) {
+        return Ok(Duration::from_secs_f64(value));
+    }
+    Err(WorkerError::invalid(flag, value, format!("0 to {most}")))
+}
+
+fn model_folder(path: &Path) -> Result<PathBuf, WorkerError> {
+    let expected = || "a folder with config.json";
+    let folder = std::fs::canonicalize(path).map_err(|error| {
+        WorkerError::invalid("--model", path.display(), format!("{} ({error})", expected()))
+    })?;
+    if !folder.join("config.json").is_file() {
+        return Err(WorkerError::invalid("--model", path.display(), expected()));
+    }
+    Ok(folder)
+}
+
+fn daemon_socket(
+    args: &WorkerArgs,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> Result<Option<PathBuf>, WorkerError> {
+    if args.no_daemon {
+        return Ok(None);
+    }
+    if let Some(socket) = &args.socket {
+        return Ok(Some(socket.clone()));
+    }
+    let set = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let state = set("KVBM_STATE_DIR")
+        .or_else(|| set("XDG_STATE_HOME").map(|state| state.join("kvbm")))
+        .or_else(|| set("HOME").map(|home| home.join(".local/state/kvbm")));
+    match state {
+        Some(state) => Ok(Some(state.join("kvbm.sock"))),
+        None => Err(WorkerError::invalid("--socket", "(unset)", "the daemon's socket, or --no-daemon")),
+    }
+}
+
+fn listen(args: &WorkerArgs, daemon_socket: Option<&Path>) -> Result<Address, WorkerError> {
+    let Some(text) = &args.listen else {
+        let folder = match daemon_socket.map(|socket| socket.parent().unwrap_or(Path::new(""))) {
+            Some(folder) => folder.to_path_buf(),
+            None => std::env::temp_dir(),
+        };
+        let path = folder.join(format!("worker-{}.sock", std::process::id()));
+        let absolute = std::path::absolute(&path);
+        return absolute.map(Address::Unix).map_err(|error| {
+            WorkerError::invalid("--listen", format!("unix:{}", path.display()), format!("a path ({error})"))
+        });
+    };
+    let expected = "unix:/path or http://host:port";
+    Address::parse(text).ok_or_else(|| WorkerError::invalid("--listen", text, expected))
+}
+
+fn pool_size(args: &WorkerArgs) -> Result<PoolSize, WorkerError> {
+    if let Some(blocks) = args.device_cache_blocks {
+        let blocks = whole("--device-cache-blocks", blocks, 1..=1 << 30)?;
+        return Ok(PoolSize::Blocks(blocks as u32));
+    }
+    let gb = args.device_cache_gb;
+    if gb > 0.0 && gb <= 65_536.0 {
+        return Ok(PoolSize::Gigabytes(gb));
+    }
+    Err(WorkerError::invalid("--device-cache-gb", gb, "above 0, up to 65536"))
+}
+
+fn isa(choice: IsaChoice) -> Result<Option<Isa>, WorkerError> {
+    let (isa, name) = match choice {
+        IsaChoice::Auto => return Ok(None),
+        IsaChoice::Avx512 => (Isa::Avx512, "avx512"),
+        IsaChoice::Avx2 => (Isa::Avx2, "avx2"),
+        IsaChoice::Portable => (Isa::Portable, "portable"),
+    };
+    if isa.available() {
+        return Ok(Some(isa));
+    }
+    Err(WorkerError::invalid("--isa", name, "auto, or an instruction set that this processor has"))
+}
+
+fn system(args: &WorkerArgs) -> Result<Option<(IpAddr, u16)>, WorkerError> {
+    // Below 0 means off, as in other engines.
+    let Some(port) = args.system_port.filter(|port| *port != -1) else { return Ok(None) };
+    let port = u16::try_from(port)
+        .map_err(|_| WorkerError::invalid("--system-port", port, "0 to 65535, or -1 for off"))?;
+    let host = args
+        .system_host
+        .parse()
+        .map_err(|_| WorkerError::invalid("--system-host", &args.system_host, "an IP address"))?;
+    Ok(Some((host, port)))
+}
+
+#[cfg(test)]
+mod tests;
