@@ -6,13 +6,13 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, clap::Args)]
 pub struct WorkerArgs {
     /// Folder of the model: config.json, tokenizer.json, safetensors
-    #[arg(long, env = "KVBM_MODEL", value_name = "DIR")]
+    #[arg(long, env = "KVBM_MODEL_PATH", value_name = "DIR")]
     pub model: PathBuf,
     /// Name under which the model is served [default: name of the folder]
-    #[arg(long, env = "KVBM_SERVED_MODEL_NAME", value_name = "NAME")]
+    #[arg(long, env = "KVBM_WORKER_SERVED_MODEL_NAME", value_name = "NAME")]
     pub served_model_name: Option<String>,
     /// Revision of the weights that you vouch for [default: a digest of them]
-    #[arg(long, env = "KVBM_MODEL_REVISION", value_name = "TEXT")]
+    #[arg(long, env = "KVBM_WORKER_MODEL_REVISION", value_name = "TEXT")]
     pub model_revision: Option<String>,
     /// Unix socket of the daemon [default: kvbm.sock in the state directory]
     #[arg(long, env = "KVBM_SOCKET", value_name = "PATH")]
@@ -27,7 +27,12 @@ pub struct WorkerArgs {
     #[arg(long, env = "KVBM_DEVICE_CACHE_GB", default_value_t = 0.25, allow_negative_numbers = true)]
     pub device_cache_gb: f64,
     /// KV pool, blocks, instead of GB
-    #[arg(long, env = "KVBM_DEVICE_CACHE_BLOCKS", value_name = "BLOCKS", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        env = "KVBM_WORKER_DEVICE_CACHE_BLOCKS",
+        value_name = "BLOCKS",
+        allow_negative_numbers = true
+    )]
     pub device_cache_blocks: Option<i64>,
     /// Do not take over the pool that a dead worker left
     #[arg(long)]
@@ -36,25 +41,25 @@ pub struct WorkerArgs {
     #[arg(long, env = "KVBM_BLOCK_SIZE", default_value_t = 32, allow_negative_numbers = true)]
     pub block_size: i64,
     /// Most tokens of one step, 1 to 65536, no fewer than --max-batch
-    #[arg(long, env = "KVBM_MAX_BATCH_TOKENS", default_value_t = 512, allow_negative_numbers = true)]
+    #[arg(long, env = "KVBM_WORKER_MAX_BATCH_TOKENS", default_value_t = 512, allow_negative_numbers = true)]
     pub max_batch_tokens: i64,
     /// Most sequences that run side by side, 1 to 4096
-    #[arg(long, env = "KVBM_MAX_BATCH", default_value_t = 64, allow_negative_numbers = true)]
+    #[arg(long, env = "KVBM_WORKER_MAX_BATCH", default_value_t = 64, allow_negative_numbers = true)]
     pub max_batch: i64,
     /// Most requests that wait, 1 to 65536
-    #[arg(long, env = "KVBM_MAX_WAITING", default_value_t = 1024, allow_negative_numbers = true)]
+    #[arg(long, env = "KVBM_WORKER_MAX_WAITING", default_value_t = 1024, allow_negative_numbers = true)]
     pub max_waiting: i64,
     /// Threads that compute, 0 to 1024; 0: one per processor
-    #[arg(long, env = "KVBM_THREADS", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, env = "KVBM_WORKER_THREADS", default_value_t = 0, allow_negative_numbers = true)]
     pub threads: i64,
     /// Longest sequence in tokens, at least 2 [default: what the model was made for]
-    #[arg(long, env = "KVBM_CONTEXT_LENGTH", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(long, env = "KVBM_WORKER_CONTEXT_LENGTH", value_name = "TOKENS", allow_negative_numbers = true)]
     pub context_length: Option<i64>,
     /// What computes
-    #[arg(long, env = "KVBM_ENGINE", value_enum, default_value_t = EngineKind::Llama)]
+    #[arg(long, env = "KVBM_WORKER_ENGINE", value_enum, default_value_t = EngineKind::Llama)]
     pub engine: EngineKind,
     /// Instruction set of the kernels; all give the same bits
-    #[arg(long, env = "KVBM_ISA", value_enum, default_value_t = IsaChoice::Auto)]
+    #[arg(long, env = "KVBM_WORKER_ISA", value_enum, default_value_t = IsaChoice::Auto)]
     pub isa: IsaChoice,
     /// What the worker takes on: both (prefill and decode)
     #[arg(long, env = "KVBM_WORKER_ROLE", default_value = "both")]

@@ -157,3 +157,41 @@ impl Leases {
         self.held.remove(&lease).expect("a lease is onboarded or abandoned once")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvbm_hash::sequence_hashes;
+    use kvbm_shm::PoolLayout;
+
+    use super::*;
+
+    #[test]
+    fn a_private_pool_keeps_the_contract() {
+        let inner = DeviceCache::private(PoolLayout { block_bytes: 4096, block_count: 3 }).unwrap();
+        let mut cache = PoolCache::new(inner, Listing::default());
+        let namespace = Namespace([7; 32]);
+        let keys = sequence_hashes(namespace, 16, &[1; 48]);
+        let Allocate::Blocks(blocks) = cache.allocate(3) else { panic!("all are free") };
+        assert_eq!(cache.allocate(1), Allocate::Exhausted);
+        cache.commit(blocks[0], namespace, keys[0], None);
+        cache.commit(blocks[1], namespace, keys[1], Some(keys[0]));
+        cache.release(blocks.clone());
+        cache.lookup(Ticket(1), namespace, keys.clone());
+        let found = |ticket| CacheEvent::Looked {
+            ticket,
+            device: blocks[..2].to_vec(),
+            host_blocks: 0,
+            disk_blocks: 0,
+            lease: None,
+        };
+        assert_eq!(cache.poll(), [found(Ticket(1))]);
+        assert_eq!(cache.allocate(2), Allocate::Exhausted, "what a lookup gave is not taken away");
+        assert_eq!(cache.allocate(1), Allocate::Blocks(vec![blocks[2]]));
+        cache.release(blocks[..2].to_vec());
+        cache.lookup(Ticket(2), namespace, keys);
+        cache.abandon(Ticket(2));
+        assert_eq!(cache.poll(), []);
+        let Allocate::Blocks(all) = cache.allocate(2) else { panic!("nothing is held but one block") };
+        cache.release(all);
+    }
+}

@@ -1,6 +1,6 @@
 //! A whole worker in this process, over its socket.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
@@ -37,8 +37,12 @@ struct Served {
 
 impl Served {
     async fn start(flags: &[&str]) -> Self {
+        Self::start_at(|folder| format!("unix:{}", folder.join("w.sock").display()), flags).await
+    }
+
+    async fn start_at(listen: impl Fn(&Path) -> String, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let listen = format!("unix:{}", folder.path().join("w.sock").display());
+        let listen = listen(folder.path());
         let model = support::model().display().to_string();
         let given = ["worker", "--model", &model, "--no-daemon", "--device-cache-blocks", "64"];
         let line = [&given[..], &["--system-host", "127.0.0.1", "--listen", &listen], flags].concat();
@@ -265,7 +269,7 @@ async fn a_stop_without_patience_tells_those_that_are_left() {
 
 #[tokio::test]
 async fn echo_is_served_over_tcp() {
-    let served = Served::start(&["--engine", "echo", "--listen", "http://127.0.0.1:0"]).await;
+    let served = Served::start_at(|_| "http://127.0.0.1:0".into(), &["--engine", "echo"]).await;
     assert!(served.info.endpoint.starts_with("http://127.0.0.1:"), "{}", served.info.endpoint);
     assert_eq!(generate(&served, request(vec![5, 6], 5)).await.unwrap().tokens, [5, 6, 5, 6, 5]);
     served.stop().await;
