@@ -22,7 +22,8 @@ pub(crate) struct StatusArgs {
 
 pub(crate) async fn run(args: StatusArgs) -> Result<u8, String> {
     let socket = args.socket.unwrap_or_else(crate::up::default_socket);
-    let client = Client::connect_as(&socket, concat!("kvbm-status/", env!("CARGO_PKG_VERSION")), DEADLINE).await;
+    let client =
+        Client::connect_as(&socket, concat!("kvbm-status/", env!("CARGO_PKG_VERSION")), DEADLINE).await;
     let client = client.map_err(|error| format!("--socket {}: {error}", socket.display()))?;
     let json = client.status().await.map_err(|error| format!("--socket {}: {error}", socket.display()))?;
     if args.json {

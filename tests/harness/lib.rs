@@ -11,7 +11,7 @@ mod wait;
 mod worker_client;
 
 pub use conversation::{Conversation, Turn, conversations};
-pub use node::{DaemonOptions, Node, WorkerOptions};
+pub use node::{DaemonOptions, Node, WorkerOptions, get, metric_in};
 pub use process::{Process, program};
 pub use random::Random;
 pub use wait::{eventually, eventually_within};
@@ -30,6 +30,7 @@ pub fn drill_seeds(default: u64) -> std::ops::Range<u64> {
     if let Some(seed) = first {
         return seed..seed + 1;
     }
-    let count = std::env::var("KVBM_DRILL_SEEDS").ok().map(|n| n.parse().expect("KVBM_DRILL_SEEDS is a number"));
+    let count =
+        std::env::var("KVBM_DRILL_SEEDS").ok().map(|n| n.parse().expect("KVBM_DRILL_SEEDS is a number"));
     0..count.unwrap_or(default)
 }

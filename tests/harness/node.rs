@@ -128,13 +128,12 @@ impl Node {
     /// What `kvbm status --json` says.
     pub fn status(&self) -> Status {
         let address = self.metrics.trim_end_matches("/metrics");
-        ureq::get(format!("{address}/status")).call().unwrap().body_mut().read_json().unwrap()
+        serde_json::from_str(&get(&format!("{address}/status"))).unwrap()
     }
 
     /// Sum of a metric over its labels, or over those lines that contain `label`.
     pub fn metric(&self, name: &str, label: &str) -> f64 {
-        let text = ureq::get(&self.metrics).call().unwrap().body_mut().read_to_string().unwrap();
-        metric_in(&text, name, label)
+        metric_in(&get(&self.metrics), name, label)
     }
 
     /// Waits until so many blocks have been offloaded.
@@ -148,7 +147,8 @@ impl Node {
     pub fn flip_host_byte(&mut self) {
         let pid = self.daemon().pid();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
-            let is_host = std::fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().contains("kvbm-host"));
+            let is_host =
+                std::fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().contains("kvbm-host"));
             if !is_host {
                 continue;
             }
@@ -175,6 +175,11 @@ impl Node {
             idle.then_some(())
         });
     }
+}
+
+/// The text at a URL.
+pub fn get(url: &str) -> String {
+    ureq::get(url).call().unwrap().body_mut().read_to_string().unwrap()
 }
 
 /// Sum of the samples of a metric whose line contains `label`.

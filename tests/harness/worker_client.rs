@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use kvbm_proto::v1::generate_event::Event;
+use kvbm_proto::v1::generate_event::Body;
 use kvbm_proto::v1::worker_client::WorkerClient as Generated;
 use kvbm_proto::v1::{GenerateRequest, Sampling};
 use tokio::runtime::Runtime;
@@ -30,7 +30,8 @@ pub struct WorkerClient {
 impl WorkerClient {
     /// Connects, when needed.
     pub fn connect(socket: &Path) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let endpoint = Endpoint::try_from(format!("unix:{}", socket.display())).unwrap();
         let client = {
             let _guard = runtime.enter();
@@ -63,12 +64,12 @@ impl WorkerClient {
             let mut answer = Answer::default();
             let mut finished = false;
             while let Some(event) = stream.message().await? {
-                match event.event {
-                    Some(Event::Started(started)) => {
+                match event.body {
+                    Some(Body::Started(started)) => {
                         (answer.device, answer.host) = (started.device_tokens, started.host_tokens);
                     }
-                    Some(Event::Tokens(tokens)) => answer.tokens.extend(tokens.ids),
-                    Some(Event::Finished(_)) => finished = true,
+                    Some(Body::Tokens(tokens)) => answer.tokens.extend(tokens.ids),
+                    Some(Body::Finished(_)) => finished = true,
                     None => {}
                 }
             }

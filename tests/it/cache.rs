@@ -12,9 +12,17 @@ const POOL_TOKENS: usize = 1536;
 
 /// All answers of all conversations, `concurrent` at a time. Conversations take turns, so that between two turns of one
 /// others have used the pool.
-fn talk(client: &WorkerClient, conversations: &[Conversation], concurrent: usize) -> Vec<Vec<(usize, Answer)>> {
+fn talk(
+    client: &WorkerClient,
+    conversations: &[Conversation],
+    concurrent: usize,
+) -> Vec<Vec<(usize, Answer)>> {
     let queue: Mutex<VecDeque<(usize, usize, Vec<u32>)>> = Mutex::new(
-        conversations.iter().enumerate().map(|(i, conversation)| (i, 0, conversation.system.clone())).collect(),
+        conversations
+            .iter()
+            .enumerate()
+            .map(|(i, conversation)| (i, 0, conversation.system.clone()))
+            .collect(),
     );
     let answers: Vec<Mutex<Vec<(usize, Answer)>>> = conversations.iter().map(|_| Mutex::default()).collect();
     std::thread::scope(|scope| {
@@ -54,7 +62,11 @@ fn tokens(answers: &[Vec<(usize, Answer)>]) -> Vec<Vec<&[u32]>> {
 }
 
 fn small_pool(tokens_per_block: usize) -> WorkerOptions {
-    WorkerOptions { tokens_per_block, pool_blocks: POOL_TOKENS / tokens_per_block, ..WorkerOptions::default() }
+    WorkerOptions {
+        tokens_per_block,
+        pool_blocks: POOL_TOKENS / tokens_per_block,
+        ..WorkerOptions::default()
+    }
 }
 
 /// What part of the prompts came from where.
@@ -81,9 +93,15 @@ fn conversations_are_the_same_with_and_without_daemon() {
             let concurrent = 1 + (i + j) % 4;
             let expected = &expected[j * 50..j * 50 + part.len()];
             let answers = talk(&client, part, concurrent);
-            assert_eq!(tokens(&answers), tokens(expected), "{tokens_per_block} per block, {concurrent} at once");
+            assert_eq!(
+                tokens(&answers),
+                tokens(expected),
+                "{tokens_per_block} per block, {concurrent} at once"
+            );
             let (cached, host) = shares(&answers);
-            println!("{tokens_per_block} per block, {concurrent} at once: cached {cached:.2}, host {host:.2}");
+            println!(
+                "{tokens_per_block} per block, {concurrent} at once: cached {cached:.2}, host {host:.2}"
+            );
             assert!(cached >= 0.5, "cached {cached}");
             assert!(host >= 0.2, "from host {host}");
         }

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvbm_tests::{
-    Answer, DaemonOptions, Node, Random, WorkerClient, WorkerOptions, drill_seeds, eventually, eventually_within,
+    Answer, DaemonOptions, Node, Random, WorkerClient, WorkerOptions, drill_seeds, eventually,
+    eventually_within,
 };
 use rustix::process::Signal;
 

@@ -75,7 +75,11 @@ fn two_models_on_one_daemon_are_served_and_never_mixed() {
         .iter()
         .zip(sizes)
         .map(|(name, tokens_per_block)| {
-            let small = WorkerOptions { tokens_per_block, pool_blocks: 1024 / tokens_per_block, ..options(&["--served-model-name", name]) };
+            let small = WorkerOptions {
+                tokens_per_block,
+                pool_blocks: 1024 / tokens_per_block,
+                ..options(&["--served-model-name", name])
+            };
             node.worker(name, &small)
         })
         .collect();
@@ -94,7 +98,10 @@ fn two_models_on_one_daemon_are_served_and_never_mixed() {
             }
         }
     }
-    assert_eq!(cold[0].iter().map(|a| &a.tokens).collect::<Vec<_>>(), cold[1].iter().map(|a| &a.tokens).collect::<Vec<_>>());
+    assert_eq!(
+        cold[0].iter().map(|a| &a.tokens).collect::<Vec<_>>(),
+        cold[1].iter().map(|a| &a.tokens).collect::<Vec<_>>()
+    );
     let status = node.status();
     assert_eq!(status.layouts.len(), 2, "{:?}", status.layouts);
     for name in names {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use kvbm_tests::{eventually, eventually_within, program};
+use kvbm_tests::{eventually, eventually_within, get, metric_in, program};
 use serde_json::{Value, json};
 
 struct Up {
@@ -19,7 +19,17 @@ impl Up {
         let dir = tempfile::Builder::new().prefix("kvbm").tempdir().unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
         let mut child = Command::new(program())
-            .args(["up", "--json", "--http-port", "0", "--metrics-port", "0", "--cpu-cache-gb", "0.1", "--state-dir"])
+            .args([
+                "up",
+                "--json",
+                "--http-port",
+                "0",
+                "--metrics-port",
+                "0",
+                "--cpu-cache-gb",
+                "0.1",
+                "--state-dir",
+            ])
             .arg(dir.path())
             .args(arguments)
             .stdout(Stdio::piped())
@@ -37,7 +47,11 @@ impl Up {
     fn pids(&self) -> Vec<u64> {
         let pids = &self.ready["pids"];
         let workers = pids["workers"].as_array().unwrap().iter().map(|pid| pid.as_u64().unwrap());
-        [&pids["daemon"], &pids["frontend"]].map(|pid| pid.as_u64().unwrap()).into_iter().chain(workers).collect()
+        [&pids["daemon"], &pids["frontend"]]
+            .map(|pid| pid.as_u64().unwrap())
+            .into_iter()
+            .chain(workers)
+            .collect()
     }
 
     fn url(&self, path: &str) -> String {
@@ -45,11 +59,20 @@ impl Up {
     }
 
     fn post(&self, path: &str, body: &Value) -> (u16, String, Value) {
-        let agent = ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).build());
-        let mut response = agent.post(self.url(path)).send_json(body).unwrap();
-        let cached = response.headers().get("x-kvbm-cached-tokens").map_or("", |v| v.to_str().unwrap()).to_owned();
+        self.try_post(path, body).unwrap()
+    }
+
+    /// Status, cached tokens, answer.
+    fn try_post(&self, path: &str, body: &Value) -> Result<(u16, String, Value), ureq::Error> {
+        let agent =
+            ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).build());
+        let request = agent.post(self.url(path)).header("content-type", "application/json");
+        let mut response = request.send(body.to_string())?;
+        let cached =
+            response.headers().get("x-kvbm-cached-tokens").map_or("", |v| v.to_str().unwrap()).to_owned();
         let status = response.status().as_u16();
-        (status, cached, response.body_mut().read_json().unwrap_or(Value::Null))
+        let text = response.body_mut().read_to_string()?;
+        Ok((status, cached, serde_json::from_str(&text).unwrap_or(Value::Null)))
     }
 }
 
@@ -83,21 +106,19 @@ fn the_readmes_curl_gives_the_stored_continuation_and_then_cached_tokens() {
     // Round robin: the second request goes to the other worker and is a host hit.
     let metrics = up.ready["metrics"].as_str().unwrap().to_owned();
     eventually("the prompt is in host memory", || {
-        let text = ureq::get(&metrics).call().unwrap().body_mut().read_to_string().unwrap();
-        let line = text.lines().find(|line| line.starts_with("kvbm_offload_blocks_d2h"))?;
-        (line.rsplit(' ').next()?.parse::<f64>().ok()? >= whole_blocks as f64 / 32.0).then_some(())
+        let offloaded = metric_in(&get(&metrics), "kvbm_offload_blocks_d2h", "");
+        (offloaded >= whole_blocks as f64 / 32.0).then_some(())
     });
-    for expected in [format!("device=0,host={whole_blocks},disk=0"), format!("device={whole_blocks},host=0,disk=0")] {
+    for expected in
+        [format!("device=0,host={whole_blocks},disk=0"), format!("device={whole_blocks},host=0,disk=0")]
+    {
         let (status, cached, warm) = up.post("/v1/completions", &body);
         assert_eq!((status, &cached), (200, &expected));
         assert_eq!(warm["choices"][0]["text"].as_str().unwrap(), text);
         assert_eq!(warm["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64(), Some(whole_blocks));
     }
-    let (status, _, models) = {
-        let mut response = ureq::get(up.url("/v1/models")).call().unwrap();
-        (response.status().as_u16(), (), response.body_mut().read_json::<Value>().unwrap())
-    };
-    assert_eq!((status, models["data"][0]["id"].as_str()), (200, Some("tiny")));
+    let models: Value = serde_json::from_str(&get(&up.url("/v1/models"))).unwrap();
+    assert_eq!(models["data"][0]["id"].as_str(), Some("tiny"));
 }
 
 #[test]
@@ -113,8 +134,7 @@ fn a_part_that_dies_is_started_again_and_requests_go_on() {
         )
         .unwrap();
         let again = eventually_within(Duration::from_secs(20), "answers again", || {
-            let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| up.post("/v1/completions", &body)));
-            answer.ok().filter(|(status, ..)| *status == 200)
+            up.try_post("/v1/completions", &body).ok().filter(|(status, ..)| *status == 200)
         });
         assert_eq!(again.2["choices"], first["choices"], "after the {part} was killed");
     }
@@ -143,11 +163,16 @@ fn wrong_settings_are_one_line_and_code_2() {
         (&["daemon", "--cpu-cache-gb", "-1"], &[], &["cpu-cache-gb", "-1"]),
         (&["daemon"], &[("DYN_KVBM_CPU_CACHE_GB", "lots")], &["DYN_KVBM_CPU_CACHE_GB", "lots"]),
         (&["worker", "--model", "/nowhere"], &[], &["/nowhere"]),
-        (&["frontend", "--http-port", "70000", "--socket", "/tmp/x"], &[], &["--http-port", "70000", "65535"]),
+        (
+            &["frontend", "--http-port", "70000", "--socket", "/tmp/x"],
+            &[],
+            &["--http-port", "70000", "65535"],
+        ),
         (&["up", "--model", "/nowhere"], &[], &["/nowhere"]),
     ];
     for (arguments, environment, expected) in cases {
-        let output = Command::new(program()).args(arguments).envs(environment.iter().copied()).output().unwrap();
+        let output =
+            Command::new(program()).args(arguments).envs(environment.iter().copied()).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
         assert_eq!(error.trim_end().lines().count(), 1, "{arguments:?}: {error}");

@@ -63,7 +63,8 @@ impl BenchDaemon {
         let deadline = Instant::now() + POPULATE_MAX;
         loop {
             let status = client.status().await.map_err(|error| error.to_string())?;
-            let status: kvbm_server::status::Status = serde_json::from_str(&status).map_err(|error| error.to_string())?;
+            let status: kvbm_server::status::Status =
+                serde_json::from_str(&status).map_err(|error| error.to_string())?;
             if status.tiers.iter().any(|tier| tier.tier == "host" && tier.state == "on") {
                 return Ok(());
             }

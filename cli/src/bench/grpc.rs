@@ -66,7 +66,12 @@ async fn fill(engine: &BenchEngine, keys: &[SequenceHash]) -> Result<(), String>
     engine.client.commit(engine.namespace_id, pool, committed).await.map_err(text)?;
     let done = engine.client.offload(pool, blocks.clone()).await.map_err(text)?;
     if done.blocks_done as usize != keys.len() {
-        return Err(format!("only {} of {} blocks reached host memory: {}", done.blocks_done, keys.len(), done.detail));
+        return Err(format!(
+            "only {} of {} blocks reached host memory: {}",
+            done.blocks_done,
+            keys.len(),
+            done.detail
+        ));
     }
     let releases: Vec<Release> = blocks
         .iter()

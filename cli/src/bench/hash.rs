@@ -30,7 +30,8 @@ pub(super) fn measure() -> Vec<Row> {
             }));
         }
         let row = Row::new(format!("hash.{size}"), ours, "GB/s").ceiling(plain);
-        let row = row.detail(format!("one core, blocks of {size} tokens; ceiling: BLAKE3 of unchained blocks"));
+        let row =
+            row.detail(format!("one core, blocks of {size} tokens; ceiling: BLAKE3 of unchained blocks"));
         if size == 32 { row.at_least(LIMIT) } else { row }
     };
     [16, 32, 64].into_iter().map(measure_one).collect()

@@ -63,7 +63,8 @@ async fn measure_size(block_bytes: usize, data: usize) -> Result<Figures, String
     let mut engine = BenchEngine::attach(client, block_bytes, (blocks * 2) as u32).await?;
     let memory = |name| SharedMemory::create(name, data).map_err(|error| error.to_string());
     let (near, far) = (memory("bench-near")?, memory("bench-far")?);
-    let populate = |memory: &SharedMemory| memory.populate(0..memory.bytes()).map_err(|error| error.to_string());
+    let populate =
+        |memory: &SharedMemory| memory.populate(0..memory.bytes()).map_err(|error| error.to_string());
     populate(&near)?;
     populate(&far)?;
     populate(engine.memory.memory())?;

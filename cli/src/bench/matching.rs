@@ -40,7 +40,9 @@ fn measure_catalog(name: &str, blocks: usize, limit: f64) -> Vec<Row> {
     let resident = catalog.chains * CHAIN;
     let detail = format!("{CHAIN} blocks found and leased among {resident} resident ones");
     vec![
-        Row::new(format!("match.1024.{name}.p50"), percentile_us(&times, 50.0), "us").at_most(limit).detail(&detail),
+        Row::new(format!("match.1024.{name}.p50"), percentile_us(&times, 50.0), "us")
+            .at_most(limit)
+            .detail(&detail),
         Row::new(format!("match.1024.{name}.p99"), percentile_us(&times, 99.0), "us").detail(detail),
     ]
 }
@@ -97,7 +99,8 @@ impl Catalog {
             while let Some(batch) = ledger.next_offload(256) {
                 ledger.finish_offload(batch, true);
             }
-            let held: Vec<Held> = blocks.iter().map(|block: &BlockRef| Held { block: *block, pins: 1 }).collect();
+            let held: Vec<Held> =
+                blocks.iter().map(|block: &BlockRef| Held { block: *block, pins: 1 }).collect();
             ledger.release(session, pool, &held).expect("it is its pool");
             ledger.take_events().clear();
         }

@@ -121,7 +121,8 @@ struct Connection(BufReader<TcpStream>);
 impl Connection {
     fn open(address: &str) -> Result<Self, String> {
         let address = address.replace("0.0.0.0", "127.0.0.1");
-        let stream = TcpStream::connect(&address).map_err(|error| format!("connect to {address}: {error}"))?;
+        let stream =
+            TcpStream::connect(&address).map_err(|error| format!("connect to {address}: {error}"))?;
         stream.set_nodelay(true).map_err(|error| error.to_string())?;
         Ok(Self(BufReader::new(stream)))
     }
@@ -164,7 +165,8 @@ impl Connection {
 
     fn skip(&mut self, bytes: usize) -> Result<(), String> {
         let mut rest = self.0.by_ref().take(bytes as u64);
-        let skipped = std::io::copy(&mut rest, &mut std::io::sink()).map_err(|error| format!("receive: {error}"))?;
+        let skipped =
+            std::io::copy(&mut rest, &mut std::io::sink()).map_err(|error| format!("receive: {error}"))?;
         if skipped == bytes as u64 { Ok(()) } else { Err("the connection ended within an answer".into()) }
     }
 }

@@ -34,7 +34,8 @@ pub(crate) fn default_socket() -> PathBuf {
 fn bundled_model() -> Option<PathBuf> {
     let program = std::env::current_exe().ok()?;
     let installed = program.parent()?.join("../share/kvbm/models/tiny");
-    let sources = program.ancestors().map(|dir| dir.join("models/tiny")).find(|dir| dir.join("config.json").is_file());
+    let sources =
+        program.ancestors().map(|dir| dir.join("models/tiny")).find(|dir| dir.join("config.json").is_file());
     std::iter::once(installed).find(|dir| dir.join("config.json").is_file()).or(sources)
 }
 
@@ -172,14 +173,25 @@ impl Fleet {
         if args.json {
             let pids = json!({"daemon": daemon[0], "frontend": frontend[0], "workers": workers});
             let socket = state.socket();
-            println!("{}", json!({"ready": true, "http": http, "metrics": metrics, "socket": socket, "pids": pids}));
+            println!(
+                "{}",
+                json!({"ready": true, "http": http, "metrics": metrics, "socket": socket, "pids": pids})
+            );
         } else {
-            println!("kvbm is up.\n\n  OpenAI API  {http}/v1\n  metrics     {metrics}\n  status      kvbm status --socket {}\n", state.socket().display());
-            println!("Try:\n\n  curl {http}/v1/completions -H 'content-type: application/json' \\\n    -d '{{\"model\":\"tiny\",\"prompt\":\"In the beginning\",\"max_tokens\":32,\"temperature\":0}}'\n\nCtrl-C stops everything.");
+            println!(
+                "kvbm is up.\n\n  OpenAI API  {http}/v1\n  metrics     {metrics}\n  status      kvbm status --socket {}\n",
+                state.socket().display()
+            );
+            println!(
+                "Try:\n\n  curl {http}/v1/completions -H 'content-type: application/json' \\\n    -d '{{\"model\":\"tiny\",\"prompt\":\"In the beginning\",\"max_tokens\":32,\"temperature\":0}}'\n\nCtrl-C stops everything."
+            );
         }
         let port = |url: &str| url.trim_end_matches("/metrics").rsplit(':').next().map(str::to_owned);
-        for (name, flag, url) in [("daemon", "--metrics-port", &metrics), ("frontend", "--http-port", &http)] {
-            if let (Some(part), Some(port)) = (self.parts.iter_mut().find(|part| part.name == name), port(url)) {
+        for (name, flag, url) in [("daemon", "--metrics-port", &metrics), ("frontend", "--http-port", &http)]
+        {
+            if let (Some(part), Some(port)) =
+                (self.parts.iter_mut().find(|part| part.name == name), port(url))
+            {
                 part.set_argument(flag, port);
             }
         }

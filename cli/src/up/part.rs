@@ -96,7 +96,8 @@ impl Part {
     /// Asks it to stop, and after `patience` makes it.
     pub async fn stop(&mut self, patience: Duration) {
         let Some(mut child) = self.child.take() else { return };
-        if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw)
+        if let Some(pid) =
+            child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw)
         {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }

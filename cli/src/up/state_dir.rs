@@ -20,16 +20,24 @@ impl StateDir {
     /// Makes the folder and locks it.
     pub fn open(wanted: Option<PathBuf>) -> Result<Self, String> {
         let path = wanted.unwrap_or_else(default);
-        fs::create_dir_all(path.join("run")).map_err(|error| format!("create {}: {error}", path.display()))?;
+        fs::create_dir_all(path.join("run"))
+            .map_err(|error| format!("create {}: {error}", path.display()))?;
         let path = path.canonicalize().map_err(|error| format!("find {}: {error}", path.display()))?;
         if path.as_os_str().len() + SOCKET_NAME_BYTES > SOCKET_PATH_BYTES_MAX {
             let most = SOCKET_PATH_BYTES_MAX - SOCKET_NAME_BYTES;
-            return Err(format!("--state-dir {}: at most {most} bytes, for socket paths are short", path.display()));
+            return Err(format!(
+                "--state-dir {}: at most {most} bytes, for socket paths are short",
+                path.display()
+            ));
         }
         let lock_path = path.join("lock");
-        let lock = File::create(&lock_path).map_err(|error| format!("create {}: {error}", lock_path.display()))?;
+        let lock =
+            File::create(&lock_path).map_err(|error| format!("create {}: {error}", lock_path.display()))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            format!("--state-dir {}: another kvbm up is running there; stop it or name another folder", path.display())
+            format!(
+                "--state-dir {}: another kvbm up is running there; stop it or name another folder",
+                path.display()
+            )
         })?;
         Ok(Self { path, _lock: lock })
     }
