@@ -1,5 +1,6 @@
 //! What a match costs over the socket.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -39,7 +40,7 @@ pub(super) fn measure() -> Result<Vec<Row>, String> {
                 alone.saturating_record(took.as_nanos() as u64);
             }
         }
-        let crowd = crowd(&daemon, &keys).await?;
+        let crowd = crowd(&daemon.socket(), &keys)?;
         let detail = format!("{BLOCKS} blocks found in host and leased, one client, {ALONE} calls");
         let crowd_detail = format!(
             "{CLIENTS} clients, {CALLS_PER_SECOND} calls/s in total for {} s, timed from when each call was due",
@@ -94,31 +95,35 @@ async fn one_match(client: &Client, namespace_id: u32, keys: &[SequenceHash]) ->
     Ok(took)
 }
 
-/// Clients with a session each, calling at a fixed rate whether or not earlier calls were answered late.
-async fn crowd(daemon: &BenchDaemon, keys: &[SequenceHash]) -> Result<Histogram<u64>, String> {
+/// Clients with a session and a thread each, calling at a fixed rate whether or not earlier calls were answered late.
+/// Threads, because the runtime's timers only count whole milliseconds.
+fn crowd(socket: &Path, keys: &[SequenceHash]) -> Result<Histogram<u64>, String> {
     let period = Duration::from_secs_f64(CLIENTS as f64 / CALLS_PER_SECOND);
-    let mut tasks = Vec::new();
-    for i in 0..CLIENTS {
-        let client = Client::connect(daemon.socket()).await.map_err(|error| error.to_string())?;
-        let engine = BenchEngine::attach(client, BLOCK_BYTES, 1).await?;
-        let keys = keys.to_vec();
-        tasks.push(tokio::spawn(async move {
-            let mut times = histogram();
-            let start = Instant::now() + period * i as u32 / CLIENTS as u32;
-            let mut due = start;
-            while due < start + CROWD {
-                tokio::time::sleep_until(due.into()).await;
-                one_match(&engine.client, engine.namespace_id, &keys).await?;
-                times.saturating_record(due.elapsed().as_nanos() as u64);
-                due += period;
-            }
-            Ok::<_, String>(times)
-        }));
-    }
-    let mut all = histogram();
-    for task in tasks {
-        let times = task.await.map_err(|error| error.to_string())??;
-        all.add(times).map_err(|error| error.to_string())?;
-    }
-    Ok(all)
+    let call = |i: usize| -> Result<Histogram<u64>, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| error.to_string())?;
+        let engine = runtime.block_on(async {
+            let client = Client::connect(socket).await.map_err(|error| error.to_string())?;
+            BenchEngine::attach(client, BLOCK_BYTES, 1).await
+        })?;
+        let mut times = histogram();
+        let start = Instant::now() + period * i as u32 / CLIENTS as u32;
+        let mut due = start;
+        while due < start + CROWD {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            runtime.block_on(one_match(&engine.client, engine.namespace_id, keys))?;
+            times.saturating_record(due.elapsed().as_nanos() as u64);
+            due += period;
+        }
+        Ok(times)
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..CLIENTS).map(|i| scope.spawn(move || call(i))).collect();
+        let mut all = histogram();
+        for thread in threads {
+            let times = thread.join().map_err(|_| "a client panicked".to_owned())??;
+            all.add(times).map_err(|error| error.to_string())?;
+        }
+        Ok(all)
+    })
 }
