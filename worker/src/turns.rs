@@ -109,6 +109,10 @@ impl<C: Cache, M: Model> Loop<C, M> {
         &mut self.cache
     }
 
+    fn publish(&self) {
+        *self.counters.lock() = self.scheduler.counters();
+    }
+
     /// Takes in what clients sent; false once all handles are gone.
     fn receive(&mut self) -> bool {
         loop {
@@ -141,6 +145,8 @@ impl<C: Cache, M: Model> Loop<C, M> {
     }
 
     fn deliver(&mut self) {
+        // What a client has been told is in the counters.
+        self.publish();
         for (id, event) in self.scheduler.take_events() {
             if self.replies.send(id, event) == Delivery::Gone {
                 self.scheduler.cancel(id, &mut self.cache);
@@ -168,7 +174,7 @@ impl<C: Cache, M: Model> Turn for Loop<C, M> {
             self.scheduler.count_step_seconds(begin.elapsed().as_secs_f64());
         }
         self.deliver();
-        *self.counters.lock() = self.scheduler.counters();
+        self.publish();
         match (worked, self.scheduler.is_idle(), open) {
             (true, _, _) => Progress::Worked,
             (false, false, _) => Progress::Waiting,
@@ -185,6 +191,7 @@ impl<C: Cache, M: Model> Turn for Loop<C, M> {
 impl<C: Cache, M: Model> Loop<C, M> {
     /// Reports what planning did before the step is computed. Nothing is cancelled here: the plan is not applied yet.
     fn deliver_starts(&mut self) {
+        self.publish();
         for (id, event) in self.scheduler.take_events() {
             self.replies.send(id, event);
         }

@@ -21,6 +21,9 @@ pub struct BlockRef {
     pub generation: u32,
 }
 
+/// Offload batches that a pool's share of blocks in flight is cut into.
+const BATCHES_IN_FLIGHT: usize = 4;
+
 /// A committed block that is to go to host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Backlogged {
@@ -78,10 +81,11 @@ pub struct DevicePool {
 }
 
 impl DevicePool {
-    /// Blocks that may be taken for offload now. A block that is being copied cannot be evicted, so only a quarter of
-    /// a pool is copied at a time.
+    /// Blocks that the next offload batch may have. A block that is being copied cannot be evicted, so only a quarter
+    /// of a pool is copied at a time, in a few batches, so that one is copied while another is being settled.
     pub(super) fn offload_room(&self) -> usize {
-        (self.slots.slots() / 4).max(1).saturating_sub(self.offloading)
+        let quarter = (self.slots.slots() / 4).max(1);
+        quarter.div_ceil(BATCHES_IN_FLIGHT).min(quarter.saturating_sub(self.offloading))
     }
 
     /// The block at a slot, as it is now.

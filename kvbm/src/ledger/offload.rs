@@ -257,21 +257,31 @@ impl Ledger {
         blocks: &[BlockRef],
     ) -> Result<WaiterId, Refused> {
         let pool = self.owned_pool_mut(session, id)?;
-        let mut wanted = Vec::with_capacity(blocks.len());
+        if blocks.is_empty() {
+            return Err(Refused::invalid("blocks", "none given"));
+        }
+        let mut keys = Vec::with_capacity(blocks.len());
         for block in blocks {
             let slot = SlotIndex(block.block);
             let key = pool.slots.block(slot).filter(|_| pool.slots.is_resident(slot, block.generation));
             let (key, _) = key.ok_or_else(|| {
                 Refused::invalid("blocks", format!("block {} is not committed", block.block))
             })?;
-            wanted.push(Backlogged { block: *block, key });
+            keys.push(key);
         }
-        if wanted.is_empty() {
-            return Err(Refused::invalid("blocks", "none given"));
+        let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
+        let waiter = self.offloads.add(id, &keys);
+        let host = self.host.class(class);
+        let pool = self.pools.get_mut(&id).expect("it was just there");
+        for (key, block) in keys.into_iter().zip(blocks) {
+            match host.filter(|table| table.slots.knows(key)) {
+                Some(table) if table.slots.resident(key).is_some() => self.offloads.settle(key, true),
+                // The copy that is under way settles it.
+                Some(_) => {}
+                None => pool.backlog.push_back(Backlogged { block: *block, key }),
+            }
         }
-        let keys: Vec<Key> = wanted.iter().map(|wanted| wanted.key).collect();
-        pool.backlog.extend(wanted);
-        Ok(self.offloads.add(id, &keys))
+        Ok(waiter)
     }
 
     /// Questions that have been answered.

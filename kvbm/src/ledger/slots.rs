@@ -63,6 +63,8 @@ struct Slot {
     copies: u32,
     /// Slots whose parent is this one.
     children: u32,
+    /// It is in the eviction order, under `last_used`.
+    ordered: bool,
     last_used: u64,
 }
 
@@ -177,8 +179,15 @@ impl SlotTable {
     /// Adds free slots at the end and returns the first.
     pub fn grow(&mut self, slots: u32) -> SlotIndex {
         let first = self.slots.len() as u32;
-        let fresh =
-            || Slot { state: State::Free, generation: 0, pins: 0, copies: 0, children: 0, last_used: 0 };
+        let fresh = || Slot {
+            state: State::Free,
+            generation: 0,
+            pins: 0,
+            copies: 0,
+            children: 0,
+            ordered: false,
+            last_used: 0,
+        };
         self.slots.extend((0..slots).map(|_| fresh()));
         self.free.extend((first..first + slots).rev().map(SlotIndex));
         SlotIndex(first)
@@ -539,7 +548,7 @@ impl SlotTable {
             unreachable!("only resident slots are discarded")
         };
         let last_used = self.slots[slot.at()].last_used;
-        self.order.remove(&(last_used, slot));
+        self.leave_order(slot);
         self.index.remove(&key);
         self.changes.push(Change::Removed(key));
         self.set_state(slot, State::Free);
@@ -557,21 +566,26 @@ impl SlotTable {
     /// A use of a block is a use of all blocks before it. They learn of it when it goes, which is when it matters.
     fn lose_child(&mut self, parent: Option<SlotIndex>, last_used: u64) {
         if let Some(parent) = parent {
+            self.leave_order(parent);
             let slot = &mut self.slots[parent.at()];
             slot.children -= 1;
-            if slot.last_used < last_used {
-                self.order.remove(&(slot.last_used, parent));
-                slot.last_used = last_used;
-            }
+            slot.last_used = slot.last_used.max(last_used);
             self.settle(parent);
         }
     }
 
+    /// To be followed by `settle`.
     fn touch(&mut self, slot: SlotIndex) {
+        self.leave_order(slot);
         self.tick += 1;
-        let used = &mut self.slots[slot.at()];
-        self.order.remove(&(used.last_used, slot));
-        used.last_used = self.tick;
+        self.slots[slot.at()].last_used = self.tick;
+    }
+
+    fn leave_order(&mut self, slot: SlotIndex) {
+        let s = &mut self.slots[slot.at()];
+        if std::mem::take(&mut s.ordered) {
+            self.order.remove(&(s.last_used, slot));
+        }
     }
 
     fn set_state(&mut self, slot: SlotIndex, state: State) {
@@ -605,15 +619,15 @@ impl SlotTable {
 
     /// The one place where a slot's membership in eviction order and free list is decided.
     fn settle(&mut self, slot: SlotIndex) {
-        let s = &self.slots[slot.at()];
+        let s = &mut self.slots[slot.at()];
         let idle = s.pins == 0 && s.copies == 0 && s.children == 0;
         match s.state {
             State::Resident { .. } if idle => {
-                self.order.insert((s.last_used, slot));
+                if !std::mem::replace(&mut s.ordered, true) {
+                    self.order.insert((s.last_used, slot));
+                }
             }
-            State::Resident { .. } => {
-                self.order.remove(&(s.last_used, slot));
-            }
+            State::Resident { .. } => self.leave_order(slot),
             State::Filling { key: None, parent } | State::Failed { parent } if idle => {
                 self.set_state(slot, State::Free);
                 self.free.push(slot);

@@ -605,10 +605,11 @@ fn full_host_is_an_answer() {
         world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
         world.apply(&Op::Grant(worker, 2));
         path(key).into_iter().for_each(|key| world.compute(worker, worker % 2, key));
-        world.plan(4);
     }
+    (0..8).for_each(|_| world.plan(4));
     // All four host slots are being filled: the fifth block has no place and is given up, counted.
-    assert_eq!((world.offloads.len(), world.ledger.tally().host_exhausted), (2, 1));
+    let planned: usize = world.offloads.iter().map(|(batch, _)| batch.copies().len()).sum();
+    assert_eq!((planned, world.ledger.tally().host_exhausted), (4, 1));
     world.end_offload(0, true);
     world.ledger.check_integrity();
 }

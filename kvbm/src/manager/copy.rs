@@ -1,9 +1,10 @@
-//! The two threads that copy, and what they report.
+//! The threads that copy, and what they report.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvbm_shm::PoolMemory;
 
@@ -26,10 +27,19 @@ pub(super) struct OnboardJob {
     pub done: Done,
 }
 
-pub(super) fn run_offloads(shared: &Shared) {
+/// An offload whose bytes are done with.
+pub(super) struct OffloadEnd {
+    batch: OffloadBatch,
+    copied: bool,
+    bytes: u64,
+    took: Duration,
+}
+
+/// Copies. What follows from a copy is decided by [`settle_offloads`], while the next is under way.
+pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
     while let Some(OffloadJob { batch, memory }) = shared.offloads.next() {
         let started = Instant::now();
-        let layout = memory.layout();
+        let (layout, segments) = (memory.layout(), shared.host.segments());
         let mut bytes = 0;
         // When stopping, nobody will read what is copied now.
         let mut copied = !shared.stopping.load(Ordering::SeqCst);
@@ -38,29 +48,36 @@ pub(super) fn run_offloads(shared: &Shared) {
                 break;
             }
             shared.gate.give_way();
-            let to = shared.host.memory(place);
-            memory.memory().copy_to(layout.offset(block), &to, place.offset, layout.block_bytes);
+            let to = &segments[place.segment.0 as usize];
+            memory.memory().copy_to(layout.offset(block), to, place.offset, layout.block_bytes);
             bytes += layout.block_bytes as u64;
             delay(shared);
             // Checked after each block: once it moved, the rest is not worth copying.
             copied = memory.epoch() == batch.epoch;
         }
-        shared.offloads.finished();
+        let end = OffloadEnd { batch, copied, bytes, took: started.elapsed() };
+        ends.send(end).expect("the thread that settles ends after this one");
+    }
+}
+
+pub(super) fn settle_offloads(shared: &Shared, ends: &Receiver<OffloadEnd>) {
+    while let Ok(OffloadEnd { batch, copied, bytes, took }) = ends.recv() {
         shared.with_ledger(|ledger, _| {
             let stored = ledger.finish_offload(batch, copied);
             if copied {
-                shared.counters.moved(Route::DeviceToHost, stored, bytes, started.elapsed());
+                shared.counters.moved(Route::DeviceToHost, stored, bytes, took);
             } else {
                 shared.counters.failed(Route::DeviceToHost);
             }
         });
+        shared.offloads.finished();
     }
 }
 
 pub(super) fn run_onboards(shared: &Shared) {
     while let Some(OnboardJob { batch, memory, tokens_per_block, done }) = shared.onboards.next() {
         let started = Instant::now();
-        let layout = memory.layout();
+        let (layout, segments) = (memory.layout(), shared.host.segments());
         let blocks = batch.copies().len();
         let mut bytes = 0;
         let mut copied = true;
@@ -71,13 +88,12 @@ pub(super) fn run_onboards(shared: &Shared) {
             if !copied {
                 break;
             }
-            let from = shared.host.memory(place);
+            let from = &segments[place.segment.0 as usize];
             from.copy_to(place.offset, memory.memory(), layout.offset(block), layout.block_bytes);
             bytes += layout.block_bytes as u64;
             delay(shared);
         }
         shared.gate.leave();
-        shared.onboards.finished();
         shared.with_ledger(|ledger, _| {
             ledger.finish_onboard(batch, copied);
             if copied {
@@ -87,6 +103,7 @@ pub(super) fn run_onboards(shared: &Shared) {
                 shared.counters.failed(Route::HostToDevice);
             }
         });
+        shared.onboards.finished();
         done(if copied {
             Outcome { blocks_done: blocks, blocks_failed: 0, bytes, error: None }
         } else {

@@ -1,7 +1,7 @@
 //! Joins ledger, store and transfer: the facade that everyone else uses.
 //!
-//! Every call is synchronous and short: one acquisition of the ledger's lock, no I/O, no copy. Copies are done by two
-//! threads, one per route; each batch's completion is reported by the thread that copied it.
+//! Every call is synchronous and short: one acquisition of the ledger's lock, no I/O, no copy. Copies are done by one
+//! thread per route; what follows from an offload is decided on a third, while the next is being copied.
 //!
 //! Lock order: ledger, then anything else; no callback runs under the ledger's lock.
 
@@ -12,6 +12,7 @@ mod populate;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,9 @@ pub enum HostCapacity {
     /// So many blocks of the first layout that attaches.
     Blocks(u32),
 }
+
+/// Blocks that one acquisition of the ledger's lock deals with, at most, where a request may have many.
+const PIECE_BLOCKS: usize = 256;
 
 /// Settings of a manager.
 #[derive(Debug, Clone)]
@@ -207,7 +211,9 @@ impl Manager {
             config,
         });
         let manager = Self { shared };
-        manager.spawn("kvbm-offload", |shared| copy::run_offloads(&shared))?;
+        let (ended, ends) = sync_channel(manager.shared.config.queue_depth);
+        manager.spawn("kvbm-offload", move |shared| copy::run_offloads(&shared, &ended))?;
+        manager.spawn("kvbm-offloaded", move |shared| copy::settle_offloads(&shared, &ends))?;
         manager.spawn("kvbm-onboard", |shared| copy::run_onboards(&shared))?;
         if let HostCapacity::Bytes(bytes) = manager.shared.config.host {
             manager.size_host(bytes)?;
@@ -344,6 +350,8 @@ impl Manager {
             ledger.add_pool(session, identity, epoch)
         })?;
         self.shared.pools.insert(pool_id, Arc::clone(&memory));
+        let whole = Arc::clone(&memory);
+        self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &whole))?;
         Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
     }
 
@@ -388,7 +396,10 @@ impl Manager {
         blocks: &[CommitBlock],
         _retention: Retention,
     ) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.commit(session, namespace, pool, blocks))
+        // In pieces: others get their turn in between, and copying begins after the first.
+        let commit =
+            |piece| self.shared.with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece));
+        blocks.chunks(PIECE_BLOCKS).map(commit).fold(Ok(()), |all, piece| all.and(piece))
     }
 
     /// Gives back pins.
@@ -482,6 +493,8 @@ impl Manager {
         self.shared.with_ledger(|ledger, now| ledger.tick(now));
         let ledger = self.shared.ledger.lock();
         self.shared.pools.retain(|id| ledger.pool(id).is_some());
+        drop(ledger);
+        self.shared.threads.lock().retain(|thread| !thread.is_finished());
     }
 
     /// What was counted.

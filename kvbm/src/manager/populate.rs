@@ -4,10 +4,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use kvbm_shm::PoolMemory;
+
 use super::Shared;
 
 /// Populating is bound by the kernel zeroing pages: a few threads help on large machines, more do not.
 const THREADS_MAX: usize = 8;
+
+/// Populated in one call to the kernel, so that stopping does not take long.
+const POOL_PIECE_BYTES: usize = 64 << 20;
 
 /// Returns when all segments are there, or the first could not be had.
 pub(super) fn run(shared: &Shared, count: u32, segment_bytes: usize) {
@@ -30,6 +35,20 @@ pub(super) fn run(shared: &Shared, count: u32, segment_bytes: usize) {
         seconds = started.elapsed().as_secs_f64(),
         "host memory is populated"
     );
+}
+
+/// Populates a device pool, so that neither its first writer nor the first copy out of it faults page by page.
+pub(super) fn run_pool(shared: &Shared, pool: &PoolMemory) {
+    let memory = pool.memory();
+    for start in (0..memory.bytes()).step_by(POOL_PIECE_BYTES) {
+        if shared.stopping.load(Ordering::SeqCst) {
+            return;
+        }
+        if let Err(error) = memory.populate(start..(start + POOL_PIECE_BYTES).min(memory.bytes())) {
+            tracing::error!(%error, "a device pool cannot be populated");
+            return;
+        }
+    }
 }
 
 fn add_segment(shared: &Shared, bytes: usize) -> bool {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kvbm_shm::{Error, SharedMemory};
 use parking_lot::RwLock;
 
-use crate::ledger::{HostPlace, SegmentId};
+use crate::ledger::SegmentId;
 
 /// io_uring registers buffers of at most 1 GiB.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
@@ -31,9 +31,12 @@ pub(crate) fn segment_plan(capacity_bytes: u64) -> (u32, usize) {
     if bytes == 0 { (0, 4096) } else { (count as u32, bytes as usize) }
 }
 
+/// All segments at some time; more may come, none goes.
+pub(crate) type Segments = Arc<Vec<Arc<SharedMemory>>>;
+
 /// The memory of the host tier.
 #[derive(Debug, Default)]
-pub(crate) struct HostSegments(RwLock<Vec<Arc<SharedMemory>>>);
+pub(crate) struct HostSegments(RwLock<Segments>);
 
 impl HostSegments {
     /// Makes one more segment and populates it; gives up early, with `None`, when `stop` says so.
@@ -46,13 +49,13 @@ impl HostSegments {
             memory.populate(start..(start + POPULATE_BYTES).min(bytes))?;
         }
         let mut segments = self.0.write();
-        segments.push(Arc::new(memory));
+        Arc::make_mut(&mut segments).push(Arc::new(memory));
         Ok(Some(SegmentId(segments.len() as u32 - 1)))
     }
 
-    /// The memory a place is in.
-    pub fn memory(&self, place: HostPlace) -> Arc<SharedMemory> {
-        Arc::clone(&self.0.read()[place.segment.0 as usize])
+    /// The segments there are: any place that the ledger has named is in one of them.
+    pub fn segments(&self) -> Segments {
+        Arc::clone(&self.0.read())
     }
 
     /// Segments populated so far.

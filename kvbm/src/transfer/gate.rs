@@ -1,5 +1,6 @@
 //! Lets onboard go before offload.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -10,28 +11,33 @@ const YIELD_MAX: Duration = Duration::from_millis(2);
 /// Counts urgent batches in flight.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    urgent: Mutex<usize>,
+    /// Only a hint for who looks without the lock; changed under it.
+    urgent: AtomicUsize,
+    lock: Mutex<()>,
     idle: Condvar,
 }
 
 impl Gate {
     pub fn enter(&self) {
-        *self.urgent.lock() += 1;
+        let _lock = self.lock.lock();
+        self.urgent.fetch_add(1, Ordering::Relaxed);
     }
 
     pub fn leave(&self) {
-        let mut urgent = self.urgent.lock();
-        *urgent -= 1;
-        if *urgent == 0 {
+        let _lock = self.lock.lock();
+        if self.urgent.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.idle.notify_all();
         }
     }
 
     /// Returns when nothing urgent is in flight, or after a short while.
     pub fn give_way(&self) {
-        let mut urgent = self.urgent.lock();
-        if *urgent > 0 {
-            self.idle.wait_for(&mut urgent, YIELD_MAX);
+        if self.urgent.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut lock = self.lock.lock();
+        if self.urgent.load(Ordering::Relaxed) > 0 {
+            self.idle.wait_for(&mut lock, YIELD_MAX);
         }
     }
 }

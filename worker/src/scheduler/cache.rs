@@ -60,7 +60,7 @@ pub enum Allocate {
     /// Some were asked for. [`CacheEvent::Granted`] will come; ask again then.
     Pending,
     /// None can be freed now. All releases up to this call have been taken into account: a cache that does not know yet
-    /// what they freed answers `Pending`.
+    /// what they freed answers `Pending`. Until the next poll, or release, all who ask for as many hear the same.
     Exhausted,
 }
 
