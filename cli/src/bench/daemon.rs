@@ -53,6 +53,11 @@ impl BenchDaemon {
         Ok(daemon)
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("kvbm.sock")

@@ -13,8 +13,8 @@ use super::daemon::{BenchDaemon, BenchEngine};
 const SIZES: [(&str, usize); 3] = [("64KiB", 64 << 10), ("1MiB", 1 << 20), ("4MiB", 4 << 20)];
 /// Data copied each time, in last-level caches.
 const CACHES: usize = 4;
-const DATA_MIN: usize = 256 << 20;
-const ROUNDS: usize = 5;
+const DATA_MIN: usize = 512 << 20;
+const ROUNDS: usize = 7;
 /// Blocks in one commit: an engine commits as it computes.
 const COMMIT_BLOCKS: usize = 256;
 /// Share of memcpy that the project demands.

@@ -5,6 +5,7 @@ mod grpc;
 mod hash;
 mod host_copy;
 mod matching;
+mod overhead;
 mod row;
 mod serve;
 
@@ -34,6 +35,8 @@ enum What {
     HostCopy,
     /// Requests per second and latency of frontend and worker, with an engine that only echoes
     Serve,
+    /// What the cache costs when it never hits: a worker with a daemon against one without, interleaved
+    Overhead,
 }
 
 /// Exit code 0 when measured, whatever the figures.
@@ -44,6 +47,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
         What::Grpc => grpc::measure()?,
         What::HostCopy => host_copy::measure()?,
         What::Serve => serve::measure()?,
+        What::Overhead => overhead::measure()?,
     };
     if args.json {
         println!("{}", serde_json::to_string(&rows).map_err(|error| error.to_string())?);

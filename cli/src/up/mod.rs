@@ -31,7 +31,7 @@ pub(crate) fn default_socket() -> PathBuf {
 }
 
 /// The model that comes with kvbm: beside the sources, or installed beside the program.
-fn bundled_model() -> Option<PathBuf> {
+pub(crate) fn bundled_model() -> Option<PathBuf> {
     let program = std::env::current_exe().ok()?;
     let installed = program.parent()?.join("../share/kvbm/models/tiny");
     let sources =
