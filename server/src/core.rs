@@ -1,6 +1,6 @@
 //! What all parts of the daemon share. Owned by [`crate::Daemon`], which starts and stops them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::time::Instant;
 
@@ -8,7 +8,6 @@ use kvbm::ledger::Owner;
 use kvbm::{Manager, NamespaceId, PoolId, Refused, SessionId, Tier};
 use kvbm_proto::v1;
 use kvbm_shm::PoolLayout;
-use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -39,8 +38,6 @@ pub(crate) struct Core {
     pub started: Instant,
     /// Base URL of the admin HTTP server.
     pub admin: OnceLock<String>,
-    /// Bytes from block to block, by base namespace: as the ledger has it, which does not tell.
-    strides: Mutex<HashMap<[u8; 32], u64>>,
     own_uid: u32,
 }
 
@@ -64,7 +61,6 @@ impl Core {
             tasks: TaskTracker::new(),
             started: Instant::now(),
             admin: OnceLock::new(),
-            strides: Mutex::default(),
             own_uid: rustix::process::geteuid().as_raw(),
         }
     }
@@ -81,10 +77,6 @@ impl Core {
         })
     }
 
-    pub fn holds_pool(&self, session: SessionId) -> bool {
-        self.pool_count(session) > 0
-    }
-
     pub fn owns_pool(&self, session: SessionId, pool: PoolId) -> bool {
         self.manager.inspect(|ledger| ledger.pool_owner(pool) == Some(session))
     }
@@ -96,8 +88,16 @@ impl Core {
         self.sessions.end_forgotten(|id| known.contains(&id));
     }
 
-    /// A pool that would not fit beside the host tier is refused before anything is written to it.
+    /// A pool that would not fit beside the host tier is refused before anything is written to it. Pools that nobody
+    /// has come for give way first.
     pub fn check_memory(&self, layout: PoolLayout) -> Result<(), Refused> {
+        self.fits(layout).or_else(|_| {
+            self.manager.drop_orphan_pools();
+            self.fits(layout)
+        })
+    }
+
+    fn fits(&self, layout: PoolLayout) -> Result<(), Refused> {
         let wanted = (layout.stride() as u64).saturating_mul(layout.block_count.into());
         let (planned, populated) = self.manager.host_bytes();
         let Some(available) = memory::available_bytes() else { return Ok(()) };
@@ -107,16 +107,6 @@ impl Core {
         }
         let blocks = |bytes: u64| usize::try_from(bytes / layout.stride() as u64).unwrap_or(usize::MAX);
         Err(Refused::Exhausted { tier: Tier::Device, wanted: blocks(wanted), available: blocks(available) })
-    }
-
-    /// Remembers how large blocks of a base namespace are.
-    pub fn note_stride(&self, base: [u8; 32], layout: PoolLayout) {
-        self.strides.lock().entry(base).or_insert(layout.stride() as u64);
-    }
-
-    /// 0 if no pool of that base namespace was ever opened: nothing of it is resident then.
-    pub fn stride(&self, base: &[u8; 32]) -> u64 {
-        self.strides.lock().get(base).copied().unwrap_or(0)
     }
 
     /// Digests of namespaces, each once.

@@ -14,7 +14,7 @@ use crate::status::{
 pub(crate) fn take(core: &Core) -> Status {
     let mut status = figures(core);
     let namespaces =
-        |ledger: &Ledger| ledger.namespaces().map(|(id, found)| namespace(core, id.0, found)).collect();
+        |ledger: &Ledger| ledger.namespaces().map(|(id, found)| namespace(ledger, id.0, found)).collect();
     status.namespaces = core.manager.inspect(namespaces);
     status
 }
@@ -103,8 +103,9 @@ fn pool(id: PoolId, pool: &DevicePool) -> PoolStatus {
     }
 }
 
-fn namespace(core: &Core, id: u32, namespace: &Namespace) -> NamespaceStatus {
-    let stride = core.stride(&namespace.base);
+fn namespace(ledger: &Ledger, id: u32, namespace: &Namespace) -> NamespaceStatus {
+    // Without a pool of that base there never was a block of it.
+    let stride = ledger.stride(namespace.domain, namespace.base).unwrap_or(0) as u64;
     let resident = namespace.resident.iter();
     NamespaceStatus {
         id,

@@ -14,6 +14,9 @@ use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 
 use crate::Error;
 
+/// File system of ordinary memfds.
+const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
+
 /// Memory that several processes map.
 #[derive(Debug)]
 pub struct SharedMemory {
@@ -46,6 +49,11 @@ impl SharedMemory {
             fs::fcntl_get_seals(&fd).map_err(Error::system("read seals of", "received descriptor"))?;
         if !seals.contains(Self::SEALS) {
             return Err(Error::refused(format!("it is not sealed against resizing (seals {seals:?})")));
+        }
+        // Pages of other file systems (huge pages above all) may turn out not to be there when they are touched.
+        let system = fs::fstatfs(&fd).map_err(Error::system("stat file system of", "received descriptor"))?;
+        if system.f_type != TMPFS_MAGIC {
+            return Err(Error::refused("it is not ordinary shared memory"));
         }
         let size = fs::fstat(&fd).map_err(Error::system("stat", "received descriptor"))?.st_size;
         let bytes = usize::try_from(size).ok().filter(|bytes| *bytes > 0 && bytes.is_multiple_of(4096));

@@ -51,14 +51,17 @@ impl PoolLayout {
         POOL_HEADER_BYTES + block as usize * self.stride()
     }
 
-    fn memory_bytes(&self) -> Option<usize> {
+    /// Bytes of a pool, header included; `None` if no memory could have them.
+    pub fn memory_bytes(&self) -> Option<usize> {
+        if self.block_bytes == 0 || self.block_count == 0 {
+            return None;
+        }
         let padded = self.block_bytes.checked_next_multiple_of(4096)?;
         padded.checked_mul(self.block_count as usize)?.checked_add(POOL_HEADER_BYTES)
     }
 
     fn check(&self) -> Result<usize, Error> {
-        let bytes = self.memory_bytes().filter(|_| self.block_bytes > 0 && self.block_count > 0);
-        bytes.ok_or_else(|| Error::refused(format!("a pool of {self:?} is not possible")))
+        self.memory_bytes().ok_or_else(|| Error::refused(format!("a pool of {self:?} is not possible")))
     }
 }
 

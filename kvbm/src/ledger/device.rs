@@ -78,6 +78,8 @@ pub struct DevicePool {
     pub batches: usize,
     /// Blocks being copied to host.
     pub(super) offloading: usize,
+    /// Onboard batches in flight.
+    pub(super) onboarding: usize,
 }
 
 impl DevicePool {

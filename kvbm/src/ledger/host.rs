@@ -9,6 +9,9 @@ use super::TrustDomain;
 use super::key::KeyHasher;
 use super::slots::{SlotCounts, SlotIndex, SlotTable};
 
+/// Segments that are tried before a class keeps what it has: each try may look at every slot.
+const COLDEST_TRIED: usize = 4;
+
 /// One of the equal pieces of host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SegmentId(pub u32);
@@ -77,6 +80,7 @@ impl ClassTable {
         let mut positions: Vec<usize> = self.owned().collect();
         if in_use {
             positions.sort_by_key(|position| self.slots.last_used(self.range(*position)));
+            positions.truncate(COLDEST_TRIED);
         } else {
             positions.retain(|position| self.slots.all_free(self.range(*position)));
         }
@@ -102,7 +106,8 @@ pub struct ClassSummary {
 /// All host memory.
 #[derive(Debug)]
 pub struct HostTier {
-    segment_bytes: usize,
+    /// `None`: there is no host tier.
+    segment_bytes: Option<usize>,
     free: Vec<SegmentId>,
     classes: BTreeMap<Class, ClassTable>,
     hasher: KeyHasher,
@@ -111,16 +116,21 @@ pub struct HostTier {
 impl HostTier {
     /// A tier without memory: segments are added as their pages are populated.
     pub fn new(segment_bytes: usize, hasher: KeyHasher) -> Self {
-        Self { segment_bytes, free: Vec::new(), classes: BTreeMap::new(), hasher }
+        Self { segment_bytes: Some(segment_bytes), free: Vec::new(), classes: BTreeMap::new(), hasher }
     }
 
-    /// Bytes in each segment.
+    /// Bytes in each segment; 0 without a host tier.
     pub fn segment_bytes(&self) -> usize {
-        self.segment_bytes
+        self.segment_bytes.unwrap_or(0)
+    }
+
+    /// False if there will never be host memory.
+    pub fn is_on(&self) -> bool {
+        self.segment_bytes.is_some()
     }
 
     /// Changes the size of segments, while there are none.
-    pub fn set_segment_bytes(&mut self, bytes: usize) {
+    pub fn set_segments(&mut self, bytes: Option<usize>) {
         assert!(self.free.is_empty() && self.classes.is_empty(), "segments exist already");
         self.segment_bytes = bytes;
     }
@@ -150,23 +160,35 @@ impl HostTier {
         self.classes.iter_mut()
     }
 
-    /// Makes it likely that `class` has a slot: binds another segment if it has none free. `None` if the slot size
-    /// does not fit a segment or there is no memory at all.
+    /// The table of a class, with a free segment bound to it if it has no free slot. Its slots may be none. `None` if
+    /// blocks of this size do not fit a segment.
     pub fn make_room(&mut self, class: Class) -> Option<&mut ClassTable> {
-        let slots_per_segment = u32::try_from(self.segment_bytes / class.stride).ok().filter(|n| *n > 0)?;
+        let slots_per_segment =
+            u32::try_from(self.segment_bytes() / class.stride).ok().filter(|slots| *slots > 0)?;
         let table = self.classes.entry(class).or_insert_with(|| ClassTable {
             class,
             slots_per_segment,
             segments: Vec::new(),
             slots: SlotTable::new(0, self.hasher),
         });
-        if table.slots.counts().free == 0 {
-            let owned = table.owned().count();
-            if let Some(segment) = self.free.pop().or_else(|| self.take_segment(class, owned)) {
-                self.classes.get_mut(&class)?.bind(segment);
-            }
+        if table.slots.counts().free == 0
+            && let Some(segment) = self.free.pop()
+        {
+            table.bind(segment);
         }
-        self.classes.get_mut(&class).filter(|table| table.slots.slots() > 0)
+        Some(table)
+    }
+
+    /// Gives a class that would have to evict a segment of another, if it owns less than its share. May look at every
+    /// slot: once per batch.
+    pub fn claim_share(&mut self, class: Class) {
+        let Some(table) = self.make_room(class).filter(|table| table.slots.counts().free == 0) else {
+            return;
+        };
+        let owned = table.owned().count();
+        if let Some(segment) = self.take_segment(class, owned) {
+            self.classes.get_mut(&class).expect("it was just there").bind(segment);
+        }
     }
 
     /// A segment of another class, for one that owns `owned`.
@@ -244,7 +266,8 @@ mod tests {
 
     fn fill(tier: &mut HostTier, class: Class, keys: std::ops::Range<u8>) {
         for n in keys {
-            let table = tier.make_room(class).expect("there is memory");
+            tier.claim_share(class);
+            let table = tier.make_room(class).expect("it fits");
             let reserved = table.slots.reserve(key(n), None).expect("there is room");
             assert!(table.slots.commit(reserved));
             tier.check_integrity();
@@ -287,9 +310,11 @@ mod tests {
         fill(&mut tier, SMALL, 0..1);
         let slot = tier.class(SMALL).unwrap().slots.resident(key(0)).unwrap();
         tier.class_mut(SMALL).unwrap().slots.pin(slot);
-        assert!(tier.make_room(OTHER).is_none());
+        tier.claim_share(OTHER);
+        assert_eq!(tier.class(OTHER).unwrap().slots.slots(), 0);
         tier.class_mut(SMALL).unwrap().slots.unpin(slot, 1);
-        assert!(tier.make_room(OTHER).is_some());
+        tier.claim_share(OTHER);
+        assert_eq!(tier.class(OTHER).unwrap().slots.slots(), 4);
         tier.check_integrity();
     }
 

@@ -110,7 +110,8 @@ impl Ledger {
             let pool = self.owned_pool_mut(session, id)?;
             let (blocks, _) = pool.slots.prefix(key, hashes.len());
             for i in 0..blocks {
-                let slot = pool.slots.resident(key(i)).expect("prefixes are closed");
+                // Prefixes are closed, but whether these keys are one is the client's word.
+                let Some(slot) = pool.slots.resident(key(i)) else { break };
                 pool.slots.pin(slot);
                 device.push(pool.block_ref(slot));
             }
@@ -175,7 +176,7 @@ impl Ledger {
     /// Where the blocks of a base namespace are in host, for this session's domain.
     pub(super) fn host_class(&self, session: SessionId, base: &[u8; 32]) -> Option<Class> {
         let domain = self.registry.session(session).ok()?.domain;
-        self.strides.get(base).map(|stride| Class { domain, stride: *stride })
+        self.stride(domain, *base).map(|stride| Class { domain, stride })
     }
 
     /// Asks nothing of the pool but that the session writes it now.

@@ -117,13 +117,14 @@ pub struct Ledger {
     pools: BTreeMap<PoolId, DevicePool>,
     last_pool: u32,
     /// Bytes of a block of each base namespace, as its first pool declared them.
-    strides: HashMap<[u8; 32], usize>,
+    strides: HashMap<(TrustDomain, [u8; 32]), usize>,
     host: HostTier,
     leases: Leases,
     offloads: offload::Waiters,
     /// Where the next search for blocks to offload begins: pools take turns.
     next_offload_pool: PoolId,
     tally: Tally,
+    evictions_of_gone_pools: u64,
     events: Vec<Event>,
 }
 
@@ -142,6 +143,7 @@ impl Ledger {
             offloads: offload::Waiters::default(),
             next_offload_pool: PoolId(0),
             tally: Tally::default(),
+            evictions_of_gone_pools: 0,
             events: Vec::new(),
             config,
         }
@@ -224,9 +226,14 @@ impl Ledger {
         self.host.segment_bytes()
     }
 
-    /// As [`HostTier::set_segment_bytes`]: only before the first segment.
-    pub fn set_segment_bytes(&mut self, bytes: usize) {
-        self.host.set_segment_bytes(bytes);
+    /// Decides, before the first segment, how large segments are; `None`: there will be none.
+    pub fn set_segments(&mut self, bytes: Option<usize>) {
+        self.host.set_segments(bytes);
+    }
+
+    /// Bytes from block to block of a base namespace; `None` if no pool of it was ever opened.
+    pub fn stride(&self, domain: TrustDomain, base: [u8; 32]) -> Option<usize> {
+        self.strides.get(&(domain, base)).copied()
     }
 
     // ---- time -------------------------------------------------------------------------------------------------------
@@ -253,10 +260,13 @@ impl Ledger {
         self.leases.len()
     }
 
-    /// Blocks evicted in a tier, ever (pools that are gone not counted).
+    /// Blocks evicted in a tier, ever.
     pub fn evictions(&self, tier: Tier) -> u64 {
         match tier {
-            Tier::Device => self.pools.values().map(|pool| pool.slots.evictions()).sum(),
+            Tier::Device => {
+                let living: u64 = self.pools.values().map(|pool| pool.slots.evictions()).sum();
+                living + self.evictions_of_gone_pools
+            }
             Tier::Host => self.host.classes().map(|(_, table)| table.slots.evictions()).sum(),
             Tier::Disk | Tier::Remote => 0,
         }

@@ -42,6 +42,16 @@ impl OffloadBatch {
     }
 }
 
+/// Whether a block goes with a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Planned {
+    Yes,
+    /// There is no room now.
+    Later,
+    /// There will be no room.
+    Never,
+}
+
 /// Number of a question about offloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WaiterId(pub u64);
@@ -136,6 +146,7 @@ impl Ledger {
         let max = max.min(pool.offload_room());
         let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
         let mut batch = OffloadBatch { pool: id, epoch: pool.epoch, class, items: Vec::new() };
+        self.host.claim_share(class);
         while batch.items.len() < max {
             let pool = self.pools.get_mut(&id)?;
             let Some(Backlogged { block, key }) = pool.backlog.pop_front() else { break };
@@ -143,7 +154,9 @@ impl Ledger {
                 self.offloads.settle(key, false);
                 continue;
             }
-            self.plan_with_ancestors(id, SlotIndex(block.block), key, &mut batch, max);
+            if !self.plan_with_ancestors(id, SlotIndex(block.block), key, &mut batch, max) {
+                break;
+            }
         }
         self.sweep();
         if batch.items.is_empty() {
@@ -155,7 +168,8 @@ impl Ledger {
         Some(batch)
     }
 
-    /// Adds a block, and before it those of its ancestors that host lacks.
+    /// Adds a block, and before it those of its ancestors that host lacks. False: what could not be added now is at the
+    /// front of the backlog again, in order.
     fn plan_with_ancestors(
         &mut self,
         id: PoolId,
@@ -163,7 +177,7 @@ impl Ledger {
         key: Key,
         batch: &mut OffloadBatch,
         max: usize,
-    ) {
+    ) -> bool {
         let pool = &self.pools[&id];
         let host = self.host.class(batch.class);
         if let Some(known) = host.filter(|table| table.slots.knows(key)) {
@@ -171,7 +185,7 @@ impl Ledger {
             if known.slots.resident(key).is_some() {
                 self.offloads.settle(key, true);
             }
-            return;
+            return true;
         }
         let lacking = |slot: &SlotIndex| {
             let (key, _) = pool.slots.block(*slot).expect("ancestors of a resident block are resident");
@@ -180,45 +194,54 @@ impl Ledger {
         let mut chain: Vec<SlotIndex> = pool.slots.ancestors(slot).take_while(lacking).collect();
         chain.reverse();
         for (i, wanted) in chain.iter().enumerate() {
-            let full = batch.items.len() >= max;
-            if full || !self.plan_one(id, *wanted, batch) {
-                let pool = self.pools.get_mut(&id).expect("it was just there");
-                for slot in chain[i..].iter().rev() {
-                    let (key, _) = pool.slots.block(*slot).expect("nothing was evicted here");
-                    if full {
-                        // The rest of a long chain goes to the front, in order.
+            let planned =
+                if batch.items.len() >= max { Planned::Later } else { self.plan_one(id, *wanted, batch) };
+            if planned == Planned::Yes {
+                continue;
+            }
+            let pool = self.pools.get_mut(&id).expect("it was just there");
+            for slot in chain[i..].iter().rev() {
+                let (key, _) = pool.slots.block(*slot).expect("nothing was evicted here");
+                match planned {
+                    Planned::Never => self.offloads.settle(key, false),
+                    Planned::Later | Planned::Yes => {
                         pool.backlog.push_front(Backlogged { block: pool.block_ref(*slot), key });
-                    } else {
-                        self.offloads.settle(key, false);
                     }
                 }
-                return;
             }
+            return planned == Planned::Never;
         }
+        true
     }
 
-    fn plan_one(&mut self, id: PoolId, slot: SlotIndex, batch: &mut OffloadBatch) -> bool {
+    fn plan_one(&mut self, id: PoolId, slot: SlotIndex, batch: &mut OffloadBatch) -> Planned {
         let pool = self.pools.get_mut(&id).expect("it was just there");
         let (key, parent) = pool.slots.block(slot).expect("resident blocks are planned");
         let Some(table) = self.host.make_room(batch.class) else {
             self.tally.host_exhausted += 1;
-            return false;
+            return Planned::Never;
         };
         match table.slots.reserve(key, parent) {
             Ok(target) => {
                 let place = table.place(target.slot());
                 let source = pool.slots.begin_copy(slot);
                 batch.items.push(OffloadItem { source, key, target, place });
-                true
+                Planned::Yes
             }
-            Err(NotReserved::Resident | NotReserved::Filling) => true,
+            Err(NotReserved::Resident | NotReserved::Filling) => Planned::Yes,
             Err(NotReserved::Orphan) => {
                 self.tally.orphans += 1;
-                false
+                Planned::Never
             }
             Err(NotReserved::Exhausted) => {
+                // Memory that is not populated yet, copies that end, leases that end: room will come. Else the chain
+                // itself fills the tier.
+                let counts = table.slots.counts();
+                if table.slots.slots() == 0 || counts.filling + counts.pinned > 0 {
+                    return Planned::Later;
+                }
                 self.tally.host_exhausted += 1;
-                false
+                Planned::Never
             }
         }
     }
@@ -271,6 +294,10 @@ impl Ledger {
         }
         let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
         let waiter = self.offloads.add(id, &keys);
+        if !self.host.is_on() {
+            keys.into_iter().for_each(|key| self.offloads.settle(key, false));
+            return Ok(waiter);
+        }
         let host = self.host.class(class);
         let pool = self.pools.get_mut(&id).expect("it was just there");
         for (key, block) in keys.into_iter().zip(blocks) {

@@ -72,6 +72,7 @@ impl Ledger {
         });
         let items = items.collect();
         pool.batches += 1;
+        pool.onboarding += 1;
         Ok(OnboardBatch { pool: id, epoch, lease, items })
     }
 
@@ -94,6 +95,7 @@ impl Ledger {
             pool.slots.end_copy(item.target);
         }
         pool.batches -= 1;
+        pool.onboarding -= 1;
         let table = self.host.class_mut(batch.lease.class).expect("a lease is about a class that exists");
         table.slots.unpin(batch.lease.deepest, 1);
         self.collect_pool(batch.pool);

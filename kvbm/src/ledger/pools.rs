@@ -44,7 +44,7 @@ impl Ledger {
     ) -> Result<PoolId, Refused> {
         self.registry.session(session)?;
         let stride = identity.layout.stride();
-        let known = *self.strides.entry(identity.base).or_insert(stride);
+        let known = *self.strides.entry((identity.domain, identity.base)).or_insert(stride);
         if known != stride {
             let reason = format!("blocks of this namespace have {known} bytes, not {stride}");
             return Err(Refused::invalid("block_bytes", reason));
@@ -60,6 +60,7 @@ impl Ledger {
             backlog: Default::default(),
             batches: 0,
             offloading: 0,
+            onboarding: 0,
         };
         self.pools.insert(id, pool);
         Ok(id)
@@ -73,7 +74,10 @@ impl Ledger {
     ) -> Result<Option<PoolId>, Refused> {
         let domain = self.registry.session(session)?.domain;
         let orphans = self.pools.iter_mut().filter_map(|(id, pool)| match pool.owner {
-            Owner::Orphan(since) if pool.identity.domain == domain && fits(&pool.identity) => {
+            // A load that the dead worker had asked for may still be written into the pool: then it is nobody's yet.
+            Owner::Orphan(since)
+                if pool.onboarding == 0 && pool.identity.domain == domain && fits(&pool.identity) =>
+            {
                 Some((since, id, pool))
             }
             _ => None,
@@ -93,6 +97,12 @@ impl Ledger {
             pool.identity.uuid == uuid && pool.identity.domain == domain && pool.owner != Owner::Retired
         });
         found.map(|(id, _)| *id)
+    }
+
+    /// True while copies of ours may still touch memory of that name on behalf of a pool that was retired.
+    pub fn is_draining(&self, domain: TrustDomain, uuid: [u8; 16]) -> bool {
+        let named = |pool: &DevicePool| pool.identity.uuid == uuid && pool.identity.domain == domain;
+        self.pools.values().any(|pool| named(pool) && pool.owner == Owner::Retired)
     }
 
     /// Nobody uses the pool any more. It is gone when the last copy has ended: see [`Ledger::is_gone`].
@@ -119,7 +129,8 @@ impl Ledger {
 
     pub(super) fn collect_pool(&mut self, id: PoolId) {
         if self.pools.get(&id).is_some_and(|pool| pool.owner == Owner::Retired && pool.batches == 0) {
-            self.pools.remove(&id);
+            let gone = self.pools.remove(&id).expect("it was just there");
+            self.evictions_of_gone_pools += gone.slots.evictions();
         }
     }
 
@@ -148,6 +159,12 @@ impl Ledger {
         orphans.sort();
         let surplus = orphans.len().saturating_sub(self.config.orphan_pools_max);
         orphans.into_iter().take(surplus).for_each(|(_, id)| self.retire_pool(id));
+    }
+
+    /// Gives up all pools that wait for a successor.
+    pub fn drop_orphans(&mut self) {
+        let all: Vec<_> = self.orphans().collect();
+        all.into_iter().for_each(|(_, id)| self.retire_pool(id));
     }
 
     pub(super) fn drop_old_orphans(&mut self, now: Millis) {
@@ -182,9 +199,13 @@ impl Ledger {
         entries: &[PoolEntry],
         held: &[BlockRef],
     ) -> Result<(), Refused> {
+        let base = self.owned_pool_mut(session, id)?.identity.base;
         for entry in entries {
-            self.registry.namespace_of(session, entry.namespace)?;
+            if self.registry.namespace_of(session, entry.namespace)?.base != base {
+                return Err(Refused::invalid("adoption", "an entry is of another base namespace"));
+            }
         }
+        let offloads = self.host.is_on();
         let pool = self.owned_pool_mut(session, id)?;
         let invalid = |block: &BlockRef| {
             Refused::invalid("adoption", format!("block {} is out of range or listed twice", block.block))
@@ -204,7 +225,9 @@ impl Ledger {
                 let key = Key { namespace: entry.namespace, hash: entry.hash };
                 match pool.slots.commit_granted(slot, entry.block.generation, key, entry.parent) {
                     Committed::Resident => {
-                        pool.backlog.push_back(Backlogged { block: entry.block, key });
+                        if offloads {
+                            pool.backlog.push_back(Backlogged { block: entry.block, key });
+                        }
                         false
                     }
                     Committed::Duplicate | Committed::Stale => false,
@@ -264,6 +287,7 @@ impl Ledger {
         blocks: &[CommitBlock],
     ) -> Result<(), Refused> {
         let base = self.registry.namespace_of(session, namespace)?.base;
+        let offloads = self.host.is_on();
         let pool = self.owned_pool_mut(session, id)?;
         if pool.identity.base != base {
             return Err(Refused::invalid("namespace_id", "the pool is of another base namespace"));
@@ -273,7 +297,10 @@ impl Ledger {
             let slot = SlotIndex(commit.block.block);
             let key = Key { namespace, hash: commit.hash };
             match pool.slots.commit_granted(slot, commit.block.generation, key, commit.parent) {
-                Committed::Resident => pool.backlog.push_back(Backlogged { block: commit.block, key }),
+                Committed::Resident if offloads => {
+                    pool.backlog.push_back(Backlogged { block: commit.block, key });
+                }
+                Committed::Resident => {}
                 Committed::Duplicate => duplicates += 1,
                 Committed::Orphan => orphans += 1,
                 Committed::Stale => stale += 1,

@@ -106,7 +106,8 @@ impl Registry {
             return Err(Refused::invalid("base", "the namespace is known with another base"));
         }
         let owner = self.sessions.get_mut(&session).ok_or(Refused::Unknown { what: "session" })?;
-        if owner.namespaces.len() >= NAMESPACES_PER_SESSION_MAX {
+        let mine = known.is_some_and(|id| owner.namespaces.contains(&id));
+        if !mine && owner.namespaces.len() >= NAMESPACES_PER_SESSION_MAX {
             return Err(Refused::Busy { queue: "namespaces" });
         }
         let id = known.unwrap_or_else(|| {

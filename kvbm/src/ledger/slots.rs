@@ -63,6 +63,8 @@ struct Slot {
     copies: u32,
     /// Slots whose parent is this one.
     children: u32,
+    /// Blocks from the first of the sequence to this one.
+    depth: u32,
     /// It is in the eviction order, under `last_used`.
     ordered: bool,
     last_used: u64,
@@ -185,6 +187,7 @@ impl SlotTable {
             pins: 0,
             copies: 0,
             children: 0,
+            depth: 0,
             ordered: false,
             last_used: 0,
         };
@@ -214,8 +217,9 @@ impl SlotTable {
         if doomed.iter().any(busy) {
             return false;
         }
-        // Deepest first: a slot goes when it has no child left.
+        // Deepest first: a slot goes when it has no child left. Children mostly come behind their parents.
         let mut rest = doomed;
+        rest.reverse();
         while !rest.is_empty() {
             rest.retain(|slot| match self.slots[slot.at()].state {
                 State::Resident { .. } if self.slots[slot.at()].children > 0 => true,
@@ -288,7 +292,9 @@ impl SlotTable {
         let (mut known, mut deepest, mut missing) = (0, None, len);
         let mut probe = len;
         while known < missing {
-            match self.resident(key(probe - 1)) {
+            // Keys that are no prefix (a client's mistake) are not found at the depth at which they are asked for.
+            let found = self.resident(key(probe - 1)).filter(|slot| self.depth(Some(*slot)) == probe);
+            match found {
                 Some(slot) => (known, deepest) = (probe, Some(slot)),
                 None => missing = probe - 1,
             }
@@ -298,6 +304,14 @@ impl SlotTable {
                 if doubled < missing && missing == len - 1 { doubled } else { (known + missing).div_ceil(2) };
         }
         (known, deepest)
+    }
+
+    fn depth(&self, slot: Option<SlotIndex>) -> usize {
+        slot.map_or(0, |slot| self.slots[slot.at()].depth as usize)
+    }
+
+    fn place_behind(&mut self, slot: SlotIndex, parent: Option<SlotIndex>) {
+        self.slots[slot.at()].depth = self.depth(parent) as u32 + 1;
     }
 
     /// The chain that ends in `deepest`: its last `count` slots, first block first.
@@ -386,6 +400,7 @@ impl SlotTable {
             return Err(NotReserved::Exhausted);
         };
         self.set_state(slot, State::Filling { key: Some(key), parent });
+        self.place_behind(slot, parent);
         self.index.insert(key, slot);
         Ok(Reserved(slot))
     }
@@ -450,6 +465,7 @@ impl SlotTable {
             },
         };
         self.adopt_child(parent);
+        self.place_behind(slot, parent);
         self.index.insert(key, slot);
         self.become_resident(slot, key, parent);
         Committed::Resident

@@ -607,11 +607,88 @@ fn full_host_is_an_answer() {
         path(key).into_iter().for_each(|key| world.compute(worker, worker % 2, key));
     }
     (0..8).for_each(|_| world.plan(4));
-    // All four host slots are being filled: the fifth block has no place and is given up, counted.
+    // All four host slots are being filled: the rest waits, and goes when there is room.
     let planned: usize = world.offloads.iter().map(|(batch, _)| batch.copies().len()).sum();
-    assert_eq!((planned, world.ledger.tally().host_exhausted), (4, 1));
-    world.end_offload(0, true);
+    assert_eq!((planned, world.ledger.backlog()), (4, 1));
+    while !world.offloads.is_empty() {
+        world.end_offload(0, true);
+    }
+    offload_all(&mut world);
+    assert_eq!((world.ledger.backlog(), world.ledger.tally().host_exhausted), (0, 0));
     world.ledger.check_integrity();
+}
+
+/// A chain longer than all of host memory: its head is kept, its tail is given up, and others are not held up.
+#[test]
+fn a_chain_that_host_can_never_hold_does_not_block_others() {
+    let mut world = small_world(1);
+    compute_chain(&mut world, 32);
+    offload_all(&mut world);
+    assert_eq!(world.ledger.backlog(), 0);
+    assert!(world.ledger.tally().host_exhausted > 0);
+    let id = world.workers[0].namespaces[0].1;
+    let hashes: Vec<_> = path(32).into_iter().map(hash).collect();
+    assert_eq!(world.ledger.host_prefix(world.workers[0].session, id, &hashes), Ok(4));
+}
+
+#[test]
+fn without_a_host_tier_nothing_piles_up() {
+    let mut world = small_world(0);
+    world.ledger.set_segments(None);
+    compute_chain(&mut world, 9);
+    assert_eq!(world.ledger.backlog(), 0);
+    let worker = &world.workers[0];
+    let block = *worker.pins.keys().next().unwrap();
+    let waiter = world.ledger.watch_offload(worker.session, worker.pool, &[block]).unwrap();
+    let reports = world.ledger.take_offload_reports();
+    assert_eq!(reports, [(waiter, OffloadReport { done: 0, failed: 1 })]);
+}
+
+/// Blocks that were committed before the first page was populated are not forgotten.
+#[test]
+fn blocks_wait_for_host_memory_that_is_still_being_populated() {
+    let mut world = small_world(0);
+    compute_chain(&mut world, 9);
+    world.plan(4);
+    assert_eq!((world.offloads.len(), world.ledger.backlog()), (0, 4));
+    world.apply(&Op::Segment);
+    offload_all(&mut world);
+    assert_eq!(world.ledger.host_summaries()[0].counts.resident, 4);
+}
+
+/// While a load of the dead worker may still be written, its pool is given to nobody.
+#[test]
+fn a_pool_with_a_load_in_flight_is_not_inherited() {
+    let mut world = small_world(2);
+    compute_chain(&mut world, 9);
+    offload_all(&mut world);
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
+    let pool = world.workers[1].pool;
+    world.find(1, 0, 9);
+    world.apply(&Op::Grant(1, 4));
+    world.onboard(1, 4);
+    world.apply(&Op::Kill(1));
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: true });
+    assert_ne!(world.workers[1].pool, pool);
+    world.end_onboard(0, true);
+    world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: true });
+    assert_eq!(world.workers[2].pool, pool);
+}
+
+#[test]
+fn keys_that_are_no_prefix_are_not_found_beyond_what_is_one() {
+    let mut world = small_world(0);
+    compute_chain(&mut world, 0);
+    let worker = &world.workers[0];
+    let keys = [hash(1), hash(9), hash(0)];
+    let matched = world.ledger.match_prefix(
+        worker.session,
+        worker.namespaces[0].1,
+        &keys,
+        Some(worker.pool),
+        Millis(0),
+    );
+    assert_eq!(matched.unwrap().device, []);
 }
 
 #[test]

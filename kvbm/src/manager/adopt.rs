@@ -6,7 +6,7 @@ use kvbm_shm::PoolMemory;
 
 use super::{OpenedPool, Shared, domain_of};
 use crate::error::Refused;
-use crate::ledger::{BlockRef, PoolEntry, PoolId, PoolIdentity, SessionId};
+use crate::ledger::{BlockRef, PoolEntry, PoolIdentity, SessionId};
 
 /// Adoptions that may wait for copies to end. Each belongs to a session that waits for it.
 const PENDING_MAX: usize = 256;
@@ -34,18 +34,48 @@ type Done = Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>;
 
 /// An adoption that waits for copies into the former pool to end.
 pub(super) struct Pending {
-    former: PoolId,
     session: SessionId,
     adopt: AdoptPool,
     done: Done,
 }
 
+/// What is to be done about an adoption.
+enum Next {
+    Adopt,
+    Wait,
+}
+
 impl Shared {
     pub(super) fn adopt(&self, session: SessionId, adopt: AdoptPool, done: Done) {
+        match self.retire_former(session, &adopt) {
+            Err(refused) => done(Err(refused)),
+            Ok(Next::Adopt) => done(self.adopt_now(session, adopt)),
+            Ok(Next::Wait) => {
+                let mut pending = self.adoptions.lock();
+                if pending.len() >= PENDING_MAX {
+                    drop(pending);
+                    self.counters.was_busy("adoptions");
+                    return done(Err(Refused::Busy { queue: "adoptions" }));
+                }
+                pending.push(Pending { session, adopt, done });
+                drop(pending);
+                self.settle_adoptions();
+            }
+        }
+    }
+
+    /// Ends what is known of the pool under its former owner, if the adoption is newer than that.
+    fn retire_former(&self, session: SessionId, adopt: &AdoptPool) -> Result<Next, Refused> {
         let uuid = adopt.memory.uuid();
-        let former = self.with_ledger(|ledger, now| {
-            let former = ledger.pool_named(domain_of(ledger, session)?, uuid);
-            if let Some(former) = former {
+        if adopt.memory.epoch() != adopt.epoch {
+            return Err(Refused::Stale { what: "epoch" });
+        }
+        self.with_ledger(|ledger, now| {
+            let domain = domain_of(ledger, session)?;
+            if let Some(former) = ledger.pool_named(domain, uuid) {
+                if ledger.pool(former).is_some_and(|pool| pool.epoch >= adopt.epoch) {
+                    return Err(Refused::Stale { what: "epoch" });
+                }
                 let owner = ledger.pool_owner(former).filter(|owner| *owner != session);
                 ledger.retire_pool(former);
                 // The engine speaks for itself again: its former session ends, unless it holds other pools.
@@ -53,26 +83,11 @@ impl Shared {
                     ledger.session_dead(owner, now);
                 }
             }
-            Ok(former)
-        });
-        match former {
-            Err(refused) => done(Err(refused)),
-            Ok(None) => done(self.adopt_now(session, adopt)),
-            Ok(Some(former)) => {
-                let mut pending = self.adoptions.lock();
-                if pending.len() >= PENDING_MAX {
-                    drop(pending);
-                    self.counters.was_busy("adoptions");
-                    return done(Err(Refused::Busy { queue: "adoptions" }));
-                }
-                pending.push(Pending { former, session, adopt, done });
-                drop(pending);
-                self.settle_adoptions();
-            }
-        }
+            Ok(if ledger.is_draining(domain, uuid) { Next::Wait } else { Next::Adopt })
+        })
     }
 
-    /// Carries out the adoptions that have nothing left to wait for.
+    /// Takes up the adoptions that have nothing left to wait for.
     pub(super) fn settle_adoptions(&self) {
         if self.adoptions.lock().is_empty() {
             return;
@@ -80,20 +95,22 @@ impl Shared {
         let ready: Vec<Pending> = {
             let ledger = self.ledger.lock();
             let mut pending = self.adoptions.lock();
-            let (ready, waiting) = pending.drain(..).partition(|pending| ledger.is_gone(pending.former));
+            let draining = |pending: &Pending| {
+                let uuid = pending.adopt.memory.uuid();
+                domain_of(&ledger, pending.session).is_ok_and(|domain| ledger.is_draining(domain, uuid))
+            };
+            let (waiting, ready) = pending.drain(..).partition(draining);
             *pending = waiting;
             ready
         };
-        for Pending { session, adopt, done, .. } in ready {
-            done(self.adopt_now(session, adopt));
+        for Pending { session, adopt, done } in ready {
+            // From the start: another adoption of the same pool may have been first.
+            self.adopt(session, adopt, done);
         }
     }
 
     fn adopt_now(&self, session: SessionId, adopt: AdoptPool) -> Result<OpenedPool, Refused> {
         let AdoptPool { memory, epoch, base, tokens_per_block, device, entries, held } = adopt;
-        if memory.epoch() != epoch {
-            return Err(Refused::Stale { what: "epoch" });
-        }
         let memory = Arc::new(memory);
         let pool_id = self.with_ledger(|ledger, _| {
             let identity = PoolIdentity {

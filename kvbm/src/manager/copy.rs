@@ -63,9 +63,11 @@ pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
 pub(super) fn settle_offloads(shared: &Shared, ends: &Receiver<OffloadEnd>) {
     while let Ok(OffloadEnd { batch, copied, bytes, took }) = ends.recv() {
         shared.with_ledger(|ledger, _| {
+            let copies = batch.copies().len().max(1);
             let stored = ledger.finish_offload(batch, copied);
             if copied {
-                shared.counters.moved(Route::DeviceToHost, stored, bytes, took);
+                let stored_bytes = bytes / copies as u64 * stored as u64;
+                shared.counters.moved(Route::DeviceToHost, stored, stored_bytes, took);
             } else {
                 shared.counters.failed(Route::DeviceToHost);
             }

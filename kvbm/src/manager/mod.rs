@@ -237,7 +237,7 @@ impl Manager {
         let (count, segment_bytes) = segment_plan(bytes);
         *plan = Some((count, segment_bytes));
         drop(plan);
-        self.shared.ledger.lock().set_segment_bytes(segment_bytes);
+        self.shared.ledger.lock().set_segments((count > 0).then_some(segment_bytes));
         if count > 0 {
             self.spawn("kvbm-populate", move |shared| populate::run(&shared, count, segment_bytes))?;
         }
@@ -282,6 +282,17 @@ impl Manager {
         });
     }
 
+    /// Its connection is gone while its process lives. If it holds no pool, it ends now; false if it does.
+    pub fn end_session_without_pools(&self, session: SessionId) -> bool {
+        self.shared.with_ledger(|ledger, now| {
+            let idle = ledger.pools_of(session).is_empty();
+            if idle {
+                ledger.session_dead(session, now);
+            }
+            idle
+        })
+    }
+
     /// Its connection is gone while its process lives: what it holds is quarantined.
     pub fn session_silent(&self, session: SessionId) {
         self.shared.with_ledger(|ledger, _| ledger.session_silent(session));
@@ -301,41 +312,45 @@ impl Manager {
 
     // ---- pools ----------------------------------------------------------------------------------------------------
 
-    /// Gives a session a pool: the one a dead worker left, or a new one. What is inherited may hold blocks of
-    /// namespaces that the session has not registered: they are registered for it.
-    pub fn open_pool(&self, session: SessionId, open: OpenPool) -> Result<OpenedPool, Error> {
-        self.size_host_for(open.layout)?;
-        if !open.fresh {
-            let inherited = self.shared.with_ledger(|ledger, _| -> Result<_, Refused> {
-                let fits = |identity: &PoolIdentity| {
-                    identity.base == open.base
-                        && identity.layout == open.layout
-                        && identity.device == open.device
-                        && identity.tokens_per_block == open.tokens_per_block
-                };
-                let Some(id) = ledger.inherit_pool(session, fits)? else { return Ok(None) };
-                let entries = ledger.entries(id);
-                for entry in &entries {
-                    if let Some(namespace) = ledger.namespace(entry.namespace).cloned() {
-                        let (tenant, model) = (&namespace.tenant, &namespace.model);
-                        ledger.register_namespace(
-                            session,
-                            namespace.digest,
-                            namespace.base,
-                            tenant,
-                            model,
-                        )?;
-                    }
+    /// Gives a session the pool that a dead worker left, if one fits. It may hold blocks of namespaces that the session
+    /// has not registered: they are registered for it.
+    pub fn inherit_pool(&self, session: SessionId, open: &OpenPool) -> Result<Option<OpenedPool>, Refused> {
+        if open.fresh {
+            return Ok(None);
+        }
+        let inherited = self.shared.with_ledger(|ledger, _| -> Result<_, Refused> {
+            let fits = |identity: &PoolIdentity| {
+                identity.base == open.base
+                    && identity.layout == open.layout
+                    && identity.device == open.device
+                    && identity.tokens_per_block == open.tokens_per_block
+            };
+            let Some(id) = ledger.inherit_pool(session, fits)? else { return Ok(None) };
+            let entries = ledger.entries(id);
+            for entry in &entries {
+                if let Some(namespace) = ledger.namespace(entry.namespace).cloned() {
+                    let (tenant, model) = (&namespace.tenant, &namespace.model);
+                    // A session with very many namespaces may not find these blocks; it can still use the pool.
+                    let _ =
+                        ledger.register_namespace(session, namespace.digest, namespace.base, tenant, model);
                 }
-                let epoch = ledger.pool(id).expect("it was just inherited").epoch;
-                Ok(Some((id, epoch, entries)))
-            })?;
-            if let Some((pool_id, epoch, entries)) = inherited {
-                let memory = self.shared.pools.get(pool_id).expect("the ledger's pools are mapped");
-                return Ok(OpenedPool { pool_id, memory, epoch, entries, inherited: true });
             }
+            let epoch = ledger.pool(id).expect("it was just inherited").epoch;
+            Ok(Some((id, epoch, entries)))
+        })?;
+        Ok(inherited.map(|(pool_id, epoch, entries)| {
+            let memory = self.shared.pools.get(pool_id).expect("the ledger's pools are mapped");
+            OpenedPool { pool_id, memory, epoch, entries, inherited: true }
+        }))
+    }
+
+    /// Gives a session a pool: the one a dead worker left, or a new one.
+    pub fn open_pool(&self, session: SessionId, open: OpenPool) -> Result<OpenedPool, Error> {
+        if let Some(inherited) = self.inherit_pool(session, &open)? {
+            return Ok(inherited);
         }
         let memory = Arc::new(PoolMemory::create(open.uuid, open.layout)?);
+        self.size_host_for(open.layout)?;
         let epoch = memory.epoch();
         let pool_id = self.shared.with_ledger(|ledger, _| {
             let domain = domain_of(ledger, session)?;
@@ -351,8 +366,16 @@ impl Manager {
         })?;
         self.shared.pools.insert(pool_id, Arc::clone(&memory));
         let whole = Arc::clone(&memory);
-        self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &whole))?;
+        if let Err(error) = self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &whole)) {
+            tracing::warn!(%error, "a device pool is populated only as it is used");
+        }
         Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
+    }
+
+    /// Gives up the pools that wait for a successor, to make room for another.
+    pub fn drop_orphan_pools(&self) {
+        self.shared.with_ledger(|ledger, _| ledger.drop_orphans());
+        drop(self.shared.unmapped_pools());
     }
 
     fn size_host_for(&self, layout: PoolLayout) -> Result<(), Error> {
@@ -397,9 +420,15 @@ impl Manager {
         _retention: Retention,
     ) -> Result<(), Refused> {
         // In pieces: others get their turn in between, and copying begins after the first.
-        let commit =
-            |piece| self.shared.with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece));
-        blocks.chunks(PIECE_BLOCKS).map(commit).fold(Ok(()), |all, piece| all.and(piece))
+        let mut committed = Ok(());
+        for piece in blocks.chunks(PIECE_BLOCKS) {
+            let done = self.shared.with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece));
+            committed = committed.and(done);
+        }
+        if !self.shared.offloads.has_room() {
+            self.shared.counters.was_busy("offload");
+        }
+        committed
     }
 
     /// Gives back pins.
@@ -491,9 +520,11 @@ impl Manager {
     /// Ends leases and pools whose time has come. To be called a few times per second.
     pub fn tick(&self) {
         self.shared.with_ledger(|ledger, now| ledger.tick(now));
-        let ledger = self.shared.ledger.lock();
-        self.shared.pools.retain(|id| ledger.pool(id).is_some());
-        drop(ledger);
+        let gone = self.shared.unmapped_pools();
+        if !gone.is_empty() {
+            // Unmapping a large pool takes long: not on the caller's thread if it can be helped.
+            let _ = self.spawn("kvbm-unmap", move |_| drop(gone));
+        }
         self.shared.threads.lock().retain(|thread| !thread.is_finished());
     }
 
@@ -561,6 +592,12 @@ impl Shared {
         result
     }
 
+    /// Forgets pools that the ledger no longer knows. To be dropped without locks.
+    fn unmapped_pools(&self) -> Vec<Arc<PoolMemory>> {
+        let ledger = self.ledger.lock();
+        self.pools.take_all_but(|id| ledger.pool(id).is_some())
+    }
+
     fn queue_offloads(&self, ledger: &mut Ledger) {
         if self.host_plan.lock().is_none_or(|(count, _)| count == 0) {
             return;
@@ -577,9 +614,6 @@ impl Shared {
                 ledger.finish_offload(job.batch, false);
                 return;
             }
-        }
-        if ledger.backlog() > 0 {
-            self.counters.was_busy("offload");
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use kvbm_hash::{BaseNamespace, BaseParts, Namespace, sequence_hashes};
 
 use super::*;
+use crate::ledger::Owner;
 use crate::tier::{Route, Tier};
 
 const LAYOUT: PoolLayout = PoolLayout { block_bytes: 8192, block_count: 16 };
@@ -291,6 +292,54 @@ fn a_pool_whose_epoch_moved_has_no_successor() {
     assert!(!second.pool.inherited && second.pool.entries.is_empty());
     assert_eq!(manager.inspect(|ledger| ledger.pools().count()), 1);
     manager.stop();
+}
+
+/// The engine gave up on its first attempt and tries again while a copy of ours is still writing into the pool.
+#[test]
+fn every_adoption_waits_for_copies_into_the_pool_to_end() {
+    let config = ManagerConfig { copy_delay: Duration::from_millis(100), ..with_host(1 << 20) };
+    let manager = manager(config);
+    let (a, b) = (Engine::attach(&manager, true), Engine::attach(&manager, true));
+    let keys = a.keys(&(0..4).collect::<Vec<_>>());
+    a.offloaded(&a.compute(&keys));
+    let targets = b.granted(1);
+    let lease = manager.match_prefix(b.session, b.namespace, &keys, None).unwrap().lease.unwrap();
+    let (send, ends) = mpsc::channel();
+    let ended = send.clone();
+    let done = Box::new(move |_| ended.send("copy").unwrap());
+    manager.onboard(b.session, lease, b.pool.pool_id, &targets, done).unwrap();
+    let mut first = [0; 1];
+    while first[0] != keys[0].0[0] {
+        // Until the copy is under way: from then on it takes its time.
+        b.pool.memory.memory().read(LAYOUT.offset(targets[0].block), &mut first);
+    }
+    let adopt = |epoch| {
+        let session = manager.open_session(TrustDomain(1));
+        let adopt = AdoptPool {
+            memory: PoolMemory::from_fd(b.pool.memory.fd().try_clone_to_owned().unwrap()).unwrap(),
+            epoch,
+            base: base().0,
+            tokens_per_block: 4,
+            device: "cpu:0".into(),
+            entries: vec![],
+            held: vec![],
+        };
+        let (send, manager) = (send.clone(), manager.clone());
+        let looker = manager.clone();
+        let done = move |opened: Result<OpenedPool, Refused>| {
+            let draining =
+                looker.inspect(|ledger| ledger.pools().any(|(_, pool)| pool.owner == Owner::Retired));
+            let end = if draining { "early" } else { "adopted" };
+            send.send(if opened.is_ok() { end } else { "refused" }).unwrap();
+        };
+        manager.adopt_pool(session, adopt, Box::new(done));
+    };
+    adopt(b.pool.memory.raise_epoch());
+    adopt(b.pool.memory.raise_epoch());
+    let order: Vec<&str> = ends.iter().take(3).collect();
+    assert!(!order.contains(&"early") && order.contains(&"adopted"), "{order:?}");
+    manager.stop();
+    manager.inspect(Ledger::check_integrity);
 }
 
 #[test]

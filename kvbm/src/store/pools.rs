@@ -21,8 +21,8 @@ impl Pools {
         self.0.read().get(&id).cloned()
     }
 
-    /// Unmaps what the ledger no longer knows.
-    pub fn retain(&self, known: impl Fn(PoolId) -> bool) {
-        self.0.write().retain(|id, _| known(*id));
+    /// Takes out what is no longer known.
+    pub fn take_all_but(&self, known: impl Fn(PoolId) -> bool) -> Vec<Arc<PoolMemory>> {
+        self.0.write().extract_if(|id, _| !known(*id)).map(|(_, memory)| memory).collect()
     }
 }

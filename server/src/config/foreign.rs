@@ -45,6 +45,7 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
 const ELSEWHERE: &[&str] =
     &["KVBM_WORKER_", "KVBM_FRONTEND_", "KVBM_CONNECTOR_", "KVBM_UP_", "KVBM_BENCH_", "KVBM_TEST_"];
 const ELSEWHERE_EXACT: &[&str] = &[
+    "KVBM_BLOCK_SIZE",
     "KVBM_CONFIG",
     "KVBM_DETACH_AFTER_MS",
     "KVBM_DEVICE_CACHE_GB",

@@ -224,9 +224,14 @@ impl Attached {
 
     /// A new pool, or what a dead worker left. Its memory travels before the answer.
     async fn give_pool(&mut self, wanted: OpenPool) -> Result<Body, End> {
-        let (base, layout) = (wanted.base, wanted.layout);
-        let opened = match self.core.check_memory(layout) {
-            Ok(()) => self.core.manager.open_pool(self.id, wanted),
+        let layout = wanted.layout;
+        // What a dead worker left costs no new memory.
+        let opened = match self.core.manager.inherit_pool(self.id, &wanted) {
+            Ok(Some(inherited)) => Ok(inherited),
+            Ok(None) => match self.core.check_memory(layout) {
+                Ok(()) => self.core.manager.open_pool(self.id, wanted),
+                Err(refused) => Err(refused.into()),
+            },
             Err(refused) => Err(refused.into()),
         };
         let opened = match opened {
@@ -238,7 +243,6 @@ impl Attached {
                 return Ok(Body::Refused(wire::failed(&error)));
             }
         };
-        self.core.note_stride(base, layout);
         tracing::info!(
             session = self.id.0,
             pool = opened.pool_id.0,
@@ -268,12 +272,13 @@ impl Attached {
             return Err(busy);
         }
         let block_bytes = usize::try_from(message.block_bytes).unwrap_or(0);
-        if block_bytes == 0 || message.block_count == 0 {
-            return Err(invalid("block_bytes", "a pool needs blocks of at least one byte"));
+        let layout = PoolLayout { block_bytes, block_count: message.block_count };
+        if layout.memory_bytes().is_none() {
+            return Err(invalid("block_bytes", "no memory could have so few or so many bytes"));
         }
         Ok(OpenPool {
             base: digest("base", &message.base).map_err(malformed)?,
-            layout: PoolLayout { block_bytes, block_count: message.block_count },
+            layout,
             tokens_per_block: message.tokens_per_block,
             device: wire::label("device", &message.device)?.to_owned(),
             fresh: message.fresh,
@@ -298,16 +303,16 @@ impl Attached {
     }
 
     fn adopt(&self, answer: Answer, adopt: AdoptPool) {
-        let (core, session, base) = (Arc::clone(&self.core), self.id.0, adopt.base);
+        let (core, session) = (Arc::clone(&self.core), self.id.0);
         let done = move |result: Result<OpenedPool, Refused>| match result {
             Ok(opened) => {
                 tracing::info!(session, pool = opened.pool_id.0, "a pool is adopted");
-                core.note_stride(base, opened.memory.layout());
                 core.end_forgotten_sessions();
                 answer.send(pool_reply(&core, &opened));
             }
             Err(refused) => {
                 tracing::warn!(session, %refused, "an adoption is refused");
+                core.end_forgotten_sessions();
                 answer.refuse(&refused);
             }
         };

@@ -110,6 +110,23 @@ impl End {
     }
 }
 
+/// A session whose task fails by a bug must not keep its place for ever: its process is alive for all we know, so what
+/// it holds is quarantined until the process hands it back or another daemon takes over.
+struct Guard {
+    core: Arc<Core>,
+    id: SessionId,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.core.workers.remove(self.id);
+            self.core.manager.session_silent(self.id);
+            self.core.sessions.leave(self.id);
+        }
+    }
+}
+
 /// The life of a session.
 async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, outbound: Outbound) {
     let limit = Duration::from_millis(core.config.bind_timeout_ms);
@@ -122,6 +139,7 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
     };
     let (hello_id, hello) = hello;
     let id = core.manager.open_session(TrustDomain(uid));
+    let _guard = Guard { core: Arc::clone(&core), id };
     let token = random::<32>();
     let client = format!("{} (pid {})", hello.client, hello.pid);
     let Some(entered) = core.sessions.enter(id, uid, client, token, core.config.sessions_max) else {
@@ -183,7 +201,7 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
 async fn wait_for_death(core: &Core, id: SessionId, side: Option<Side>) {
     let Some(mut side) = side else { return };
     side.say_goodbye();
-    if side.is_dead() || !core.holds_pool(id) {
+    if side.is_dead() || core.manager.end_session_without_pools(id) {
         return;
     }
     core.manager.session_silent(id);

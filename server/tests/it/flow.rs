@@ -156,8 +156,12 @@ async fn what_breaks_the_contract_is_refused_and_the_stream_goes_on() {
     assert_eq!(refused.0, Refusal::Unknown);
     let staged = v1::OpenPool { mode: v1::PoolMode::Staged.into(), ..crate::client::open_pool(4) };
     assert_eq!(client.refused(Ask::OpenPool(staged)).await.0, Refusal::Invalid);
-    let huge = v1::OpenPool { block_bytes: 1 << 50, ..crate::client::open_pool(u32::MAX) };
+    let huge = v1::OpenPool { block_bytes: 1 << 40, ..crate::client::open_pool(1024) };
     assert_eq!(client.refused(Ask::OpenPool(huge)).await.0, Refusal::Exhausted);
+    for block_bytes in [0, 1 << 50, u64::MAX] {
+        let impossible = v1::OpenPool { block_bytes, ..crate::client::open_pool(u32::MAX) };
+        assert_eq!(client.refused(Ask::OpenPool(impossible)).await.0, Refusal::Invalid);
+    }
     assert_eq!(client.refused(Ask::Hello(v1::Hello::default())).await.0, Refusal::Invalid);
     // Messages without an answer are refused under their own id.
     let blocks = client.grants(pool.id, 1).await;
