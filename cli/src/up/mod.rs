@@ -16,6 +16,9 @@ pub(crate) use args::UpArgs;
 use part::Part;
 use state_dir::StateDir;
 
+/// Long enough to fill a block of tokens, so that the second time it is found in the cache.
+const TRY: &str = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and \
+                   darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters.";
 /// How often children are looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long a part may take to stop.
@@ -102,6 +105,8 @@ impl Fleet {
             &args.metrics_port.to_string(),
         ]);
         let mut parts = vec![Part::new("daemon".into(), daemon, &run_dir)];
+        let system_port: Option<u16> =
+            std::env::var("DYN_SYSTEM_PORT").ok().and_then(|port| port.parse().ok());
         for i in 1..=args.workers {
             let worker = strings(&[
                 "worker",
@@ -116,7 +121,12 @@ impl Fleet {
                 "--listen",
                 &format!("unix:{}", run_dir.join(format!("worker-{i}.sock")).display()),
             ]);
-            parts.push(Part::new(format!("worker {i}"), worker, &run_dir));
+            let mut part = Part::new(format!("worker {i}"), worker, &run_dir);
+            if let Some(port) = system_port.filter(|port| *port > 0) {
+                // One port each, counting up from the one that was asked for.
+                part.add_argument("--system-port", (port + i - 1).to_string());
+            }
+            parts.push(part);
         }
         let frontend =
             strings(&["frontend", "--socket", &socket, "--http-port", &args.http_port.to_string()]);
@@ -170,6 +180,11 @@ impl Fleet {
             self.parts.iter().filter(|part| part.name.starts_with(prefix)).map(Part::pid).collect()
         };
         let (daemon, frontend, workers) = (pid("daemon"), pid("frontend"), pid("worker"));
+        let model = args
+            .model
+            .as_ref()
+            .and_then(|dir| dir.file_name())
+            .map_or("tiny".into(), |name| name.to_string_lossy());
         if args.json {
             let pids = json!({"daemon": daemon[0], "frontend": frontend[0], "workers": workers});
             let socket = state.socket();
@@ -183,7 +198,7 @@ impl Fleet {
                 state.socket().display()
             );
             println!(
-                "Try:\n\n  curl {http}/v1/completions -H 'content-type: application/json' \\\n    -d '{{\"model\":\"tiny\",\"prompt\":\"In the beginning\",\"max_tokens\":32,\"temperature\":0}}'\n\nCtrl-C stops everything."
+                "Try:\n\n  curl {http}/v1/completions -H 'content-type: application/json' \\\n    -d '{{\"model\":\"{model}\",\"prompt\":\"{TRY}\",\"max_tokens\":32,\"temperature\":0}}'\n\nCtrl-C stops everything."
             );
         }
         let port = |url: &str| url.trim_end_matches("/metrics").rsplit(':').next().map(str::to_owned);

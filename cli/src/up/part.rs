@@ -37,6 +37,11 @@ impl Part {
         Self { name, arguments, ready_file, child, started, backoff, due }
     }
 
+    /// One more argument.
+    pub fn add_argument(&mut self, flag: &str, value: String) {
+        self.arguments.extend([flag.to_owned(), value]);
+    }
+
     /// Starts the process. Its standard output goes to our standard error: ours is for scripts.
     pub fn start(&mut self) -> Result<(), String> {
         let _ = std::fs::remove_file(&self.ready_file);

@@ -2,6 +2,19 @@ use std::path::Path;
 
 use clap::{Args, FromArgMatches};
 
+/// Somebody who reads the documentation knows every setting.
+#[test]
+fn every_setting_is_documented_with_its_variables() {
+    let page = include_str!("../../../docs/configuration.md");
+    for setting in super::SETTINGS {
+        let row = page.lines().find(|line| line.starts_with(&format!("| `{}` |", setting.key)));
+        let row = row.unwrap_or_else(|| panic!("docs/configuration.md has no row for {}", setting.key));
+        for name in setting.env {
+            assert!(row.contains(name), "{row} does not name {name}");
+        }
+    }
+}
+
 use super::load::load_within;
 use super::*;
 use crate::DaemonArgs;
