@@ -31,7 +31,7 @@ pub use host::{Class, ClassSummary, HostPlace, SegmentId};
 pub use key::{Key, KeyHasher, NamespaceId};
 pub use lease::{LeaseId, Matched};
 pub use offload::{OffloadBatch, OffloadReport, WaiterId};
-pub use onboard::OnboardBatch;
+pub use onboard::{OnboardBatch, OnboardPart};
 pub use pools::{Held, PoolEntry};
 pub use registry::{Namespace, Session, SessionId};
 pub use slots::{Committed, SlotCounts, SlotIndex};

@@ -4,7 +4,7 @@ use super::host::HostPlace;
 use super::key::Key;
 use super::lease::Lease;
 use super::slots::{Committed, Copying, SlotIndex};
-use super::{BlockRef, LeaseId, Ledger, Owner, PoolId, SessionId};
+use super::{BlockRef, LeaseId, Ledger, NamespaceId, Owner, PoolId, SessionId};
 use crate::error::Refused;
 
 #[derive(Debug)]
@@ -28,10 +28,36 @@ pub struct OnboardBatch {
     items: Vec<OnboardItem>,
 }
 
-impl OnboardBatch {
+/// The next blocks of a batch. Comes back through [`Ledger::finish_onboard_part`], in order, before the batch does.
+#[must_use]
+#[derive(Debug)]
+pub struct OnboardPart {
+    pool: PoolId,
+    namespace: NamespaceId,
+    items: Vec<OnboardItem>,
+}
+
+impl OnboardPart {
     /// What is to be copied: place in host memory, block of the pool.
     pub fn copies(&self) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
-        self.items.iter().map(|item| (item.place, item.block.block))
+        copies(&self.items)
+    }
+}
+
+fn copies(items: &[OnboardItem]) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
+    items.iter().map(|item| (item.place, item.block.block))
+}
+
+impl OnboardBatch {
+    /// Takes up to `max` blocks out of it, so that they can be settled while others are copied.
+    pub fn take_part(&mut self, max: usize) -> OnboardPart {
+        let items = self.items.drain(..max.min(self.items.len())).collect();
+        OnboardPart { pool: self.pool, namespace: self.lease.namespace, items }
+    }
+
+    /// What is to be copied: place in host memory, block of the pool.
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
+        copies(&self.items)
     }
 }
 
@@ -76,12 +102,12 @@ impl Ledger {
         Ok(OnboardBatch { pool: id, epoch, lease, items })
     }
 
-    /// The copies of a batch ended. `copied`: all bytes arrived and the epoch did not move. The targets are committed
-    /// under their keys; a target whose key became resident meanwhile stays private to its holder.
-    pub fn finish_onboard(&mut self, batch: OnboardBatch, copied: bool) {
-        let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
-        let alive = self.registry.namespace(batch.lease.namespace).is_some() && pool.owner != Owner::Retired;
-        for item in batch.items {
+    /// Copies ended. `copied`: all bytes arrived and the epoch did not move. The targets are committed under their keys;
+    /// a target whose key became resident meanwhile stays private to its holder.
+    pub fn finish_onboard_part(&mut self, part: OnboardPart, copied: bool) {
+        let pool = self.pools.get_mut(&part.pool).expect("it is kept while a batch is in flight");
+        let alive = self.registry.namespace(part.namespace).is_some() && pool.owner != Owner::Retired;
+        for item in part.items {
             if copied && alive {
                 let slot = item.target.slot();
                 match pool.slots.commit_granted(slot, item.block.generation, item.key, item.parent) {
@@ -94,6 +120,14 @@ impl Ledger {
             }
             pool.slots.end_copy(item.target);
         }
+        self.sweep();
+    }
+
+    /// All copies of a batch ended; what was not taken out of it in parts is settled with it.
+    pub fn finish_onboard(&mut self, mut batch: OnboardBatch, copied: bool) {
+        let rest = batch.take_part(usize::MAX);
+        self.finish_onboard_part(rest, copied);
+        let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
         pool.batches -= 1;
         pool.onboarding -= 1;
         let table = self.host.class_mut(batch.lease.class).expect("a lease is about a class that exists");

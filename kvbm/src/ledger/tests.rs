@@ -283,6 +283,10 @@ impl World {
                 self.device.insert((batch.pool, block), now);
             }
         }
+        let mut batch = batch;
+        let part = batch.take_part(i % 3);
+        self.ledger.finish_onboard_part(part, ok);
+        self.ledger.check_integrity();
         self.ledger.finish_onboard(batch, ok);
         if let Some(worker) = self.workers.iter_mut().find(|worker| worker.session == session) {
             for target in targets {

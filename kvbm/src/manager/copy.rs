@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use kvbm_shm::PoolMemory;
 
-use super::{Done, Outcome, Shared};
+use super::{Done, Outcome, PIECE_BLOCKS, Shared};
 use crate::error::Refused;
-use crate::ledger::{OffloadBatch, OnboardBatch};
+use crate::ledger::{OffloadBatch, OnboardBatch, OnboardPart};
 use crate::tier::Route;
 
 /// Device to host.
@@ -76,30 +76,68 @@ pub(super) fn settle_offloads(shared: &Shared, ends: &Receiver<OffloadEnd>) {
     }
 }
 
-pub(super) fn run_onboards(shared: &Shared) {
-    while let Some(OnboardJob { batch, memory, tokens_per_block, done }) = shared.onboards.next() {
+/// Some blocks of an onboard whose bytes are done with.
+pub(super) struct OnboardEnd {
+    part: OnboardPart,
+    copied: bool,
+    /// With the last part.
+    last: Option<LastOnboard>,
+}
+
+struct LastOnboard {
+    batch: OnboardBatch,
+    blocks: usize,
+    bytes: u64,
+    took: Duration,
+    tokens_per_block: u32,
+    done: Done,
+}
+
+/// Copies, part by part. Each part is settled by [`settle_onboards`] while the next is under way.
+pub(super) fn run_onboards(shared: &Shared, ends: &SyncSender<OnboardEnd>) {
+    while let Some(OnboardJob { mut batch, memory, tokens_per_block, done }) = shared.onboards.next() {
         let started = Instant::now();
-        let (layout, segments) = (memory.layout(), shared.host.segments());
+        let block_bytes = memory.layout().block_bytes as u64;
         let blocks = batch.copies().len();
-        let mut bytes = 0;
         let mut copied = true;
-        for (place, block) in batch.copies() {
-            // The writer quarantines targets whose copy it did not see ending, so writing late does no harm; not
-            // writing is still better.
-            copied = memory.epoch() == batch.epoch;
-            if !copied {
-                break;
-            }
-            let from = &segments[place.segment.0 as usize];
-            from.copy_to(place.offset, memory.memory(), layout.offset(block), layout.block_bytes);
-            bytes += layout.block_bytes as u64;
-            delay(shared);
+        let settle = |end| ends.send(end).expect("the thread that settles ends after this one");
+        while batch.copies().len() > PIECE_BLOCKS {
+            let part = batch.take_part(PIECE_BLOCKS);
+            copied = copied && copy_part(shared, &memory, batch.epoch, &part);
+            settle(OnboardEnd { part, copied, last: None });
         }
+        let part = batch.take_part(PIECE_BLOCKS);
+        copied = copied && copy_part(shared, &memory, batch.epoch, &part);
         shared.gate.leave();
+        let (bytes, took) = (blocks as u64 * block_bytes, started.elapsed());
+        let last = LastOnboard { batch, blocks, bytes, took, tokens_per_block, done };
+        settle(OnboardEnd { part, copied, last: Some(last) });
+    }
+}
+
+fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPart) -> bool {
+    let (layout, segments) = (memory.layout(), shared.host.segments());
+    for (place, block) in part.copies() {
+        // The writer quarantines targets whose copy it did not see ending, so writing late does no harm; not writing
+        // is still better.
+        if memory.epoch() != epoch {
+            return false;
+        }
+        let from = &segments[place.segment.0 as usize];
+        from.copy_to(place.offset, memory.memory(), layout.offset(block), layout.block_bytes);
+        delay(shared);
+    }
+    true
+}
+
+pub(super) fn settle_onboards(shared: &Shared, ends: &Receiver<OnboardEnd>) {
+    while let Ok(OnboardEnd { part, copied, last }) = ends.recv() {
+        shared.with_ledger(|ledger, _| ledger.finish_onboard_part(part, copied));
+        let Some(LastOnboard { batch, blocks, bytes, took, tokens_per_block, done }) = last else { continue };
         shared.with_ledger(|ledger, _| {
             ledger.finish_onboard(batch, copied);
             if copied {
-                shared.counters.moved(Route::HostToDevice, blocks, bytes, started.elapsed());
+                shared.counters.moved(Route::HostToDevice, blocks, bytes, took);
                 shared.counters.matched(blocks as u64 * u64::from(tokens_per_block));
             } else {
                 shared.counters.failed(Route::HostToDevice);

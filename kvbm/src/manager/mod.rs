@@ -1,7 +1,7 @@
 //! Joins ledger, store and transfer: the facade that everyone else uses.
 //!
 //! Every call is synchronous and short: one acquisition of the ledger's lock, no I/O, no copy. Copies are done by one
-//! thread per route; what follows from an offload is decided on a third, while the next is being copied.
+//! thread per route; what follows is decided on another, while the next blocks are being copied.
 //!
 //! Lock order: ledger, then anything else; no callback runs under the ledger's lock.
 
@@ -214,7 +214,9 @@ impl Manager {
         let (ended, ends) = sync_channel(manager.shared.config.queue_depth);
         manager.spawn("kvbm-offload", move |shared| copy::run_offloads(&shared, &ended))?;
         manager.spawn("kvbm-offloaded", move |shared| copy::settle_offloads(&shared, &ends))?;
-        manager.spawn("kvbm-onboard", |shared| copy::run_onboards(&shared))?;
+        let (ended, ends) = sync_channel(manager.shared.config.queue_depth);
+        manager.spawn("kvbm-onboard", move |shared| copy::run_onboards(&shared, &ended))?;
+        manager.spawn("kvbm-onboarded", move |shared| copy::settle_onboards(&shared, &ends))?;
         if let HostCapacity::Bytes(bytes) = manager.shared.config.host {
             manager.size_host(bytes)?;
         }
