@@ -9,16 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvbm_hash::{BaseNamespace, Namespace, SequenceHash};
+use kvbm_proto::v1;
 use kvbm_proto::v1::registry_client::RegistryClient;
-use kvbm_proto::v1::{self, ClientMessage};
 use kvbm_proto::{MESSAGE_BYTES_MAX, pack_keys};
 use kvbm_shm::{PoolMemory, ProcessWatch};
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::session::{Answer, Question, Session};
+use crate::session::{Answer, Question, Returns, Session};
 use crate::{ClientError, Release};
 
 /// How long a question waits unless [`Client::with_deadline`] says otherwise.
@@ -152,8 +151,8 @@ impl Client {
         pool_id: u32,
     ) -> Result<v1::MatchReply, ClientError> {
         let keys = pack_keys(keys.iter().map(|key| &key.0));
-        let sender = self.session.sender();
-        let late = move |answer| give_back(&sender, pool_id, answer);
+        let returns = self.session.returns();
+        let late = move |answer| give_back(&returns, pool_id, answer);
         let question = Question::Match(v1::Match { namespace_id, keys, pool_id });
         answer!(self.session.question(question, self.deadline, late).await?, Match)
     }
@@ -192,8 +191,8 @@ impl Client {
 
     /// Asks for up to `count` blocks to fill.
     pub async fn request_grants(&self, pool_id: u32, count: u32) -> Result<Vec<v1::BlockRef>, ClientError> {
-        let sender = self.session.sender();
-        let late = move |answer| give_back(&sender, pool_id, answer);
+        let returns = self.session.returns();
+        let late = move |answer| give_back(&returns, pool_id, answer);
         let question = Question::RequestGrants(v1::RequestGrants { pool_id, count });
         Ok(answer!(self.session.question(question, self.deadline, late).await?, Grants)?.blocks)
     }
@@ -278,20 +277,19 @@ impl Client {
     }
 }
 
-/// Sends back what an unwanted answer brought. When the queue is full the session's end will do it.
-fn give_back(sender: &mpsc::Sender<ClientMessage>, pool_id: u32, answer: Answer) {
+/// Sends back what an unwanted answer brought.
+fn give_back(returns: &Returns, pool_id: u32, answer: Answer) {
     let (blocks, lease_id) = match answer {
         Answer::Match(reply) => (reply.device, reply.lease_id),
         Answer::Grants(grants) => (grants.blocks, 0),
         _ => return,
     };
-    let send = |body| drop(sender.try_send(ClientMessage { id: 0, body: Some(body), trace: None }));
     if !blocks.is_empty() {
         let pins = vec![1; blocks.len()];
-        send(Question::Release(v1::Release { pool_id, blocks, pins }));
+        returns.send(Question::Release(v1::Release { pool_id, blocks, pins }));
     }
     if lease_id != 0 {
-        send(Question::ReleaseLease(v1::ReleaseLease { lease_id }));
+        returns.send(Question::ReleaseLease(v1::ReleaseLease { lease_id }));
     }
 }
 

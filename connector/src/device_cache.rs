@@ -21,6 +21,8 @@ use crate::{Config, Counters, DetachReason, WorkerRegistration};
 
 mod arrivals;
 mod start;
+#[cfg(test)]
+mod tests;
 
 pub use start::{StartError, Startup};
 
@@ -38,7 +40,8 @@ pub enum Allocate {
     Blocks(Vec<u32>),
     /// Ask again after [`CacheEvent::Granted`].
     Pending,
-    /// Nothing more can be evicted now. Ask again after a release, or later.
+    /// Nothing more can be evicted now, and the daemon knew of all releases when it said so. Until a release or the next
+    /// [`DeviceCache::poll`], whoever asks for as many hears the same; then the daemon is asked again.
     Exhausted,
 }
 
@@ -51,9 +54,10 @@ pub enum CacheEvent {
         ticket: u64,
         /// Leading blocks that are in the pool, one reference each for the caller.
         device: Vec<u32>,
-        /// Blocks behind them that are in host memory.
+        /// Blocks behind them that are in host memory and may be onboarded: leases, onboards under way and quarantine
+        /// together are at most half of the pool.
         host_blocks: u32,
-        /// Blocks behind those that are on disk.
+        /// Blocks behind those that are on disk; none while more are in host memory.
         disk_blocks: u32,
         /// What to onboard the host blocks with.
         lease: Option<LeaseId>,
@@ -122,6 +126,27 @@ struct Onboard {
     abandoned: bool,
 }
 
+/// A request for grants that is under way.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    blocks: u32,
+    /// Releases before it.
+    releases: u64,
+}
+
+/// What the daemon's answers say about blocks that it could still give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shortage {
+    /// There may be some: it gave all that was asked, or blocks were released since.
+    Unknown,
+    /// There were none when an allocation waited, which has not heard of it yet.
+    Certain,
+    /// Allocations of this turn hear of it.
+    Told,
+    /// There were none some time ago: no blocks are asked for in advance.
+    Past,
+}
+
 /// An event and the blocks that go with it, should nobody want it any more.
 #[derive(Debug)]
 struct Queued {
@@ -143,12 +168,13 @@ pub struct DeviceCache {
     leases: HashMap<LeaseId, Lease>,
     /// Commits and releases that were not sent yet.
     notes: Vec<Note>,
-    /// Open requests for grants, and how many blocks each asked for.
-    grants: HashMap<QuestionId, u32>,
+    /// Open requests for grants.
+    grants: HashMap<QuestionId, Asked>,
     /// Blocks that a pending allocation needs; 0 when none is pending.
     wanted: u32,
-    /// The last answer gave less than was asked, and nothing was released since.
-    short: bool,
+    shortage: Shortage,
+    /// How many releases the daemon was told of, or will be.
+    releases: u64,
     numbers: u64,
     counters: Arc<Counters>,
 }
@@ -199,10 +225,9 @@ impl DeviceCache {
     /// [`CacheEvent::Looked`].
     pub fn lookup(&mut self, ticket: u64, namespace: Namespace, keys: Vec<SequenceHash>) {
         let lookup = Lookup { ticket, namespace, keys, abandoned: false };
-        if !self.may_ask() || lookup.keys.is_empty() {
+        if lookup.keys.is_empty() || !self.may_ask() {
             return self.answer_locally(lookup);
         }
-        self.flush();
         let question = self.number();
         let (namespace, keys) = (lookup.namespace, lookup.keys.clone());
         self.lookups.insert(question, lookup);
@@ -222,8 +247,8 @@ impl DeviceCache {
             self.counters.exhausted.add(1);
             return Allocate::Exhausted;
         };
-        if self.short && self.grants.is_empty() {
-            self.short = false;
+        if matches!(self.shortage, Shortage::Certain | Shortage::Told) && self.grants.is_empty() {
+            self.shortage = Shortage::Told;
             self.counters.exhausted.add(1);
             return Allocate::Exhausted;
         }
@@ -236,14 +261,14 @@ impl DeviceCache {
     /// Copies the first `targets` blocks of a lease into blocks that were allocated and not committed. Ends the lease.
     /// Answered by [`CacheEvent::Onboarded`]; until then nobody may touch the targets.
     pub fn onboard(&mut self, ticket: u64, lease: LeaseId, targets: Vec<u32>) {
+        let may_ask = self.may_ask();
         let Some(mut lease) = self.leases.remove(&lease) else {
             return self.onboard_failed(ticket, &targets);
         };
-        if !self.may_ask() || targets.is_empty() || targets.len() > lease.contents.len() {
+        if !may_ask || targets.is_empty() || targets.len() > lease.contents.len() {
             self.send_now(Command::ReleaseLease(lease.lease_id));
             return self.onboard_failed(ticket, &targets);
         }
-        self.flush();
         lease.contents.truncate(targets.len());
         let question = self.number();
         let refs = targets.iter().map(|&block| self.table.block_ref(block)).collect();
@@ -325,19 +350,25 @@ impl DeviceCache {
 
     /// Takes in what arrived, and returns what is new.
     pub fn poll(&mut self) -> Vec<CacheEvent> {
+        if self.shortage == Shortage::Told {
+            self.shortage = Shortage::Past;
+        }
         self.take_in();
         self.events.drain(..).map(|queued| queued.event).collect()
     }
 
     fn note_release(&mut self, release: Release) {
-        self.short = false;
+        self.shortage = Shortage::Unknown;
+        self.releases += 1;
         if self.mode != Mode::Detached {
             self.notes.push(Note::Release(release));
         }
     }
 
-    /// Whether a question can be asked now.
-    fn may_ask(&self) -> bool {
+    /// Whether a question can be asked now. What piled up goes first: no question overtakes it, and should it be what
+    /// ends the session, no question is lost with it.
+    fn may_ask(&mut self) -> bool {
+        self.flush();
         let open = self.lookups.len() + self.onboards.len() + self.grants.len();
         matches!(self.mode, Mode::Attached { .. }) && !self.breaker_open && open < QUESTIONS_MAX
     }
@@ -361,26 +392,41 @@ impl DeviceCache {
 
     /// Asks for grants when the stash runs low, or an allocation waits.
     fn top_up(&mut self) {
-        if !self.may_ask() || (self.short && self.wanted == 0) {
+        if self.shortage != Shortage::Unknown && self.wanted == 0 {
             return;
         }
         let stash = self.config.stash_blocks_max.min(self.block_count() / 8).max(1);
         let have = u32::try_from(self.table.free_count()).unwrap_or(u32::MAX);
-        let have = have.saturating_add(self.grants.values().sum());
+        let have = have.saturating_add(self.grants.values().map(|asked| asked.blocks).sum());
         let low = if self.wanted > 0 { self.wanted } else { stash.div_ceil(2) };
-        if have < low {
+        if have < low && self.may_ask() {
             let (question, count) = (self.number(), stash.max(self.wanted) - have);
-            self.grants.insert(question, count);
+            self.grants.insert(question, Asked { blocks: count, releases: self.releases });
             let command = Command::RequestGrants { question, count };
             self.ask(question, None, self.config.detach_after, command);
         }
     }
 
+    /// Asks what is registered already, so that the end of the session answers it, this call's included.
     fn ask(&mut self, question: QuestionId, miss: Option<Duration>, fail: Duration, command: Command) {
+        let Mode::Attached { attempt, .. } = self.mode else { return self.not_asked(question) };
         if let Some(link) = &self.link {
-            link.desk.open(question, Instant::now(), miss, fail);
+            link.desk.open(attempt, question, Instant::now(), miss, fail);
         }
         self.send_now(command);
+    }
+
+    /// Nobody will answer this question.
+    fn not_asked(&mut self, question: QuestionId) {
+        if let Some(lookup) = self.lookups.remove(&question) {
+            self.answer_locally(lookup);
+        }
+        if let Some(onboard) = self.onboards.remove(&question) {
+            self.onboard_failed(onboard.ticket, &onboard.targets);
+        }
+        if self.grants.remove(&question).is_some() && std::mem::take(&mut self.wanted) > 0 {
+            self.push(CacheEvent::Granted);
+        }
     }
 
     fn send_now(&mut self, command: Command) {

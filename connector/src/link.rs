@@ -167,7 +167,6 @@ impl Link {
                 self.push(Arrival::Reachable { daemon });
                 let before = failures;
                 let end = self.attempt_on(&mut connection, &mut failures).await;
-                self.parts.desk.clear();
                 let daemon_dead = self.daemons.is_dead(daemon);
                 let down = |reason| Arrival::Down { reason, daemon_dead };
                 let first = self.parts.config.reconnect_pause.0;
@@ -305,7 +304,7 @@ async fn watched<T>(
     let mut ended = pin!(connection.client.ended());
     let mut hung_up = pin!(async { hangups.wait_for(|hung_up| *hung_up >= attempt).await.is_ok() });
     loop {
-        let planned = parts.desk.next();
+        let planned = parts.desk.next(attempt);
         let timer = async {
             match planned {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -326,7 +325,7 @@ async fn watched<T>(
                 // What has arrived is read before it counts as missing.
                 tokio::task::yield_now().await;
                 let now = Instant::now();
-                match parts.desk.expire(planned.unwrap_or(now), now) {
+                match parts.desk.expire(attempt, planned.unwrap_or(now), now) {
                     Expired::Failed => return Err(End::Session(DetachReason::Silent)),
                     Expired::Missed(questions) => for question in questions {
                         parts.inbox.push(attempt, Arrival::Missed { question });

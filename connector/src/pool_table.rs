@@ -327,20 +327,16 @@ impl PoolTable {
         (accepted, doubted)
     }
 
-    /// Whether `block` can hold `content`. What the daemon filled for a request that had left by then is learned here.
-    fn believes(&mut self, block: BlockRef, content: Content) -> bool {
+    /// Whether `block` holds `content`, as far as this engine saw it filled, inherited or onboarded. It sees all of that,
+    /// so a daemon that says more is mistaken.
+    fn believes(&self, block: BlockRef, content: Content) -> bool {
         let Some(known) = self.blocks.get(block.block as usize) else { return false };
         if known.generation != block.generation || self.owner == Owner::Engine {
             return false;
         }
         match known.state {
             State::Complete(held) => held == content,
-            State::Unowned => {
-                self.index(block.block, content);
-                self.idle += 1;
-                true
-            }
-            State::Free | State::Private | State::Quarantined(_) => false,
+            State::Unowned | State::Free | State::Private | State::Quarantined(_) => false,
         }
     }
 

@@ -37,6 +37,9 @@ type Waiter = Box<dyn FnOnce(Result<Answer, ClientError>) + Send>;
 /// Messages on their way to the daemon, at most.
 const OUTGOING_MESSAGES_MAX: usize = 256;
 
+/// What late answers brought and is on its way back, messages, at most. More than that waits for the session's end.
+const RETURNS_MAX: usize = 4096;
+
 /// Questions without an answer. `None` once the session has ended.
 #[derive(Clone)]
 struct Waiters(Arc<Mutex<Option<HashMap<u64, Waiter>>>>);
@@ -66,6 +69,7 @@ impl Waiters {
 /// A session that has been greeted and bound.
 pub(crate) struct Session {
     outgoing: mpsc::Sender<ClientMessage>,
+    returns: mpsc::Sender<ClientMessage>,
     waiters: Waiters,
     next_id: AtomicU64,
     /// Why the session ended.
@@ -108,9 +112,11 @@ impl Session {
         let (ending, ended) = watch::channel(None);
         let mut tasks = JoinSet::new();
         tasks.spawn(run(stream, side.clone(), waiters.clone(), ending));
+        let (returns, returned) = mpsc::channel(RETURNS_MAX);
+        tasks.spawn(send_back(returned, outgoing.clone()));
         let daemon = side.watch_daemon().map(Arc::new);
         let next_id = AtomicU64::new(2);
-        Ok(Self { outgoing, waiters, next_id, ended, side, daemon, hello, channel, _tasks: tasks })
+        Ok(Self { outgoing, returns, waiters, next_id, ended, side, daemon, hello, channel, _tasks: tasks })
     }
 
     /// What the daemon said first.
@@ -147,9 +153,9 @@ impl Session {
         self.ended.borrow().is_some()
     }
 
-    /// A handle that sends what needs no answer, for waiters.
-    pub fn sender(&self) -> mpsc::Sender<ClientMessage> {
-        self.outgoing.clone()
+    /// Gives back what an answer brought that nobody wants, for waiters: they cannot wait for room in the stream.
+    pub fn returns(&self) -> Returns {
+        Returns(self.returns.clone())
     }
 
     /// Sends something that has no answer.
@@ -192,6 +198,26 @@ impl Session {
             answered.await.unwrap_or_else(|_| Err(ClientError::unavailable("the session was dropped")))
         };
         timeout(deadline, wait).await.unwrap_or(Err(ClientError::Deadline))
+    }
+}
+
+/// The way back for pins and leases.
+pub(crate) struct Returns(mpsc::Sender<ClientMessage>);
+
+impl Returns {
+    /// Has a message that needs no answer sent as soon as there is room.
+    pub fn send(&self, body: Question) {
+        if self.0.try_send(ClientMessage { id: 0, body: Some(body), trace: None }).is_err() {
+            tracing::debug!("what a late answer brought is kept until the session ends");
+        }
+    }
+}
+
+async fn send_back(mut returned: mpsc::Receiver<ClientMessage>, outgoing: mpsc::Sender<ClientMessage>) {
+    while let Some(message) = returned.recv().await {
+        if outgoing.send(message).await.is_err() {
+            return;
+        }
     }
 }
 

@@ -1,13 +1,12 @@
 //! The scheduler's [`Cache`] over a [`DeviceCache`]: the daemon's pool, or a private one.
 //!
-//! The two agree on who owns a block and on what each event means. What is adapted is `Exhausted`; see [`Shortage`].
+//! The two agree on who owns a block, on what each event means, and on when a pool is exhausted: only names are adapted.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use kvbm_connector::{
-    Allocate as Given, CacheEvent as Reported, CacheState, DeviceCache, LeaseId as DaemonLease,
-    WorkerRegistration,
+    Allocate as Given, CacheEvent as Reported, DeviceCache, LeaseId as DaemonLease, WorkerRegistration,
 };
 use kvbm_hash::{Namespace, SequenceHash};
 use parking_lot::Mutex;
@@ -29,13 +28,12 @@ impl Listing {
 pub(crate) struct PoolCache {
     inner: DeviceCache,
     listing: Listing,
-    shortage: Shortage,
     leases: Leases,
 }
 
 impl PoolCache {
     pub fn new(inner: DeviceCache, listing: Listing) -> Self {
-        Self { inner, listing, shortage: Shortage::default(), leases: Leases::default() }
+        Self { inner, listing, leases: Leases::default() }
     }
 }
 
@@ -45,13 +43,7 @@ impl Cache for PoolCache {
     }
 
     fn allocate(&mut self, count: usize) -> Allocate {
-        let enough = self.inner.table().free_count() >= count;
-        let answer = if enough || self.inner.state() == CacheState::Detached {
-            self.inner.allocate(count)
-        } else {
-            self.shortage.ask(|| self.inner.allocate(count))
-        };
-        match answer {
+        match self.inner.allocate(count) {
             Given::Blocks(blocks) => Allocate::Blocks(blocks.into_iter().map(BlockId).collect()),
             Given::Pending => Allocate::Pending,
             Given::Exhausted => Allocate::Exhausted,
@@ -74,7 +66,6 @@ impl Cache for PoolCache {
     }
 
     fn release(&mut self, blocks: Vec<BlockId>) {
-        self.shortage.released();
         self.inner.release(&indices(&blocks));
     }
 
@@ -84,7 +75,6 @@ impl Cache for PoolCache {
     }
 
     fn abandon(&mut self, ticket: Ticket) {
-        self.shortage.released();
         self.inner.abandon(ticket.0);
     }
 
@@ -92,9 +82,7 @@ impl Cache for PoolCache {
         if let Some(worker) = self.listing.0.lock().take() {
             self.inner.set_worker(Some(worker));
         }
-        let reported = self.inner.poll();
-        self.shortage.new_turn();
-        reported.into_iter().filter_map(|event| self.translate(event)).collect()
+        self.inner.poll().into_iter().filter_map(|event| self.translate(event)).collect()
     }
 }
 
@@ -112,7 +100,6 @@ impl PoolCache {
             }
             Reported::Granted => Some(CacheEvent::Granted),
             Reported::Onboarded { ticket, ok } => {
-                self.shortage.released();
                 let outcome = if ok { Onboard::Done } else { Onboard::Failed };
                 Some(CacheEvent::Onboarded { ticket: Ticket(ticket), outcome })
             }
@@ -130,45 +117,6 @@ impl PoolCache {
 
 fn indices(blocks: &[BlockId]) -> Vec<u32> {
     blocks.iter().map(|block| block.0).collect()
-}
-
-/// Whether it is certain that there are no blocks.
-///
-/// A device cache says `Exhausted` once for each answer of the daemon that gave too little; whoever asks next makes it
-/// ask the daemon again and hears `Pending`. The scheduler asks for several sequences in a turn, and takes a victim's
-/// blocks for the one that hears `Exhausted`, if there is a younger one. So two things have to hold:
-///
-/// * What one sequence was told is told to the others in the same turn. Otherwise the youngest, which has nobody to take
-///   blocks from, could hear `Exhausted` in every turn, all others `Pending`, and nothing would ever move.
-/// * It is said only of questions that followed all releases. Otherwise more is taken than is missing.
-#[derive(Debug, Default)]
-struct Shortage {
-    certain: bool,
-    released_since_asked: bool,
-}
-
-impl Shortage {
-    fn ask(&mut self, mut allocate: impl FnMut() -> Given) -> Given {
-        if self.certain {
-            return Given::Exhausted;
-        }
-        let mut answer = allocate();
-        if answer == Given::Exhausted && self.released_since_asked {
-            // From here on a question follows the releases.
-            self.released_since_asked = false;
-            answer = allocate();
-        }
-        self.certain = answer == Given::Exhausted;
-        answer
-    }
-
-    fn released(&mut self) {
-        (self.certain, self.released_since_asked) = (false, true);
-    }
-
-    fn new_turn(&mut self) {
-        self.certain = false;
-    }
 }
 
 /// The scheduler's names of leases. Each is used up once, by an onboard or by being abandoned.
@@ -196,41 +144,6 @@ mod tests {
     use kvbm_shm::PoolLayout;
 
     use super::*;
-
-    /// Answers as a device cache does whose daemon has nothing to give.
-    fn one_shot() -> impl FnMut() -> Given {
-        let mut answers = [Given::Pending, Given::Exhausted].into_iter().cycle();
-        move || answers.next().unwrap()
-    }
-
-    #[test]
-    fn all_sequences_of_a_turn_hear_the_same() {
-        let (mut shortage, mut allocate) = (Shortage::default(), one_shot());
-        for _ in 0..3 {
-            shortage.new_turn();
-            assert_eq!(
-                [(); 3].map(|()| shortage.ask(&mut allocate)),
-                [Given::Pending, Given::Exhausted, Given::Exhausted]
-            );
-            shortage.new_turn();
-            assert_eq!(shortage.ask(&mut allocate), Given::Pending);
-            shortage.new_turn();
-            assert_eq!([(); 2].map(|()| shortage.ask(&mut allocate)), [Given::Exhausted, Given::Exhausted]);
-        }
-    }
-
-    #[test]
-    fn a_release_is_taken_into_account_before_it_is_certain() {
-        let (mut shortage, mut allocate) = (Shortage::default(), one_shot());
-        assert_eq!(shortage.ask(&mut allocate), Given::Pending);
-        shortage.released();
-        shortage.new_turn();
-        assert_eq!(shortage.ask(&mut allocate), Given::Pending, "the answer was under way at the release");
-        shortage.new_turn();
-        assert_eq!(shortage.ask(&mut allocate), Given::Exhausted);
-        shortage.released();
-        assert_eq!(shortage.ask(&mut allocate), Given::Pending, "it is certain only until a release");
-    }
 
     #[test]
     fn a_private_pool_keeps_the_contract() {

@@ -1,8 +1,10 @@
 //! What the link reports, and what the engine makes of it.
 
-use kvbm_proto::v1;
+use kvbm_proto::v1::{self, Refusal};
 
-use super::{BlockRef, CacheEvent, Content, DeviceCache, Lease, LeaseId, Lookup, Mode, Onboard, Queued};
+use super::{
+    BlockRef, CacheEvent, Content, DeviceCache, Lease, LeaseId, Lookup, Mode, Onboard, Queued, Shortage,
+};
 use crate::exchange::{Arrival, Attempt, Command, Opened, Opening, QuestionId};
 use crate::pool_table::{DaemonId, Release};
 use crate::{ClientError, DetachReason};
@@ -76,6 +78,10 @@ impl DeviceCache {
                 self.lookups.extend(lookup.map(|lookup| (question, lookup)));
                 return self.contradicted(detail);
             }
+            Err(error) if is_forgotten(&error) => {
+                self.lookups.extend(lookup.map(|lookup| (question, lookup)));
+                return self.give_up(DetachReason::Refused(error));
+            }
             Err(_) => return lookup.into_iter().for_each(|lookup| self.answer_locally(lookup)),
         };
         let device: Vec<BlockRef> = reply.device.iter().map(|&block| block.into()).collect();
@@ -90,24 +96,35 @@ impl DeviceCache {
         let (accepted, doubted) = self.table.matched(lookup.namespace, &lookup.keys, &device);
         let believed = doubted.is_empty();
         if !believed {
-            tracing::warn!(blocks = ?doubted, "the daemon matched blocks that hold something else");
+            tracing::warn!(blocks = ?doubted, "the daemon matched blocks that are not known to hold that");
             self.counters.contradictions.add(1);
             doubted.into_iter().for_each(|release| self.note_release(release));
         }
         self.counters.device_blocks_matched.add(accepted.len() as u64);
-        let contents = host_contents(&lookup, accepted.len(), reply.host_blocks);
-        let usable = believed && reply.lease_id != 0 && !contents.is_empty();
-        let (host_blocks, disk_blocks, lease) = if usable {
+        let leased = believed && reply.lease_id != 0;
+        let most = if leased { reply.host_blocks.min(self.onboardable()) } else { 0 };
+        let contents = host_contents(&lookup, accepted.len(), most);
+        let (host_blocks, disk_blocks, lease) = if !contents.is_empty() {
             let host_blocks = u32::try_from(contents.len()).expect("no more than host_blocks");
             let lease = LeaseId(self.number());
             self.leases.insert(lease, Lease { lease_id: reply.lease_id, contents });
-            (host_blocks, reply.disk_blocks, Some(lease))
+            let disk_blocks = if host_blocks == reply.host_blocks { reply.disk_blocks } else { 0 };
+            (host_blocks, disk_blocks, Some(lease))
         } else {
             self.release_lease(reply.lease_id);
             (0, if believed && reply.host_blocks == 0 { reply.disk_blocks } else { 0 }, None)
         };
         let ticket = lookup.ticket;
         self.push(CacheEvent::Looked { ticket, device: accepted, host_blocks, disk_blocks, lease });
+    }
+
+    /// How many blocks more may be promised. Those a daemon may be writing to are lost for a while when it stops, and
+    /// then there must be others left to compute in: they are half of the pool at most, leases counted as if used.
+    fn onboardable(&self) -> u32 {
+        let leased = self.leases.values().map(|lease| lease.contents.len()).sum::<usize>();
+        let targets = self.onboards.values().map(|onboard| onboard.targets.len()).sum::<usize>();
+        let bound = leased + targets + self.table.quarantined_count();
+        (self.block_count() / 2).saturating_sub(u32::try_from(bound).unwrap_or(u32::MAX))
     }
 
     fn missed(&mut self, question: QuestionId) {
@@ -148,12 +165,15 @@ impl DeviceCache {
         }
     }
 
+    /// The answer to a request for grants. One that gave too little is the last word only if it knew of all releases;
+    /// otherwise a waiting allocation asks again.
     fn granted(&mut self, question: QuestionId, result: Result<Vec<BlockRef>, ClientError>) {
         self.breaker_open = false;
         let Some(asked) = self.grants.remove(&question) else { return };
         let blocks = match result {
             Ok(blocks) => blocks,
             Err(ClientError::Malformed { detail }) => return self.contradicted(detail),
+            Err(error) if is_forgotten(&error) => return self.give_up(DetachReason::Refused(error)),
             Err(error) => {
                 tracing::debug!(%error, "no grants");
                 Vec::new()
@@ -162,8 +182,16 @@ impl DeviceCache {
         if let Err(contradiction) = self.table.grant(&blocks) {
             return self.contradicted(format!("block {} was granted while in use", contradiction.block));
         }
-        self.short = blocks.len() < asked as usize;
-        if self.wanted > 0 && (self.short || self.table.free_count() >= self.wanted as usize) {
+        let short = blocks.len() < asked.blocks as usize;
+        let certain = short && asked.releases == self.releases;
+        self.shortage = match self.shortage {
+            _ if !certain => Shortage::Unknown,
+            // Another answer of this turn has just woken the allocations.
+            Shortage::Certain => Shortage::Certain,
+            Shortage::Unknown | Shortage::Told | Shortage::Past if self.wanted > 0 => Shortage::Certain,
+            Shortage::Unknown | Shortage::Told | Shortage::Past => Shortage::Past,
+        };
+        if self.wanted > 0 && (certain || self.table.free_count() >= self.wanted as usize) {
             self.wanted = 0;
             self.push(CacheEvent::Granted);
         }
@@ -216,6 +244,9 @@ impl DeviceCache {
         };
         self.memory.raise_epoch();
         self.mode = Mode::Detached;
+        if let Some(link) = &self.link {
+            link.desk.clear();
+        }
         let onboards: Vec<Onboard> = self.onboards.drain().map(|(_, onboard)| onboard).collect();
         if !daemon_dead {
             for onboard in &onboards {
@@ -236,7 +267,7 @@ impl DeviceCache {
         self.grants.clear();
         self.leases.clear();
         self.breaker_open = false;
-        self.short = false;
+        self.shortage = Shortage::Unknown;
         let lookups: Vec<Lookup> = self.lookups.drain().map(|(_, lookup)| lookup).collect();
         lookups.into_iter().for_each(|lookup| self.answer_locally(lookup));
         if std::mem::take(&mut self.wanted) > 0 {
@@ -256,6 +287,11 @@ impl DeviceCache {
     fn count_quarantine(&self) {
         self.counters.quarantined_blocks.set(self.table.quarantined_count() as u64);
     }
+}
+
+/// The daemon knows nothing of the pool, the namespace or the session that the question was about.
+fn is_forgotten(error: &ClientError) -> bool {
+    matches!(error, ClientError::Refused { refusal: Refusal::Unknown, .. })
 }
 
 /// What the host blocks of a match hold, no more than the lookup asked for.

@@ -10,7 +10,7 @@ use kvbm_shm::{PoolLayout, PoolMemory};
 use thiserror::Error;
 use tokio::runtime::Handle;
 
-use super::{CacheEvent, DeviceCache, Mode};
+use super::{CacheEvent, DeviceCache, Mode, Shortage};
 use crate::desk::Desk;
 use crate::exchange::{Arrival, Attempt, Command, Inbox, Opened, Opening, Waker};
 use crate::link::{LinkHandle, LinkParts};
@@ -45,10 +45,10 @@ pub enum StartError {
 }
 
 /// A pool and who decides about it.
-struct Beginning {
-    table: PoolTable,
-    memory: PoolMemory,
-    mode: Mode,
+pub(super) struct Beginning {
+    pub table: PoolTable,
+    pub memory: PoolMemory,
+    pub mode: Mode,
 }
 
 impl DeviceCache {
@@ -88,7 +88,7 @@ impl DeviceCache {
         Ok(cache)
     }
 
-    fn begin(config: Config, link: Option<LinkHandle>, beginning: Beginning) -> Self {
+    pub(super) fn begin(config: Config, link: Option<LinkHandle>, beginning: Beginning) -> Self {
         let Beginning { table, memory, mode } = beginning;
         Self {
             config,
@@ -104,7 +104,8 @@ impl DeviceCache {
             notes: Vec::new(),
             grants: HashMap::new(),
             wanted: 0,
-            short: false,
+            shortage: Shortage::Unknown,
+            releases: 0,
             numbers: 0,
             counters: Arc::new(Counters::default()),
         }

@@ -1,19 +1,21 @@
 //! Commands become messages, answers become arrivals.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvbm_hash::Namespace;
 use kvbm_proto::{pack_keys, v1};
-use tokio::time::timeout;
 
 use super::{Connection, End, Link, LinkParts, watched};
 use crate::client::{Committed, answer, commit_message, release_message};
+use crate::desk::SENDING;
 use crate::exchange::{Arrival, Attempt, Command, Note, QuestionId};
 use crate::session::{Answer, Question};
 use crate::{ClientError, Release};
 
 impl Link {
-    /// Sends one command. A daemon that does not read for `detach_after` is as good as gone.
+    /// Sends one command. A daemon that does not read for `detach_after` is as good as gone; the desk keeps the time,
+    /// because it knows when this process was stopped meanwhile.
     pub(super) async fn forward(
         &mut self,
         connection: &mut Connection,
@@ -24,10 +26,11 @@ impl Link {
         let mut namespaces = std::mem::take(&mut connection.namespaces);
         let mut sender =
             Sender { parts, connection, namespaces: &mut namespaces, pool_id, attempt: *attempt };
-        let work = timeout(parts.config.detach_after, sender.send(command));
-        let sent = watched(parts, hangups, *attempt, connection, work).await;
+        parts.desk.open(*attempt, SENDING, Instant::now(), None, parts.config.detach_after);
+        let sent = watched(parts, hangups, *attempt, connection, sender.send(command)).await;
+        parts.desk.close(SENDING);
         connection.namespaces = namespaces;
-        Ok(sent?.unwrap_or(Err(ClientError::Deadline))?)
+        Ok(sent??)
     }
 }
 
@@ -136,7 +139,8 @@ impl Sender<'_> {
             return Ok(*id);
         }
         let config = &self.parts.config;
-        let client = &self.connection.client;
+        // The desk ends it in time.
+        let client = self.connection.client.with_deadline(Duration::MAX);
         let id = client.register_namespace(namespace, self.parts.base, &config.tenant, &config.model).await?;
         self.namespaces.insert(namespace, id);
         Ok(id)

@@ -384,7 +384,9 @@ fn the_last_user_gives_back_every_pin() {
     assert_eq!(table.unreference(1), None);
     assert_eq!(table.unreference(1), None);
     assert_eq!(table.unreference(1), Some(Release { block, pins: 2 }));
-    assert_eq!(table.find(&chain(0, 1)), [], "attached, the daemon may evict what nobody uses");
+    assert!(table.find(&chain(0, 1)).is_empty(), "attached, the daemon may evict what nobody uses");
+    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 1), &[block]);
+    assert_eq!((accepted, doubted), (vec![1], vec![]), "what was released is believed all the same");
 }
 
 #[test]
@@ -407,8 +409,22 @@ fn a_match_that_contradicts_the_table_is_a_miss_and_its_pins_go_back() {
     table.commit(0, content(0, 0));
     let stale = BlockRef { block: 0, generation: 9 };
     let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 2), &[stale, granted[1]]);
-    assert_eq!(accepted, []);
+    assert!(accepted.is_empty());
     assert_eq!(doubted, [Release { block: stale, pins: 1 }, Release { block: granted[1], pins: 1 }]);
+    table.check_integrity().unwrap();
+}
+
+#[test]
+fn a_matched_block_that_was_never_seen_complete_is_a_miss() {
+    let mut table = PoolTable::new_granted(3);
+    let known = BlockRef { block: 0, generation: 1 };
+    table.grant(&[known]).unwrap();
+    assert_eq!(table.take(1).unwrap(), [0]);
+    table.commit(0, content(0, 0));
+    let unseen = BlockRef { block: 2, generation: 0 };
+    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 2), &[known, unseen]);
+    assert_eq!((accepted, doubted), (vec![0], vec![Release { block: unseen, pins: 1 }]));
+    assert_eq!(table.content(2), None);
     table.check_integrity().unwrap();
 }
 

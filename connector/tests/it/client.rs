@@ -93,6 +93,45 @@ async fn a_late_answer_is_given_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_late_answer_is_given_back_even_when_there_is_no_room_for_it_yet() {
+    let (_dir, mock) = start();
+    let client = Client::connect(&mock.socket).await.unwrap();
+    client.open_pool(open()).await.unwrap();
+    mock.hold(Hold { everything: true, ..Hold::default() });
+    let hasty = client.with_deadline(Duration::from_millis(100));
+    assert_eq!(hasty.request_grants(1, 3).await, Err(ClientError::Deadline));
+    let witness = tokio::spawn({
+        let client = client.with_deadline(Duration::from_secs(20));
+        async move { client.ping().await }
+    });
+    let (grants, ping) = tokio::task::block_in_place(|| {
+        let grants = mock.held("the question", |question| matches!(question, Question::RequestGrants(_)));
+        (grants, mock.held("the witness", |question| matches!(question, Question::Ping(_))))
+    });
+    // Messages that mean nothing, until no more fit.
+    mock.hold(Hold { deaf: true, ..Hold::default() });
+    let filler = Committed { keys: keys(250).repeat(16), ..Committed::default() };
+    while hasty.commit(1, 1, filler.clone()).await.is_ok() {}
+    {
+        let mut state = mock.state.lock();
+        let blocks: Vec<_> = (0..3).map(|block| v1::BlockRef { block, generation: 1 }).collect();
+        for block in &mut state.blocks[..3] {
+            (block.generation, block.pins) = (1, 1);
+        }
+        state.send(grants.0, grants.1, Answer::Grants(v1::Grants { pool_id: 1, blocks }));
+        state.send(ping.0, ping.1, Answer::Pong(v1::Pong {}));
+    }
+    // Answers are taken in one after the other: there was still no room when the late one came.
+    witness.await.unwrap().unwrap();
+    mock.hold(Hold::default());
+    tokio::task::block_in_place(|| {
+        wait_for("the grants to come back", || {
+            mock.state.lock().blocks.iter().all(|block| block.pins == 0).then_some(())
+        });
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn absence_refusal_and_end_are_answers() {
     let dir = tempfile::tempdir().unwrap();
     let nobody = Client::connect(dir.path().join("none.sock")).await;

@@ -141,6 +141,27 @@ fn a_daemon_that_contradicts_the_table_is_left_and_set_right() {
 }
 
 #[test]
+fn a_daemon_that_forgot_the_pool_is_given_it_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mock = Mock::start(&dir.path().join("kvbm.sock"));
+    let mut engine = Engine::start(patient(&mock.socket), 8);
+    let blocks = engine.compute(2);
+    for adoptions in 1..=2 {
+        mock.hold(Hold { forget_pool: true, ..Hold::default() });
+        if adoptions == 1 {
+            engine.cache.lookup(1, NAMESPACE, keys(2));
+        } else {
+            assert_eq!(engine.cache.allocate(6), Allocate::Pending);
+        }
+        assert!(matches!(detached(&mut engine), DetachReason::Refused(_)));
+        engine.until_state(CALM);
+        assert_eq!(mock.state.lock().adoptions.len(), adoptions);
+    }
+    assert_eq!(engine.look(2, 2).0, blocks);
+    assert_eq!(engine.allocate(6).len(), 6);
+}
+
+#[test]
 fn a_start_without_a_daemon_hands_its_memory_over_later() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("kvbm.sock");

@@ -29,6 +29,10 @@ pub struct Hold {
     /// Answer nothing but `Hello`.
     pub everything: bool,
     pub refuse_pool: bool,
+    /// Refuse questions about the pool, until it is opened again.
+    pub forget_pool: bool,
+    /// Read nothing.
+    pub deaf: bool,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -199,6 +203,9 @@ impl Cache for Service {
                         tokio::time::sleep(Duration::from_millis(1)).await;
                     }
                 }
+                while state.lock().hold.deaf {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
                 let mut state = state.lock();
                 let id = message.id;
                 if let Some(body) = state.receive(session, message) {
@@ -244,6 +251,9 @@ impl State {
                 Some(Answer::Namespace(v1::NamespaceReply { namespace_id: self.namespaces }))
             }
             Question::OpenPool(open) => Some(self.open(session, open)),
+            Question::Match(_) | Question::RequestGrants(_) if self.hold.forget_pool => {
+                Some(refused(Refusal::Unknown, "pool is not this session's"))
+            }
             Question::Match(request) => Some(self.find(&request)),
             Question::RequestGrants(request) => Some(self.grant(request.count)),
             Question::Onboard(request) => Some(self.onboard(&request)),
@@ -277,6 +287,7 @@ impl State {
         if self.hold.refuse_pool {
             return refused(Refusal::Exhausted, "no memory");
         }
+        self.hold.forget_pool = false;
         let layout = PoolLayout { block_bytes: open.block_bytes as usize, block_count: open.block_count };
         self.blocks = vec![Block::default(); open.block_count as usize];
         let uuid = match open.adoption {
