@@ -1,4 +1,5 @@
 //! The `kvbm` binary: one program, one subcommand per part.
+#![forbid(unsafe_code)]
 
 mod bench;
 mod parent;
@@ -11,6 +12,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use ready::Ready;
 
@@ -46,7 +48,17 @@ struct Part<A: Args> {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if matches!(error.kind(), ErrorKind::ValueValidation | ErrorKind::InvalidValue) => {
+            // One line that names setting and value, as for every other wrong value.
+            let text = error.to_string();
+            let line =
+                text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
+            return complain(&line.trim_start_matches("error: "), 2);
+        }
+        Err(error) => error.exit(),
+    };
     if let Err(error) = parent::follow() {
         return complain(&error, 1);
     }
@@ -91,6 +103,13 @@ fn worker(args: kvbm_worker::WorkerArgs, ready_file: Option<PathBuf>) -> ExitCod
 
 fn frontend(args: kvbm_frontend::FrontendArgs, ready_file: Option<PathBuf>) -> ExitCode {
     let serve = async {
+        let args = match args {
+            // The daemon of `kvbm up`, unless something else is named.
+            args if args.socket.is_none() && args.workers.is_empty() => {
+                kvbm_frontend::FrontendArgs { socket: Some(up::default_socket()), ..args }
+            }
+            args => args,
+        };
         let config = kvbm_frontend::Config::try_from(args).map_err(|error| (error.to_string(), 2))?;
         let stop = signals::stop_token().map_err(|error| (error, 1))?;
         let bound = |mut address: std::net::SocketAddr| {
@@ -109,9 +128,9 @@ fn frontend(args: kvbm_frontend::FrontendArgs, ready_file: Option<PathBuf>) -> E
     }
 }
 
-/// Logs to standard error, filtered by DYN_LOG or RUST_LOG; as JSON with KVBM_LOG_JSON.
+/// Logs to standard error, filtered by KVBM_LOG, DYN_LOG or RUST_LOG; as JSON with KVBM_LOG_JSON.
 fn start_log() {
-    let filter = ["DYN_LOG", "RUST_LOG"].into_iter().find_map(|name| std::env::var(name).ok());
+    let filter = ["KVBM_LOG", "DYN_LOG", "RUST_LOG"].into_iter().find_map(|name| std::env::var(name).ok());
     let filter = tracing_subscriber::EnvFilter::new(filter.as_deref().unwrap_or("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let json = std::env::var("KVBM_LOG_JSON").is_ok_and(|value| matches!(value.as_str(), "1" | "true"));

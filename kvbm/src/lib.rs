@@ -9,6 +9,7 @@
 //! ```
 //!
 //! No gRPC, HTTP, command line or environment variables here.
+#![forbid(unsafe_code)]
 
 mod counters;
 mod error;

@@ -184,6 +184,8 @@ fn metrics_reconcile_with_a_known_workload() {
     assert_eq!(node.metric("kvbm_offload_blocks_d2h", ""), 10.0);
     assert_eq!(node.metric("kvbm_transfer_bytes_total", "d2h"), 10.0 * block);
     assert_eq!(node.metric("kvbm_matched_tokens", ""), 288.0);
+    assert_eq!(node.metric("kvbm_transfer_seconds_count", "h2d"), 1.0);
+    assert!((1.0..=10.0).contains(&node.metric("kvbm_transfer_seconds_count", "d2h")));
     assert_eq!(node.metric("kvbm_tier_resident_blocks", "host"), 10.0);
     assert_eq!(node.metric("kvbm_tier_resident_blocks", "device"), 20.0);
     // Two requests looked for 9 blocks each; the second found them.

@@ -191,7 +191,8 @@ fn drill_worker_stopped() {
     let expected = expected();
     for seed in drill_seeds(SHORT) {
         let mut random = Random::new(seed);
-        let arguments = ["--copy-delay-us", "2000", "--lease-ms", "200"].map(String::from).to_vec();
+        let short = ["--lease-ms", "200", "--session-stall-ms", "300", "--bind-timeout-ms", "300"];
+        let arguments = ["--copy-delay-us", "2000"].iter().chain(&short).map(|word| (*word).into()).collect();
         let node = Node::start(DaemonOptions { host_mb: 64.0, arguments });
         let (worker, client) = node.worker("worker", &small_pool());
         let (answered, failed) = under_traffic(&client, seed, &expected, || {

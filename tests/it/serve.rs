@@ -19,18 +19,9 @@ impl Up {
         let dir = tempfile::Builder::new().prefix("kvbm").tempdir().unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
         let mut child = Command::new(program())
-            .args([
-                "up",
-                "--json",
-                "--http-port",
-                "0",
-                "--metrics-port",
-                "0",
-                "--cpu-cache-gb",
-                "0.1",
-                "--state-dir",
-            ])
+            .args(["up", "--json", "--metrics-port", "0", "--cpu-cache-gb", "0.1", "--state-dir"])
             .arg(dir.path())
+            .args(if arguments.contains(&"--http-port") { &[][..] } else { &["--http-port", "0"] })
             .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::from(log))
@@ -91,16 +82,29 @@ fn gone(pid: u64) -> bool {
     status.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'))
 }
 
+/// What the bundled model says to the README's prompt.
+const CONTINUATION: &str = "\nAnd the waters were filled with the waters, and the waters were filled with the waters.\n\
+                            And the waters were filled with the waters, and the waters";
+
+#[test]
+fn a_busy_port_gives_way_to_the_next() {
+    let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let up = Up::start(&["--http-port", &port]);
+    assert!(!up.url("").ends_with(&format!(":{port}")), "{}", up.url(""));
+    assert_eq!(ureq::get(up.url("/health")).call().unwrap().status().as_u16(), 200);
+}
+
 #[test]
 fn the_readmes_curl_gives_the_stored_continuation_and_then_cached_tokens() {
     let up = Up::start(&["--workers", "2"]);
-    let prompt = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and \
-                  darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters.";
-    let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0});
+    let readme = include_str!("../../README.md");
+    let body: Value =
+        serde_json::from_str(readme.split("-d '").nth(1).unwrap().split('\'').next().unwrap()).unwrap();
     let (status, cached, cold) = up.post("/v1/completions", &body);
     assert_eq!((status, cached.as_str()), (200, "device=0,host=0,disk=0"), "{cold}");
     let text = cold["choices"][0]["text"].as_str().unwrap().to_owned();
-    assert!(!text.is_empty());
+    assert_eq!(text, CONTINUATION);
     let whole_blocks = (cold["usage"]["prompt_tokens"].as_u64().unwrap() - 1) / 32 * 32;
     assert!(whole_blocks >= 32);
     // Round robin: the second request goes to the other worker and is a host hit.
@@ -159,7 +163,7 @@ fn children_end_when_up_ends_however_it_ends() {
 
 #[test]
 fn wrong_settings_are_one_line_and_code_2() {
-    let cases: [(&[&str], &[(&str, &str)], &[&str]); 5] = [
+    let cases: [(&[&str], &[(&str, &str)], &[&str]); 8] = [
         (&["daemon", "--cpu-cache-gb", "-1"], &[], &["cpu-cache-gb", "-1"]),
         (&["daemon"], &[("DYN_KVBM_CPU_CACHE_GB", "lots")], &["DYN_KVBM_CPU_CACHE_GB", "lots"]),
         (&["worker", "--model", "/nowhere"], &[], &["/nowhere"]),
@@ -169,6 +173,9 @@ fn wrong_settings_are_one_line_and_code_2() {
             &["--http-port", "70000", "65535"],
         ),
         (&["up", "--model", "/nowhere"], &[], &["/nowhere"]),
+        (&["up", "--http-port", "abc"], &[], &["--http-port", "abc", "65535"]),
+        (&["up", "--workers", "0"], &[], &["--workers", "0"]),
+        (&["worker", "--model", "x", "--block-size", "abc"], &[], &["--block-size", "abc"]),
     ];
     for (arguments, environment, expected) in cases {
         let output =

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from contextlib import contextmanager
 from urllib.parse import urlparse
 
@@ -121,6 +123,17 @@ def clients_that_leave(client: openai.OpenAI, metrics: str) -> None:
         stream.close()
     # The next request is served at once, and nothing stays held.
     client.completions.create(model="tiny", prompt="Again", max_tokens=1)
+    held = ("kvbm_leases", "kvbm_quarantined_blocks", "kvbm_transfers_in_flight")
+    deadline = time.monotonic() + 20
+    while any(sample(metrics, name) > 0 for name in held):
+        assert time.monotonic() < deadline, {name: sample(metrics, name) for name in held}
+        time.sleep(0.05)
+
+
+def sample(url: str, name: str) -> float:
+    with urllib.request.urlopen(url) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + " ", name + "{")))
 
 
 def main() -> None:

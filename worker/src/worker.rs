@@ -55,7 +55,8 @@ pub async fn run(
         }
         () = cancel.cancelled() => return Ok(()),
     }
-    tracing::info!(endpoint = parts.info.endpoint, model = parts.worker.model, "serving");
+    let system = parts.info.system_url.as_deref().unwrap_or("off");
+    tracing::info!(endpoint = parts.info.endpoint, model = parts.worker.model, system, "serving");
     on_ready(parts.info.clone());
     let outcome = tokio::select! {
         () = cancel.cancelled() => Ok(()),

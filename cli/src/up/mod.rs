@@ -6,6 +6,7 @@ mod args;
 mod part;
 mod state_dir;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,8 +22,10 @@ const TRY: &str = "In the beginning God created the heaven and the earth. And th
                    darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters.";
 /// How often children are looked at.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long a part may take to stop.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a part may take to stop: longer than running requests are given.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Ports that are tried for the frontend.
+const PORTS_TRIED: usize = 100;
 /// How long the parts may take until they serve: a large model is read and hashed first.
 const START_MAX: Duration = Duration::from_secs(1800);
 /// A part that ends this often before everything was ready once is not started again.
@@ -45,7 +48,8 @@ pub(crate) fn bundled_model() -> Option<PathBuf> {
 /// Runs until told to stop. Returns the exit code.
 pub(crate) async fn run(args: UpArgs) -> Result<u8, String> {
     let model = match args.model.clone() {
-        Some(model) => model,
+        // A path that has a name, which `.` has not.
+        Some(model) => model.canonicalize().unwrap_or(model),
         None => bundled_model().ok_or("--model: the bundled model was not found, name a folder")?,
     };
     if !model.join("config.json").is_file() {
@@ -53,9 +57,13 @@ pub(crate) async fn run(args: UpArgs) -> Result<u8, String> {
     }
     let state = StateDir::open(args.state_dir.clone())?;
     let mut signals = Signals::new()?;
-    let mut fleet = Fleet::new(&args, &model, &state);
-    let outcome = fleet.serve(&args, &state, &mut signals).await;
-    fleet.stop().await;
+    let mut fleet = Fleet::new(&args, &model, &state)?;
+    let outcome = fleet.serve(&args, &model, &state, &mut signals).await;
+    eprintln!("kvbm: stopping; once more to stop at once");
+    tokio::select! {
+        () = fleet.stop() => {}
+        () = signals.stop() => fleet.kill().await,
+    }
     outcome.map(|()| 0)
 }
 
@@ -87,54 +95,43 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn new(args: &UpArgs, model: &Path, state: &StateDir) -> Self {
+    fn new(args: &UpArgs, model: &Path, state: &StateDir) -> Result<Self, String> {
         let socket = state.socket().display().to_string();
         let run_dir = state.run_dir();
-        let strings = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        let daemon = strings(&[
-            "daemon",
-            "--socket",
-            &socket,
-            "--cpu-cache-gb",
-            &args.cpu_cache_gb.to_string(),
-            "--disk-cache-gb",
-            &args.disk_cache_gb.to_string(),
-            "--disk-cache-dir",
-            &state.disk_dir().display().to_string(),
-            "--metrics-port",
-            &args.metrics_port.to_string(),
-        ]);
-        let mut parts = vec![Part::new("daemon".into(), daemon, &run_dir)];
-        let system_port: Option<u16> =
-            std::env::var("DYN_SYSTEM_PORT").ok().and_then(|port| port.parse().ok());
+        let mut daemon = Part::new("daemon".into(), "daemon", &run_dir);
+        daemon.argument("--socket", &socket);
+        daemon.argument("--state-dir", state.path().display());
+        daemon.optional("--cpu-cache-gb", args.cpu_cache_gb.as_ref());
+        daemon.optional("--disk-cache-gb", args.disk_cache_gb.as_ref());
+        daemon.optional("--metrics-port", args.metrics_port.as_ref());
+        let mut parts = vec![daemon];
         for i in 1..=args.workers {
-            let worker = strings(&[
-                "worker",
-                "--socket",
-                &socket,
-                "--model",
-                &model.display().to_string(),
-                "--engine",
-                &args.engine,
-                "--device-cache-gb",
-                &args.device_cache_gb.to_string(),
-                "--listen",
-                &format!("unix:{}", run_dir.join(format!("worker-{i}.sock")).display()),
-            ]);
-            let mut part = Part::new(format!("worker {i}"), worker, &run_dir);
-            if let Some(port) = system_port.filter(|port| *port > 0) {
-                // One port each, counting up from the one that was asked for.
-                part.add_argument("--system-port", (port + i - 1).to_string());
+            let mut worker = Part::new(format!("worker {i}"), "worker", &run_dir);
+            worker.argument("--socket", &socket);
+            worker.argument("--model", model.display());
+            worker.argument("--engine", &args.engine);
+            worker.optional("--device-cache-gb", args.device_cache_gb.as_ref());
+            worker
+                .argument("--listen", format!("unix:{}", run_dir.join(format!("worker-{i}.sock")).display()));
+            if let Some(port) = system_port(i)? {
+                worker.argument("--system-port", port);
             }
-            parts.push(part);
+            parts.push(worker);
         }
-        let frontend =
-            strings(&["frontend", "--socket", &socket, "--http-port", &args.http_port.to_string()]);
-        parts.push(Part::new("frontend".into(), frontend, &run_dir));
-        Self { parts }
+        let mut frontend = Part::new("frontend".into(), "frontend", &run_dir);
+        frontend.argument("--socket", &socket);
+        frontend.argument("--http-port", http_port(args)?);
+        parts.push(frontend);
+        Ok(Self { parts })
     }
 
-    async fn serve(&mut self, args: &UpArgs, state: &StateDir, signals: &mut Signals) -> Result<(), String> {
+    async fn serve(
+        &mut self,
+        args: &UpArgs,
+        model: &Path,
+        state: &StateDir,
+        signals: &mut Signals,
+    ) -> Result<(), String> {
         for part in &mut self.parts {
             part.start()?;
         }
@@ -144,7 +141,7 @@ impl Fleet {
         loop {
             if !ready && self.parts.iter().all(|part| part.ready().is_some()) {
                 ready = true;
-                self.announce(args, state);
+                self.announce(args, model, state);
             }
             for part in &mut self.parts {
                 if let Some((how, code)) = part.ended() {
@@ -172,7 +169,7 @@ impl Fleet {
     }
 
     /// Tells people or scripts where everything is, and keeps the ports for later starts.
-    fn announce(&mut self, args: &UpArgs, state: &StateDir) {
+    fn announce(&mut self, args: &UpArgs, model: &Path, state: &StateDir) {
         let of = |name: &str| self.parts.iter().find(|part| part.name == name).and_then(Part::ready);
         let http = of("frontend").unwrap_or_default().address;
         let metrics = of("daemon").unwrap_or_default().metrics;
@@ -180,26 +177,21 @@ impl Fleet {
             self.parts.iter().filter(|part| part.name.starts_with(prefix)).map(Part::pid).collect()
         };
         let (daemon, frontend, workers) = (pid("daemon"), pid("frontend"), pid("worker"));
-        let model = args
-            .model
-            .as_ref()
-            .and_then(|dir| dir.file_name())
-            .map_or("tiny".into(), |name| name.to_string_lossy());
+        let folder = model.file_name().map(|name| name.to_string_lossy().into_owned());
+        let named = std::env::var("KVBM_WORKER_SERVED_MODEL_NAME").ok();
+        let model = named.or(folder).unwrap_or_default();
         if args.json {
             let pids = json!({"daemon": daemon[0], "frontend": frontend[0], "workers": workers});
             let socket = state.socket();
-            println!(
-                "{}",
-                json!({"ready": true, "http": http, "metrics": metrics, "socket": socket, "pids": pids})
-            );
+            say(&json!({"ready": true, "http": http, "metrics": metrics, "socket": socket, "pids": pids}));
         } else {
-            println!(
+            say(&format!(
                 "kvbm is up.\n\n  OpenAI API  {http}/v1\n  metrics     {metrics}\n  status      kvbm status --socket {}\n",
                 state.socket().display()
-            );
-            println!(
+            ));
+            say(&format!(
                 "Try:\n\n  curl {http}/v1/completions -H 'content-type: application/json' \\\n    -d '{{\"model\":\"{model}\",\"prompt\":\"{TRY}\",\"max_tokens\":32,\"temperature\":0}}'\n\nCtrl-C stops everything."
-            );
+            ));
         }
         let port = |url: &str| url.trim_end_matches("/metrics").rsplit(':').next().map(str::to_owned);
         for (name, flag, url) in [("daemon", "--metrics-port", &metrics), ("frontend", "--http-port", &http)]
@@ -207,7 +199,7 @@ impl Fleet {
             if let (Some(part), Some(port)) =
                 (self.parts.iter_mut().find(|part| part.name == name), port(url))
             {
-                part.set_argument(flag, port);
+                part.set_argument(flag, &port);
             }
         }
     }
@@ -217,4 +209,42 @@ impl Fleet {
             part.stop(PATIENCE).await;
         }
     }
+
+    async fn kill(&mut self) {
+        for part in self.parts.iter_mut().rev() {
+            part.stop(Duration::ZERO).await;
+        }
+    }
+}
+
+/// A line on standard output. Whoever closed it does not want to know.
+fn say(line: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// The port of the frontend: the one that is wanted or, as for metrics, the next that is free.
+fn http_port(args: &UpArgs) -> Result<u16, String> {
+    let (name, text) = match &args.http_port {
+        Some(text) => ("--http-port", text.clone()),
+        None => ("DYN_HTTP_PORT", std::env::var("DYN_HTTP_PORT").unwrap_or_else(|_| "8000".into())),
+    };
+    let wanted: u16 =
+        text.parse().map_err(|_| format!("{name} = {text} is not valid, it must be within 0 to 65535"))?;
+    if wanted == 0 {
+        return Ok(0);
+    }
+    let free = |port: &u16| std::net::TcpListener::bind((std::net::Ipv4Addr::UNSPECIFIED, *port)).is_ok();
+    let found = (wanted..=u16::MAX).take(PORTS_TRIED).find(free);
+    found.ok_or_else(|| format!("{name} = {text}: neither it nor the next {PORTS_TRIED} ports are free"))
+}
+
+/// One port for each worker, counting up from the one that was asked for.
+fn system_port(worker: u16) -> Result<Option<u16>, String> {
+    let Ok(text) = std::env::var("DYN_SYSTEM_PORT") else { return Ok(None) };
+    let first: Option<u16> = text.parse().ok();
+    let port = first.and_then(|port| if port == 0 { Some(0) } else { port.checked_add(worker - 1) });
+    let port = port.ok_or_else(|| {
+        format!("DYN_SYSTEM_PORT = {text} is not valid, it must be within 0 to 65535 and leave one port per worker")
+    })?;
+    Ok(Some(port))
 }

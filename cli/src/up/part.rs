@@ -31,15 +31,24 @@ pub(super) struct Part {
 }
 
 impl Part {
-    pub fn new(name: String, arguments: Vec<String>, run_dir: &Path) -> Self {
+    /// Runs `kvbm SUBCOMMAND`.
+    pub fn new(name: String, subcommand: &str, run_dir: &Path) -> Self {
+        let arguments = vec![subcommand.to_owned()];
         let ready_file = run_dir.join(format!("{}.json", name.replace(' ', "-")));
         let (child, started, backoff, due) = (None, Instant::now(), BACKOFF_MIN, None);
         Self { name, arguments, ready_file, child, started, backoff, due }
     }
 
-    /// One more argument.
-    pub fn add_argument(&mut self, flag: &str, value: String) {
-        self.arguments.extend([flag.to_owned(), value]);
+    /// One more flag with its value.
+    pub fn argument(&mut self, flag: &str, value: impl ToString) {
+        self.arguments.push(format!("{flag}={}", value.to_string()));
+    }
+
+    /// As `argument`, if there is a value.
+    pub fn optional(&mut self, flag: &str, value: Option<&String>) {
+        if let Some(value) = value {
+            self.argument(flag, value);
+        }
     }
 
     /// Starts the process. Its standard output goes to our standard error: ours is for scripts.
@@ -91,11 +100,11 @@ impl Part {
         pause
     }
 
-    /// Later starts use these arguments.
-    pub fn set_argument(&mut self, flag: &str, value: String) {
-        if let Some(at) = self.arguments.iter().position(|argument| argument == flag) {
-            self.arguments[at + 1] = value;
-        }
+    /// Later starts use this value.
+    pub fn set_argument(&mut self, flag: &str, value: &str) {
+        let given = format!("{flag}=");
+        self.arguments.retain(|argument| !argument.starts_with(&given));
+        self.argument(flag, value);
     }
 
     /// Asks it to stop, and after `patience` makes it.

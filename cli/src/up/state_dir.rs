@@ -1,7 +1,7 @@
 //! The folder in which one `kvbm up` keeps its sockets, and which only one uses at a time.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -52,14 +52,17 @@ impl StateDir {
         self.path.join("run")
     }
 
-    /// The disk cache.
-    pub fn disk_dir(&self) -> PathBuf {
-        std::env::var_os("DYN_KVBM_DISK_CACHE_DIR").map_or_else(|| self.path.join("disk"), PathBuf::from)
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 
-/// $XDG_STATE_HOME/kvbm, or what that stands for.
+/// $KVBM_STATE_DIR, else $XDG_STATE_HOME/kvbm, or what that stands for.
 pub(super) fn default() -> PathBuf {
+    if let Some(named) = std::env::var_os("KVBM_STATE_DIR") {
+        return named.into();
+    }
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let state = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")));
     state.unwrap_or_else(std::env::temp_dir).join("kvbm")

@@ -116,8 +116,8 @@ pub static SETTINGS: &[Setting] = &[
     Setting {
         key: "init_timeout_secs",
         env: &["DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS"],
-        default: Default::Text("120"),
-        kind: Kind::Count { range: 1..=86_400, field: |c| &mut c.init_timeout_secs },
+        default: Default::Text("30"),
+        kind: Kind::Count { range: 0..=86_400, field: |c| &mut c.init_timeout_secs },
         help: "How long a worker waits for the daemon when it starts, seconds; workers read it",
     },
     Setting {

@@ -143,7 +143,7 @@ fn histogram(family: &mut Family<'_>, labels: &[(&str, &str)], histogram: &Histo
 pub(crate) struct Refusals([std::sync::atomic::AtomicU64; Refusals::QUEUES.len()]);
 
 impl Refusals {
-    const QUEUES: [&'static str; 3] = ["sessions", "pools of a session", "session answers"];
+    const QUEUES: [&'static str; 3] = ["sessions", "session_pools", "session_answers"];
 
     /// Counts it if it is about one of these queues.
     pub fn note(&self, refused: &Refused) {

@@ -267,7 +267,7 @@ impl Attached {
             return Err(invalid("tokens_per_block", "0 is not possible"));
         }
         if self.core.pool_count(self.id) >= POOLS_MAX {
-            let busy = Refused::Busy { queue: "pools of a session" };
+            let busy = Refused::Busy { queue: "session_pools" };
             self.core.refusals.note(&busy);
             return Err(busy);
         }

@@ -177,7 +177,7 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
     };
     tracing::info!(session = id.0, ?end, "a session ends");
     if matches!(end, End::Stalled) {
-        core.refusals.note_queue("session answers");
+        core.refusals.note_queue("session_answers");
     }
     if let Some(status) = end.status() {
         outbound.end(status);

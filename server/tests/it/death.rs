@@ -193,7 +193,7 @@ async fn a_client_that_takes_no_answers_is_disconnected() {
         stream
     });
     rig.until("silent", |status| status.sessions[0].state == "silent").await;
-    assert_eq!(rig.metric("kvbm_busy_total{queue=\"session answers\"}"), 1.0);
+    assert_eq!(rig.metric("kvbm_busy_total{queue=\"session_answers\"}"), 1.0);
     asking.abort();
     drop(side);
 }
