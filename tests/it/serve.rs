@@ -163,7 +163,7 @@ fn children_end_when_up_ends_however_it_ends() {
 
 #[test]
 fn wrong_settings_are_one_line_and_code_2() {
-    let cases: [(&[&str], &[(&str, &str)], &[&str]); 8] = [
+    let cases: [(&[&str], &[(&str, &str)], &[&str]); 9] = [
         (&["daemon", "--cpu-cache-gb", "-1"], &[], &["cpu-cache-gb", "-1"]),
         (&["daemon"], &[("DYN_KVBM_CPU_CACHE_GB", "lots")], &["DYN_KVBM_CPU_CACHE_GB", "lots"]),
         (&["worker", "--model", "/nowhere"], &[], &["/nowhere"]),
@@ -174,12 +174,18 @@ fn wrong_settings_are_one_line_and_code_2() {
         ),
         (&["up", "--model", "/nowhere"], &[], &["/nowhere"]),
         (&["up", "--http-port", "abc"], &[], &["--http-port", "abc", "65535"]),
+        (&["up", "--cpu-cache-gb", "abc"], &[], &["--cpu-cache-gb", "abc"]),
         (&["up", "--workers", "0"], &[], &["--workers", "0"]),
         (&["worker", "--model", "x", "--block-size", "abc"], &[], &["--block-size", "abc"]),
     ];
+    let dir = tempfile::tempdir().unwrap();
     for (arguments, environment, expected) in cases {
-        let output =
-            Command::new(program()).args(arguments).envs(environment.iter().copied()).output().unwrap();
+        let output = Command::new(program())
+            .args(arguments)
+            .env("KVBM_STATE_DIR", dir.path())
+            .envs(environment.iter().copied())
+            .output()
+            .unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
         assert_eq!(error.trim_end().lines().count(), 1, "{arguments:?}: {error}");

@@ -58,8 +58,12 @@ pub(crate) async fn run(args: UpArgs) -> Result<u8, String> {
     let state = StateDir::open(args.state_dir.clone())?;
     let mut signals = Signals::new()?;
     let mut fleet = Fleet::new(&args, &model, &state)?;
+    // Before anything runs: a wrong setting is one line, not a line among logs.
+    fleet.parts[0].check_settings().await?;
     let outcome = fleet.serve(&args, &model, &state, &mut signals).await;
-    eprintln!("kvbm: stopping; once more to stop at once");
+    if outcome.is_ok() {
+        eprintln!("kvbm: stopping; once more to stop at once");
+    }
     tokio::select! {
         () = fleet.stop() => {}
         () = signals.stop() => fleet.kill().await,

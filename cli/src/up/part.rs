@@ -51,6 +51,15 @@ impl Part {
         }
     }
 
+    /// Has the program check the settings, without starting anything. The error is one line.
+    pub async fn check_settings(&self) -> Result<(), String> {
+        let program = std::env::current_exe().map_err(|error| format!("find own program: {error}"))?;
+        let output = Command::new(program).args(&self.arguments).arg("--print-config").output().await;
+        let output = output.map_err(|error| format!("start {}: {error}", self.name))?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() { Ok(()) } else { Err(complaint.trim().to_owned()) }
+    }
+
     /// Starts the process. Its standard output goes to our standard error: ours is for scripts.
     pub fn start(&mut self) -> Result<(), String> {
         let _ = std::fs::remove_file(&self.ready_file);
