@@ -21,8 +21,8 @@ const TURNS: u32 = 20;
 const REQUESTS: u32 = 10;
 const PROMPT_TOKENS: usize = 512;
 const OUTPUT_TOKENS: u32 = 32;
-/// Blocks of 32 tokens: the pool turns over several times in each turn.
-const POOL_BLOCKS: u32 = 64;
+/// Blocks of 32 tokens: the pool turns over several times in each measurement.
+const POOL_BLOCKS: u32 = 512;
 const HOST_BYTES: u64 = 256 << 20;
 /// More time than this is too much, unless two equal workers differ by more.
 const LIMIT_PERCENT: f64 = 1.0;
