@@ -111,8 +111,8 @@ fn an_invalid_value_is_one_line_with_setting_value_and_range() {
     );
     fails(
         &[],
-        &[("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", "0")],
-        "invalid DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS = \"0\": permitted is a whole number from 1 to 86400",
+        &[("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", "86401")],
+        "invalid DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS = \"86401\": permitted is a whole number from 0 to 86400",
     );
     fails(
         &[],
