@@ -9,7 +9,7 @@
 //! ```
 //!
 //! No gRPC, HTTP, command line or environment variables here.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod counters;
 mod error;
@@ -29,4 +29,5 @@ pub use ledger::{
 pub use manager::{
     AdoptPool, HostCapacity, Manager, ManagerConfig, OpenPool, OpenedPool, Outcome, Prefetched, Resident,
 };
+pub use store::disk_io;
 pub use tier::{Route, Tier};

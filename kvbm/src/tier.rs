@@ -40,17 +40,23 @@ pub enum Route {
     DeviceToHost,
     /// Onboard: host to device.
     HostToDevice,
+    /// Demote: host to disk.
+    HostToDisk,
+    /// Promote: disk to host.
+    DiskToHost,
 }
 
 impl Route {
     /// All routes, in order of [`Route::index`].
-    pub const ALL: [Self; 2] = [Self::DeviceToHost, Self::HostToDevice];
+    pub const ALL: [Self; 4] = [Self::DeviceToHost, Self::HostToDevice, Self::HostToDisk, Self::DiskToHost];
 
     /// Name as in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::DeviceToHost => "d2h",
             Self::HostToDevice => "h2d",
+            Self::HostToDisk => "host_to_disk",
+            Self::DiskToHost => "disk_to_host",
         }
     }
 
@@ -59,6 +65,8 @@ impl Route {
         match self {
             Self::DeviceToHost => 0,
             Self::HostToDevice => 1,
+            Self::HostToDisk => 2,
+            Self::DiskToHost => 3,
         }
     }
 }

@@ -25,6 +25,8 @@ pub struct Matched {
     pub device: Vec<BlockRef>,
     /// Blocks directly behind them in host memory.
     pub host_blocks: usize,
+    /// Blocks directly behind those on disk: on their way to host memory, not pinned.
+    pub disk_blocks: usize,
     /// Pins the host blocks, if there are any.
     pub lease: Option<LeaseId>,
 }
@@ -120,7 +122,7 @@ impl Ledger {
             None => (0, None),
             Some(class) => self.lease_host(session, namespace, class, hashes, device.len(), now),
         };
-        Ok(Matched { host_blocks: in_host.saturating_sub(device.len()), device, lease })
+        Ok(Matched { host_blocks: in_host.saturating_sub(device.len()), device, disk_blocks: 0, lease })
     }
 
     fn lease_host(

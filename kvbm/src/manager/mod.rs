@@ -517,6 +517,18 @@ impl Manager {
         Ok(Prefetched { host_blocks, promoting_blocks: 0 })
     }
 
+    /// As [`Manager::prefetch`]; `done` is called once, when what is being promoted has arrived or failed.
+    pub fn prefetch_and_wait(
+        &self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: &[SequenceHash],
+        done: Box<dyn FnOnce(Prefetched) + Send>,
+    ) -> Result<(), Refused> {
+        done(self.prefetch(session, namespace, keys)?);
+        Ok(())
+    }
+
     // ---- time and accounts --------------------------------------------------------------------------------------------
 
     /// Ends leases and pools whose time has come. To be called a few times per second.

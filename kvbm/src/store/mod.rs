@@ -1,5 +1,6 @@
 //! HOLDS: the memory behind the ledger's slots.
 
+pub mod disk_io;
 mod host;
 mod pools;
 

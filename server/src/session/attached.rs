@@ -153,7 +153,7 @@ impl Attached {
         Ok(Body::Match(v1::MatchReply {
             device: matched.device.into_iter().map(wire::block_out).collect(),
             host_blocks: wire::count(matched.host_blocks),
-            disk_blocks: 0,
+            disk_blocks: wire::count(matched.disk_blocks),
             lease_id: matched.lease.map_or(0, |lease| lease.0),
             lease_ms: u32::try_from(self.core.config.lease_ms).unwrap_or(u32::MAX),
         }))

@@ -1,0 +1,111 @@
+//! The one seam between the disk tier and a drive: batches of reads, writes and syncs.
+//!
+//! Invariants of every implementation, checked by one conformance suite:
+//! * a batch that was accepted ends exactly once, and only when the kernel is done with all of its buffers, however long
+//!   that takes; a batch that was not accepted is given back whole;
+//! * an I/O is done in full, or it is an error: never short, never partly;
+//! * accepting never blocks.
+//!
+//! Nothing here knows of blocks, keys or checksums.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvbm_shm::SharedMemory;
+use thiserror::Error;
+
+/// Where in memory the bytes are. O_DIRECT wants both numbers and the file's offset in multiples of 4096.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    /// The memory.
+    pub memory: Arc<SharedMemory>,
+    /// Bytes from its start.
+    pub offset: usize,
+    /// How many bytes.
+    pub len: usize,
+}
+
+/// One request to a drive. Files are named by their position in the list that the engine was started with.
+#[derive(Debug, Clone)]
+pub enum Io {
+    /// Fills a buffer from a file.
+    Read { file: usize, offset: u64, buffer: Buffer },
+    /// Writes a buffer to a file.
+    Write { file: usize, offset: u64, buffer: Buffer },
+    /// Makes what was written before durable (fdatasync).
+    Sync { file: usize },
+}
+
+/// Why an I/O was not carried out in full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum IoFailure {
+    /// The kernel said so.
+    #[error("{}", std::io::Error::from_raw_os_error(*.0))]
+    Os(i32),
+    /// Fewer bytes were moved than asked for.
+    #[error("only {moved} of {wanted} bytes were moved")]
+    Short {
+        /// Bytes moved.
+        moved: usize,
+        /// Bytes asked for.
+        wanted: usize,
+    },
+    /// It took longer than the deadline.
+    #[error("the drive did not answer in time")]
+    TimedOut,
+    /// It was given up before the kernel heard of it.
+    #[error("given up before it was started")]
+    Abandoned,
+}
+
+/// What came of a batch: one result for each I/O, in the order of the batch.
+pub type Finished = Box<dyn FnOnce(Vec<Result<(), IoFailure>>) + Send>;
+
+/// A batch, as it is handed to an engine, and as it is given back when there is no room.
+pub struct IoBatch {
+    /// To be carried out in any order.
+    pub ios: Vec<Io>,
+    /// Called exactly once, on a thread of the engine; it must return soon.
+    pub finished: Finished,
+}
+
+impl fmt::Debug for IoBatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IoBatch").field("ios", &self.ios.len()).finish_non_exhaustive()
+    }
+}
+
+/// What an engine is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IoLoad {
+    /// I/Os with the kernel.
+    pub in_flight: usize,
+    /// Their bytes.
+    pub bytes_in_flight: usize,
+    /// I/Os accepted that the kernel has not heard of.
+    pub waiting: usize,
+    /// I/Os with the kernel for longer than the deadline.
+    pub overdue: usize,
+    /// Time that the oldest of them has been with the kernel.
+    pub oldest: Duration,
+}
+
+/// A drive, or several.
+pub trait DiskIo: Send + Sync + fmt::Debug {
+    /// Accepts a batch, or gives it back because the backlog is full or the engine was closed. Reads go before writes
+    /// that wait.
+    fn submit(&self, batch: IoBatch) -> Result<(), IoBatch>;
+
+    /// This memory will be named often: an engine may prepare for it.
+    fn register(&self, memory: &Arc<SharedMemory>);
+
+    /// Ends everything that the kernel has not heard of with [`IoFailure::Abandoned`].
+    fn abandon_waiting(&self);
+
+    /// What is going on.
+    fn load(&self) -> IoLoad;
+
+    /// Accepts nothing more and returns when everything accepted has ended.
+    fn close(&self);
+}
