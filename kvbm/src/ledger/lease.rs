@@ -7,9 +7,9 @@ use std::collections::{BTreeSet, HashMap};
 
 use kvbm_hash::SequenceHash;
 
-use super::host::{Class, HostTier};
 use super::key::{Key, NamespaceId};
 use super::pools::Held;
+use super::segments::{Class, SegmentTier};
 use super::slots::SlotIndex;
 use super::{BlockRef, Ledger, Millis, Owner, PoolId, SessionId};
 use crate::error::Refused;
@@ -85,7 +85,7 @@ impl Leases {
         self.leases.len()
     }
 
-    pub fn check_integrity(&self, host: &HostTier) {
+    pub fn check_integrity(&self, host: &SegmentTier) {
         assert_eq!(self.leases.len(), self.deadlines.len());
         for (id, lease) in &self.leases {
             let table = host.class(lease.class).expect("a lease is about a class that exists");

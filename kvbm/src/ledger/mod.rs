@@ -12,13 +12,13 @@
 #![forbid(unsafe_code)]
 
 mod device;
-mod host;
 mod key;
 mod lease;
 mod offload;
 mod onboard;
 mod pools;
 mod registry;
+mod segments;
 mod slots;
 
 use std::collections::{BTreeMap, HashMap};
@@ -27,19 +27,18 @@ use std::time::Duration;
 use kvbm_hash::SequenceHash;
 
 pub use device::{BlockRef, DevicePool, Owner, PoolId, PoolIdentity};
-pub use host::{Class, ClassSummary, HostPlace, SegmentId};
 pub use key::{Key, KeyHasher, NamespaceId};
 pub use lease::{LeaseId, Matched};
 pub use offload::{OffloadBatch, OffloadReport, WaiterId};
 pub use onboard::{OnboardBatch, OnboardPart};
 pub use pools::{Held, PoolEntry};
 pub use registry::{Namespace, Session, SessionId};
+pub use segments::{Class, ClassSummary, Place, SegmentId, SegmentTier, SlotsIn};
 pub use slots::{Committed, SlotCounts, SlotIndex};
 
 use crate::error::Refused;
 use crate::event::{Event, EventKind};
 use crate::tier::Tier;
-use host::HostTier;
 use lease::Leases;
 use registry::Registry;
 use slots::Change;
@@ -81,8 +80,6 @@ pub struct CommitBlock {
 /// Settings.
 #[derive(Debug, Clone)]
 pub struct LedgerConfig {
-    /// Bytes in each host segment.
-    pub segment_bytes: usize,
     /// How long an unused lease lives.
     pub lease: Duration,
     /// Pools of dead workers kept for a successor, at most.
@@ -118,7 +115,7 @@ pub struct Ledger {
     last_pool: u32,
     /// Bytes of a block of each base namespace, as its first pool declared them.
     strides: HashMap<(TrustDomain, [u8; 32]), usize>,
-    host: HostTier,
+    host: SegmentTier,
     leases: Leases,
     offloads: offload::Waiters,
     /// Where the next search for blocks to offload begins: pools take turns.
@@ -138,7 +135,7 @@ impl Ledger {
             pools: BTreeMap::new(),
             last_pool: 0,
             strides: HashMap::new(),
-            host: HostTier::new(config.segment_bytes, hasher),
+            host: SegmentTier::new(Some(SlotsIn::bytes(0)), hasher),
             leases: Leases::default(),
             offloads: offload::Waiters::default(),
             next_offload_pool: PoolId(0),
@@ -221,14 +218,9 @@ impl Ledger {
         self.host.free_segments()
     }
 
-    /// Bytes in each segment.
-    pub fn segment_bytes(&self) -> usize {
-        self.host.segment_bytes()
-    }
-
-    /// Decides, before the first segment, how large segments are; `None`: there will be none.
-    pub fn set_segments(&mut self, bytes: Option<usize>) {
-        self.host.set_segments(bytes);
+    /// Decides, before the first segment, how segments are cut; `None`: there will be none.
+    pub fn set_segments(&mut self, slots_in: Option<SlotsIn>) {
+        self.host.set_up(slots_in);
     }
 
     /// Bytes from block to block of a base namespace; `None` if no pool of it was ever opened.

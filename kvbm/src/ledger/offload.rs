@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 
 use super::device::Backlogged;
-use super::host::{Class, HostPlace};
 use super::key::Key;
+use super::segments::{Class, Place};
 use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
 use super::{BlockRef, Ledger, Owner, PoolId, SessionId};
 use crate::error::Refused;
@@ -20,7 +20,7 @@ struct OffloadItem {
     source: Copying,
     key: Key,
     target: Reserved,
-    place: HostPlace,
+    place: Place,
 }
 
 /// Blocks of one pool to be copied to host, in this order. Comes back through [`Ledger::finish_offload`].
@@ -36,8 +36,13 @@ pub struct OffloadBatch {
 }
 
 impl OffloadBatch {
+    /// Bytes from slot to slot.
+    pub fn stride(&self) -> usize {
+        self.class.stride
+    }
+
     /// What is to be copied: block of the pool, place in host memory.
-    pub fn copies(&self) -> impl ExactSizeIterator<Item = (u32, HostPlace)> + '_ {
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (u32, Place)> + '_ {
         self.items.iter().map(|item| (item.source.slot().0, item.place))
     }
 }

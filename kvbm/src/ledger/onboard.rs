@@ -1,15 +1,15 @@
 //! Onboard: leased host blocks into granted device blocks.
 
-use super::host::HostPlace;
 use super::key::Key;
 use super::lease::Lease;
+use super::segments::Place;
 use super::slots::{Committed, Copying, SlotIndex};
 use super::{BlockRef, LeaseId, Ledger, NamespaceId, Owner, PoolId, SessionId};
 use crate::error::Refused;
 
 #[derive(Debug)]
 struct OnboardItem {
-    place: HostPlace,
+    place: Place,
     key: Key,
     parent: Option<kvbm_hash::SequenceHash>,
     target: Copying,
@@ -34,29 +34,41 @@ pub struct OnboardBatch {
 pub struct OnboardPart {
     pool: PoolId,
     namespace: NamespaceId,
+    stride: usize,
     items: Vec<OnboardItem>,
 }
 
 impl OnboardPart {
+    /// Bytes from slot to slot.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// What is to be copied: place in host memory, block of the pool.
-    pub fn copies(&self) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
         copies(&self.items)
     }
 }
 
-fn copies(items: &[OnboardItem]) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
+fn copies(items: &[OnboardItem]) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
     items.iter().map(|item| (item.place, item.block.block))
 }
 
 impl OnboardBatch {
+    /// Bytes from slot to slot.
+    pub fn stride(&self) -> usize {
+        self.lease.class.stride
+    }
+
     /// Takes up to `max` blocks out of it, so that they can be settled while others are copied.
     pub fn take_part(&mut self, max: usize) -> OnboardPart {
         let items = self.items.drain(..max.min(self.items.len())).collect();
-        OnboardPart { pool: self.pool, namespace: self.lease.namespace, items }
+        let (namespace, stride) = (self.lease.namespace, self.stride());
+        OnboardPart { pool: self.pool, namespace, stride, items }
     }
 
     /// What is to be copied: place in host memory, block of the pool.
-    pub fn copies(&self) -> impl ExactSizeIterator<Item = (HostPlace, u32)> + '_ {
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
         copies(&self.items)
     }
 }

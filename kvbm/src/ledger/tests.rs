@@ -110,14 +110,15 @@ fn layout(model: u8) -> PoolLayout {
 impl World {
     fn new() -> Self {
         let config = LedgerConfig {
-            segment_bytes: 4 * 4096,
             lease: Duration::from_millis(40),
             orphan_pools_max: 2,
             orphan_pool_ttl: Duration::from_millis(200),
             secret: 11,
         };
+        let mut ledger = Ledger::new(config);
+        ledger.set_segments(Some(SlotsIn::bytes(4 * 4096)));
         Self {
-            ledger: Ledger::new(config),
+            ledger,
             now: 0,
             workers: vec![],
             device: HashMap::new(),
@@ -229,8 +230,10 @@ impl World {
         let (session, pool, digest) = (worker.session, worker.pool, worker.namespaces[namespace].0);
         match self.ledger.begin_onboard(session, lease, pool, &targets) {
             Ok(batch) => {
-                let bytes: Vec<Bytes> =
-                    batch.copies().map(|(place, _)| self.host[&(place.segment.0, place.offset)]).collect();
+                let bytes: Vec<Bytes> = batch
+                    .copies()
+                    .map(|(place, _)| self.host[&(place.segment.0, place.offset(batch.stride()))])
+                    .collect();
                 let expected: Vec<Bytes> =
                     keys[first..].iter().take(count).map(|n| Some((digest, *n))).collect();
                 assert_eq!(bytes, expected, "a lease is about the blocks that were matched");
@@ -248,7 +251,7 @@ impl World {
                 batch.copies().map(|(block, _)| self.device[&(batch.pool, block)]).collect();
             // A slot that is being filled holds nothing.
             batch.copies().for_each(|(_, place)| {
-                self.host.insert((place.segment.0, place.offset), None);
+                self.host.insert((place.segment.0, place.offset(batch.stride())), None);
             });
             self.offloads.push((batch, bytes));
         }
@@ -265,7 +268,7 @@ impl World {
             for ((block, place), planned) in batch.copies().zip(&planned) {
                 let now = self.device[&(batch.pool, block)];
                 assert_eq!(now, *planned, "a source changed while it was copied");
-                self.host.insert((place.segment.0, place.offset), now);
+                self.host.insert((place.segment.0, place.offset(batch.stride())), now);
             }
         }
         self.ledger.finish_offload(batch, ok);
@@ -277,7 +280,7 @@ impl World {
         }
         let (batch, planned, session, targets) = self.onboards.remove(i % self.onboards.len());
         for ((place, block), planned) in batch.copies().zip(&planned) {
-            let now = self.host[&(place.segment.0, place.offset)];
+            let now = self.host[&(place.segment.0, place.offset(batch.stride()))];
             assert_eq!(now, *planned, "a leased block changed");
             if ok {
                 self.device.insert((batch.pool, block), now);

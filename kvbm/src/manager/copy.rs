@@ -49,7 +49,12 @@ pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
             }
             shared.gate.give_way();
             let to = &segments[place.segment.0 as usize];
-            memory.memory().copy_to(layout.offset(block), to, place.offset, layout.block_bytes);
+            memory.memory().copy_to(
+                layout.offset(block),
+                to,
+                place.offset(batch.stride()),
+                layout.block_bytes,
+            );
             bytes += layout.block_bytes as u64;
             delay(shared);
             // Checked after each block: once it moved, the rest is not worth copying.
@@ -124,7 +129,7 @@ fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPar
             return false;
         }
         let from = &segments[place.segment.0 as usize];
-        from.copy_to(place.offset, memory.memory(), layout.offset(block), layout.block_bytes);
+        from.copy_to(place.offset(part.stride()), memory.memory(), layout.offset(block), layout.block_bytes);
         delay(shared);
     }
     true

@@ -25,7 +25,7 @@ use crate::error::{Error, Refused};
 use crate::event::{Event, EventLog};
 use crate::ledger::{
     BlockRef, CommitBlock, Held, LeaseId, Ledger, LedgerConfig, Matched, Millis, NamespaceId, OffloadReport,
-    PoolEntry, PoolId, PoolIdentity, Retention, SessionId, TrustDomain, WaiterId,
+    PoolEntry, PoolId, PoolIdentity, Retention, SessionId, SlotsIn, TrustDomain, WaiterId,
 };
 use crate::store::{HostSegments, Pools, segment_plan};
 use crate::transfer::{BoundedQueue, Gate};
@@ -186,7 +186,6 @@ impl Manager {
     /// Starts the copy threads and begins to populate host memory; returns at once.
     pub fn start(config: ManagerConfig) -> Result<Self, Error> {
         let ledger = Ledger::new(LedgerConfig {
-            segment_bytes: 4096,
             lease: config.lease,
             orphan_pools_max: config.orphan_pools_max,
             orphan_pool_ttl: config.orphan_pool_ttl,
@@ -239,7 +238,7 @@ impl Manager {
         let (count, segment_bytes) = segment_plan(bytes);
         *plan = Some((count, segment_bytes));
         drop(plan);
-        self.shared.ledger.lock().set_segments((count > 0).then_some(segment_bytes));
+        self.shared.ledger.lock().set_segments((count > 0).then(|| SlotsIn::bytes(segment_bytes)));
         if count > 0 {
             self.spawn("kvbm-populate", move |shared| populate::run(&shared, count, segment_bytes))?;
         }

@@ -13,6 +13,10 @@ fn key(n: u16) -> Key {
     Key { namespace: NamespaceId(1), hash: SequenceHash(hash) }
 }
 
+fn number(key: Key) -> u16 {
+    u16::from_le_bytes([key.hash.0[0], key.hash.0[1]])
+}
+
 /// Keys form a forest: the parent of n is n / 3; 0, 1 and 2 are first blocks.
 fn parent(n: u16) -> Option<u16> {
     (n > 2).then_some(n / 3)
@@ -29,6 +33,7 @@ enum Op {
     Unpin(usize),
     BeginCopy(u16),
     EndCopy(usize),
+    Condemn(usize),
     DropAllPins,
     Prefix(u16),
     Retire,
@@ -46,6 +51,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => any::<usize>().prop_map(Op::Unpin),
         1 => (0u16..40).prop_map(Op::BeginCopy),
         2 => any::<usize>().prop_map(Op::EndCopy),
+        1 => any::<usize>().prop_map(Op::Condemn),
         1 => Just(Op::DropAllPins),
         3 => (0u16..40).prop_map(Op::Prefix),
         1 => Just(Op::Retire),
@@ -63,7 +69,8 @@ struct Oracle {
 struct Walk {
     table: SlotTable,
     oracle: Oracle,
-    reserved: Vec<(Reserved, u16)>,
+    /// With its key, and whether a block before it has failed since.
+    reserved: Vec<(Reserved, u16, bool)>,
     granted: Vec<SlotIndex>,
     pinned: Vec<SlotIndex>,
     copies: Vec<Copying>,
@@ -74,16 +81,23 @@ const SLOTS: u32 = 12;
 const RETIRABLE: std::ops::Range<u32> = 8..12;
 
 impl Walk {
+    /// What is being filled behind a block that failed will fail.
+    fn doom_behind(&mut self, failed: u16) {
+        for (_, n, doomed) in &mut self.reserved {
+            *doomed |= std::iter::successors(parent(*n), |n| parent(*n)).any(|n| n == failed);
+        }
+    }
+
     fn apply(&mut self, op: &Op) {
         let pick = |len: usize, i: usize| (len > 0).then(|| i % len);
         match op {
             Op::Reserve(n) => match self.table.reserve(key(*n), parent(*n).map(|p| key(p).hash)) {
                 Ok(reserved) => {
                     assert!(!self.oracle.resident.contains(n));
-                    self.reserved.push((reserved, *n));
+                    self.reserved.push((reserved, *n, false));
                 }
                 Err(NotReserved::Resident) => assert!(self.oracle.resident.contains(n)),
-                Err(NotReserved::Filling) => assert!(self.reserved.iter().any(|(_, key)| key == n)),
+                Err(NotReserved::Filling) => assert!(self.reserved.iter().any(|(_, key, _)| key == n)),
                 Err(NotReserved::Orphan) => {
                     let p = parent(*n).expect("first blocks are no orphans");
                     assert!(!self.oracle.resident.contains(&p));
@@ -92,14 +106,19 @@ impl Walk {
             },
             Op::Commit(i) => {
                 if let Some(i) = pick(self.reserved.len(), *i) {
-                    let (reserved, n) = self.reserved.swap_remove(i);
-                    let expected = parent(n).is_none_or(|p| self.oracle.resident.contains(&p));
+                    let (reserved, n, doomed) = self.reserved.swap_remove(i);
+                    let expected = !doomed && parent(n).is_none_or(|p| self.oracle.resident.contains(&p));
                     assert_eq!(self.table.commit(reserved), expected);
+                    if !expected {
+                        self.doom_behind(n);
+                    }
                 }
             }
             Op::Abandon(i) => {
                 if let Some(i) = pick(self.reserved.len(), *i) {
-                    self.table.abandon(self.reserved.swap_remove(i).0);
+                    let (reserved, n, _) = self.reserved.swap_remove(i);
+                    self.table.abandon(reserved);
+                    self.doom_behind(n);
                 }
             }
             Op::Grant => {
@@ -121,7 +140,8 @@ impl Walk {
                         }
                         Committed::Duplicate => {
                             assert!(
-                                self.oracle.resident.contains(n) || self.reserved.iter().any(|(_, k)| k == n)
+                                self.oracle.resident.contains(n)
+                                    || self.reserved.iter().any(|(_, k, _)| k == n)
                             );
                         }
                         Committed::Orphan => {
@@ -164,6 +184,19 @@ impl Walk {
                     self.table.end_copy(self.copies.swap_remove(i));
                 }
             }
+            Op::Condemn(i) => {
+                if let Some(i) = pick(self.copies.len(), *i) {
+                    let copying = self.copies.swap_remove(i);
+                    let key = self.table.block(copying.slot()).map(|(key, _)| key);
+                    self.table.condemn(&copying);
+                    self.table.check_integrity();
+                    assert!(key.is_none_or(|key| self.table.resident(key).is_none()), "it is a miss");
+                    if let Some(key) = key {
+                        self.doom_behind(number(key));
+                    }
+                    self.table.end_copy(copying);
+                }
+            }
             Op::DropAllPins => {
                 self.table.drop_all_pins();
                 self.oracle.pins.clear();
@@ -194,7 +227,6 @@ impl Walk {
             }
         }
         for change in self.table.take_changes() {
-            let number = |key: Key| u16::from_le_bytes([key.hash.0[0], key.hash.0[1]]);
             match change {
                 Change::Stored(key, _) => assert!(self.oracle.resident.insert(number(key))),
                 Change::Removed(key) => assert!(self.oracle.resident.remove(&number(key))),
@@ -225,13 +257,13 @@ proptest! {
             walk.table.check_integrity();
         }
         // Everything given back: no slot is lost.
-        walk.reserved.drain(..).for_each(|(reserved, _)| walk.table.abandon(reserved));
+        walk.reserved.drain(..).for_each(|(reserved, ..)| walk.table.abandon(reserved));
         walk.copies.drain(..).for_each(|copy| walk.table.end_copy(copy));
         walk.table.drop_all_pins();
         walk.table.check_integrity();
         let counts = walk.table.counts();
         prop_assert_eq!((counts.filling, counts.pinned), (0, 0));
-        prop_assert_eq!(counts.free + counts.resident, walk.table.slots());
+        prop_assert_eq!(counts.free + counts.resident + counts.bad, walk.table.slots());
     }
 }
 
@@ -284,4 +316,20 @@ fn a_parent_is_not_evicted_for_its_own_child() {
     assert_eq!(table.reserve(key(2), Some(key(1).hash)), Err(NotReserved::Exhausted));
     assert!(table.resident(key(1)).is_some());
     table.check_integrity();
+}
+
+#[test]
+fn a_condemned_slot_takes_along_what_hangs_on_it_and_is_not_used_again() {
+    let mut table = SlotTable::new(4, KeyHasher::new(7));
+    chain_of(&mut table, &[1, 2, 3]);
+    let read = [1, 2, 3].map(|n| {
+        let slot = table.resident(key(n)).unwrap();
+        table.begin_copy(slot)
+    });
+    table.condemn(&read[1]);
+    assert_eq!([1, 2, 3].map(|n| table.resident(key(n)).is_some()), [true, false, false]);
+    read.into_iter().for_each(|copy| table.end_copy(copy));
+    table.check_integrity();
+    let counts = table.counts();
+    assert_eq!((counts.free, counts.resident, counts.bad), (2, 1, 1));
 }

@@ -6,21 +6,33 @@
 //!    ▲                             │ abandon                     │
 //!    │◄── no child waits ── Failed ◄┘                            │
 //!    │◄──────────────────────────────────────────────────────────┘ evicted: no pin, no copy, no child
+//!
+//!   Resident ── condemned ──► Failed ──► Bad: did not give back what was stored, never used again
 //! ```
 //!
 //! Invariants, checked by [`SlotTable::check_integrity`]:
-//! * free + filling + failed + resident + retired = all slots, and each collection agrees with the slots' states;
+//! * free + filling + failed + resident + retired + bad = all slots, and each collection agrees with the slots' states;
 //! * a resident slot's parent is resident (prefixes are closed), so the deepest key of a prefix stands for all of it
 //!   and a lookup may gallop;
 //! * exactly the resident slots without pin, copy or child are in the eviction order.
 //!
 //! The tables touch no KV byte and know no time: order is a tick that rises with each use.
 
+mod adoption;
+mod condemn;
+mod integrity;
+mod restore;
+
 use std::collections::{BTreeSet, HashMap};
 
 use kvbm_hash::SequenceHash;
 
 use super::key::{Key, KeyHasher};
+
+pub use restore::Restored;
+
+/// Priority of a block whose writer gave none.
+pub const PRIORITY_DEFAULT: u8 = 35;
 
 /// Position in a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,6 +62,8 @@ enum State {
     },
     /// Has no memory behind it.
     Retired,
+    /// Did not give back what was stored in it: never used again.
+    Bad,
 }
 
 #[derive(Debug)]
@@ -67,6 +81,10 @@ struct Slot {
     depth: u32,
     /// It is in the eviction order, under `last_used`.
     ordered: bool,
+    /// Becomes [`State::Bad`] instead of free.
+    bad: bool,
+    /// 0..=100, of the block in it.
+    priority: u8,
     last_used: u64,
 }
 
@@ -131,6 +149,8 @@ pub struct SlotCounts {
     pub resident: usize,
     /// Those of the resident ones with a pin or a copy in flight.
     pub pinned: usize,
+    /// Never used again, because they did not give back what was stored in them.
+    pub bad: usize,
 }
 
 /// A block that left or entered the table, for events and accounts.
@@ -154,6 +174,7 @@ pub struct SlotTable {
     resident: usize,
     pinned: usize,
     retired: usize,
+    bad: usize,
     evictions: u64,
     changes: Vec<Change>,
 }
@@ -171,6 +192,7 @@ impl SlotTable {
             resident: 0,
             pinned: 0,
             retired: 0,
+            bad: 0,
             evictions: 0,
             changes: Vec::new(),
         };
@@ -189,6 +211,8 @@ impl SlotTable {
             children: 0,
             depth: 0,
             ordered: false,
+            bad: false,
+            priority: PRIORITY_DEFAULT,
             last_used: 0,
         };
         self.slots.extend((0..slots).map(|_| fresh()));
@@ -269,7 +293,7 @@ impl SlotTable {
             State::Filling { parent, .. } | State::Failed { parent } | State::Resident { parent, .. } => {
                 parent
             }
-            State::Free | State::Retired => None,
+            State::Free | State::Retired | State::Bad => None,
         }
     }
 
@@ -338,8 +362,18 @@ impl SlotTable {
         match self.slots[slot.at()].state {
             State::Filling { key, .. } => key.map(|key| key.hash),
             State::Resident { key, .. } => Some(key.hash),
-            State::Free | State::Failed { .. } | State::Retired => None,
+            State::Free | State::Failed { .. } | State::Retired | State::Bad => None,
         }
+    }
+
+    /// Priority of the block in a slot, 0..=100.
+    pub fn priority(&self, slot: SlotIndex) -> u8 {
+        self.slots[slot.at()].priority
+    }
+
+    /// Sets the priority of the block in a slot.
+    pub fn set_priority(&mut self, slot: SlotIndex, priority: u8) {
+        self.slots[slot.at()].priority = priority;
     }
 
     /// Generation of a slot.
@@ -524,26 +558,6 @@ impl SlotTable {
         }
     }
 
-    // ---- adoption: a table made elsewhere -------------------------------------------------------------------------
-
-    /// Takes this very slot from the free list, in this generation, with one pin. False if it is not free.
-    pub fn adopt(&mut self, slot: SlotIndex, generation: u32) -> bool {
-        if self.slots.get(slot.at()).is_none_or(|s| s.state != State::Free) {
-            return false;
-        }
-        // Adoption fills a new table in one go; the free list is put right once, by `finish_adoption`.
-        self.set_state(slot, State::Filling { key: None, parent: None });
-        self.slots[slot.at()].generation = generation;
-        self.slots[slot.at()].pins = 1;
-        true
-    }
-
-    /// Removes adopted slots from the free list.
-    pub fn finish_adoption(&mut self) {
-        let slots = &self.slots;
-        self.free.retain(|slot| slots[slot.at()].state == State::Free);
-    }
-
     // ---- internal -----------------------------------------------------------------------------------------------
 
     fn take_free(&mut self) -> Option<SlotIndex> {
@@ -555,6 +569,7 @@ impl SlotTable {
         let slot = self.free.pop()?;
         let taken = &mut self.slots[slot.at()];
         taken.generation = taken.generation.wrapping_add(1);
+        taken.priority = PRIORITY_DEFAULT;
         Some(slot)
     }
 
@@ -629,6 +644,7 @@ impl SlotTable {
                     add(&mut self.pinned);
                 }
             }
+            State::Bad => add(&mut self.bad),
             State::Free | State::Retired => {}
         }
     }
@@ -645,11 +661,15 @@ impl SlotTable {
             }
             State::Resident { .. } => self.leave_order(slot),
             State::Filling { key: None, parent } | State::Failed { parent } if idle => {
-                self.set_state(slot, State::Free);
-                self.free.push(slot);
+                let bad = s.bad;
+                self.set_state(slot, if bad { State::Bad } else { State::Free });
+                if !bad {
+                    self.free.push(slot);
+                }
                 self.lose_child(parent, 0);
             }
-            State::Filling { .. } | State::Failed { .. } | State::Free | State::Retired => {}
+            State::Filling { .. } | State::Failed { .. } => {}
+            State::Free | State::Retired | State::Bad => {}
         }
     }
 
@@ -662,6 +682,7 @@ impl SlotTable {
             filling: self.filling,
             resident: self.resident,
             pinned: self.pinned,
+            bad: self.bad,
         }
     }
 
@@ -688,66 +709,6 @@ impl SlotTable {
     /// What became resident or left since the last call, in order.
     pub fn take_changes(&mut self) -> std::vec::Drain<'_, Change> {
         self.changes.drain(..)
-    }
-
-    /// Panics if an invariant of the module does not hold. O(slots).
-    pub fn check_integrity(&self) {
-        let (mut free, mut filling, mut resident, mut pinned, mut retired, mut idle) = (0, 0, 0, 0, 0, 0);
-        let mut children = vec![0; self.slots.len()];
-        let mut keyed = 0;
-        for (i, slot) in self.slots.iter().enumerate() {
-            let at = SlotIndex(i as u32);
-            if let Some(parent) = self.parent_of(at) {
-                children[parent.at()] += 1;
-                let parent = self.slots[parent.at()].state;
-                match slot.state {
-                    State::Resident { .. } => assert!(
-                        matches!(parent, State::Resident { .. }),
-                        "{at:?} is resident, its parent {parent:?}"
-                    ),
-                    _ => assert!(
-                        !matches!(parent, State::Free | State::Retired),
-                        "{at:?} hangs on a slot that is {parent:?}"
-                    ),
-                }
-            }
-            match slot.state {
-                State::Free => {
-                    free += 1;
-                    assert_eq!((slot.pins, slot.copies, slot.children), (0, 0, 0), "{at:?} is free");
-                }
-                State::Retired => retired += 1,
-                State::Failed { .. } => filling += 1,
-                State::Filling { key, .. } => {
-                    filling += 1;
-                    if let Some(key) = key {
-                        assert_eq!(self.index.get(&key), Some(&at));
-                        keyed += 1;
-                    }
-                }
-                State::Resident { key, .. } => {
-                    resident += 1;
-                    keyed += 1;
-                    assert_eq!(self.index.get(&key), Some(&at));
-                    pinned += usize::from(slot.pins > 0 || slot.copies > 0);
-                    let is_idle = slot.pins == 0 && slot.copies == 0 && slot.children == 0;
-                    idle += usize::from(is_idle);
-                    assert_eq!(
-                        self.order.contains(&(slot.last_used, at)),
-                        is_idle,
-                        "{at:?} in eviction order"
-                    );
-                }
-            }
-        }
-        for (slot, children) in self.slots.iter().zip(children) {
-            assert_eq!(slot.children, children, "children are counted");
-        }
-        assert_eq!(self.index.len(), keyed, "the index holds what is filling or resident under a key");
-        assert_eq!(self.order.len(), idle, "the order holds the evictable");
-        assert_eq!((self.free.len(), self.filling, self.resident), (free, filling, resident));
-        assert_eq!((self.pinned, self.retired), (pinned, retired));
-        assert_eq!(free + filling + resident + retired, self.slots.len());
     }
 }
 

@@ -1,9 +1,11 @@
-//! The host tier: equal segments, bound to a class (trust domain, slot size) when first needed.
+//! A tier cut into equal segments (host memory, disk space), each bound to a class (trust domain, slot size) when first
+//! needed.
 //!
 //! A class that owns no segment, or less than its fair share while it has to evict, takes the coldest segment of the
 //! richest class. A segment without blocks is taken first. Blocks of one class never share a segment with another's.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::TrustDomain;
 use super::key::KeyHasher;
@@ -12,7 +14,7 @@ use super::slots::{SlotCounts, SlotIndex, SlotTable};
 /// Segments that are tried before a class keeps what it has: each try may look at every slot.
 const COLDEST_TRIED: usize = 4;
 
-/// One of the equal pieces of host memory.
+/// One of the equal pieces of a tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SegmentId(pub u32);
 
@@ -25,13 +27,42 @@ pub struct Class {
     pub stride: usize,
 }
 
-/// Where in host memory a slot is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HostPlace {
+/// Where in a tier a slot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
     /// Which segment.
     pub segment: SegmentId,
-    /// Bytes from its start.
-    pub offset: usize,
+    /// Which of its slots.
+    pub index: u32,
+}
+
+impl Place {
+    /// Bytes from the start of a segment that holds slots behind each other.
+    pub fn offset(self, stride: usize) -> usize {
+        self.index as usize * stride
+    }
+}
+
+/// How many slots of a size a segment has.
+#[derive(Clone)]
+pub struct SlotsIn(Arc<dyn Fn(usize) -> u32 + Send + Sync>);
+
+impl SlotsIn {
+    /// `slots(stride)` must always give the same answer.
+    pub fn new(slots: impl Fn(usize) -> u32 + Send + Sync + 'static) -> Self {
+        Self(Arc::new(slots))
+    }
+
+    /// Slots behind each other, nothing else.
+    pub fn bytes(segment_bytes: usize) -> Self {
+        Self::new(move |stride| u32::try_from(segment_bytes / stride).unwrap_or(0))
+    }
+}
+
+impl std::fmt::Debug for SlotsIn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SlotsIn")
+    }
 }
 
 /// The slots of one class.
@@ -47,10 +78,10 @@ pub struct ClassTable {
 
 impl ClassTable {
     /// Where the bytes of a slot are.
-    pub fn place(&self, slot: SlotIndex) -> HostPlace {
+    pub fn place(&self, slot: SlotIndex) -> Place {
         let position = (slot.0 / self.slots_per_segment) as usize;
         let segment = self.segments[position].expect("a slot in use has memory behind it");
-        HostPlace { segment, offset: (slot.0 % self.slots_per_segment) as usize * self.class.stride }
+        Place { segment, index: slot.0 % self.slots_per_segment }
     }
 
     fn range(&self, position: usize) -> std::ops::Range<u32> {
@@ -103,39 +134,67 @@ pub struct ClassSummary {
     pub counts: SlotCounts,
 }
 
-/// All host memory.
+/// A tier of segments.
 #[derive(Debug)]
-pub struct HostTier {
-    /// `None`: there is no host tier.
-    segment_bytes: Option<usize>,
+pub struct SegmentTier {
+    /// `None`: there is no such tier.
+    slots_in: Option<SlotsIn>,
     free: Vec<SegmentId>,
     classes: BTreeMap<Class, ClassTable>,
+    bound: Vec<(SegmentId, Class)>,
     hasher: KeyHasher,
 }
 
-impl HostTier {
-    /// A tier without memory: segments are added as their pages are populated.
-    pub fn new(segment_bytes: usize, hasher: KeyHasher) -> Self {
-        Self { segment_bytes: Some(segment_bytes), free: Vec::new(), classes: BTreeMap::new(), hasher }
+impl SegmentTier {
+    /// A tier without segments.
+    pub fn new(slots_in: Option<SlotsIn>, hasher: KeyHasher) -> Self {
+        Self { slots_in, free: Vec::new(), classes: BTreeMap::new(), bound: Vec::new(), hasher }
     }
 
-    /// Bytes in each segment; 0 without a host tier.
-    pub fn segment_bytes(&self) -> usize {
-        self.segment_bytes.unwrap_or(0)
-    }
-
-    /// False if there will never be host memory.
+    /// False if there will never be a segment.
     pub fn is_on(&self) -> bool {
-        self.segment_bytes.is_some()
+        self.slots_in.is_some()
     }
 
-    /// Changes the size of segments, while there are none.
-    pub fn set_segments(&mut self, bytes: Option<usize>) {
-        assert!(self.free.is_empty() && self.classes.is_empty(), "segments exist already");
-        self.segment_bytes = bytes;
+    /// Forgets everything, and changes how segments are cut. No slot may be in use.
+    pub fn set_up(&mut self, slots_in: Option<SlotsIn>) {
+        *self = Self::new(slots_in, self.hasher);
     }
 
-    /// Populated memory joins the free set.
+    /// Slots of a size in each segment.
+    pub fn slots_in(&self, stride: usize) -> u32 {
+        self.slots_in.as_ref().map_or(0, |slots_in| slots_in.0(stride))
+    }
+
+    /// Segments that were bound to a class since the last call: what was in them is void.
+    pub fn take_bound(&mut self) -> Vec<(SegmentId, Class)> {
+        std::mem::take(&mut self.bound)
+    }
+
+    /// A class as it was found, with its segments in order; see [`SlotTable::restore`]. The class must be new.
+    pub fn restore(&mut self, class: Class, segments: Vec<SegmentId>, slots: SlotTable) {
+        let slots_per_segment = self.slots_in(class.stride);
+        assert_eq!(slots.slots(), segments.len() * slots_per_segment as usize, "every slot has memory");
+        let segments = segments.into_iter().map(Some).collect();
+        let known = self.classes.insert(class, ClassTable { class, slots_per_segment, segments, slots });
+        assert!(known.is_none(), "a class is restored once, before it is used");
+    }
+
+    /// Share of the slots that are in use; segments without a class count as unused.
+    pub fn occupancy(&self) -> f64 {
+        let (mut used, mut segments) = (0.0, self.free.len() as f64);
+        for table in self.classes.values() {
+            let owned = table.owned().count() as f64;
+            segments += owned;
+            let slots = table.slots.slots();
+            if slots > 0 {
+                used += owned * (slots - table.slots.counts().free) as f64 / slots as f64;
+            }
+        }
+        if segments == 0.0 { 0.0 } else { used / segments }
+    }
+
+    /// A segment joins the free set.
     pub fn add_segment(&mut self, segment: SegmentId) {
         self.free.push(segment);
     }
@@ -145,7 +204,7 @@ impl HostTier {
         self.classes.get(&class)
     }
 
-    /// As [`HostTier::class`].
+    /// As [`SegmentTier::class`].
     pub fn class_mut(&mut self, class: Class) -> Option<&mut ClassTable> {
         self.classes.get_mut(&class)
     }
@@ -163,8 +222,7 @@ impl HostTier {
     /// The table of a class, with a free segment bound to it if it has no free slot. Its slots may be none. `None` if
     /// blocks of this size do not fit a segment.
     pub fn make_room(&mut self, class: Class) -> Option<&mut ClassTable> {
-        let slots_per_segment =
-            u32::try_from(self.segment_bytes() / class.stride).ok().filter(|slots| *slots > 0)?;
+        let slots_per_segment = Some(self.slots_in(class.stride)).filter(|slots| *slots > 0)?;
         let table = self.classes.entry(class).or_insert_with(|| ClassTable {
             class,
             slots_per_segment,
@@ -175,6 +233,7 @@ impl HostTier {
             && let Some(segment) = self.free.pop()
         {
             table.bind(segment);
+            self.bound.push((segment, class));
         }
         Some(table)
     }
@@ -188,6 +247,7 @@ impl HostTier {
         let owned = table.owned().count();
         if let Some(segment) = self.take_segment(class, owned) {
             self.classes.get_mut(&class).expect("it was just there").bind(segment);
+            self.bound.push((segment, class));
         }
     }
 
@@ -258,13 +318,13 @@ mod tests {
         Key { namespace: NamespaceId(1), hash: SequenceHash([n; 16]) }
     }
 
-    fn tier(segments: u32) -> HostTier {
-        let mut tier = HostTier::new(4 * 4096, KeyHasher::new(1));
+    fn tier(segments: u32) -> SegmentTier {
+        let mut tier = SegmentTier::new(Some(SlotsIn::bytes(4 * 4096)), KeyHasher::new(1));
         (0..segments).for_each(|segment| tier.add_segment(SegmentId(segment)));
         tier
     }
 
-    fn fill(tier: &mut HostTier, class: Class, keys: std::ops::Range<u8>) {
+    fn fill(tier: &mut SegmentTier, class: Class, keys: std::ops::Range<u8>) {
         for n in keys {
             tier.claim_share(class);
             let table = tier.make_room(class).expect("it fits");
@@ -284,7 +344,7 @@ mod tests {
         fill(&mut tier, SMALL, 0..16);
         assert_eq!(tier.free_segments(), 0);
         fill(&mut tier, LARGE, 0..4);
-        let shares = |tier: &HostTier| tier.summaries().iter().map(|s| s.segments).collect::<Vec<_>>();
+        let shares = |tier: &SegmentTier| tier.summaries().iter().map(|s| s.segments).collect::<Vec<_>>();
         assert_eq!(shares(&tier), [2, 2]);
         fill(&mut tier, OTHER, 0..40);
         assert_eq!(shares(&tier).iter().sum::<usize>(), 4);
