@@ -105,7 +105,7 @@ fn pool(id: PoolId, pool: &DevicePool) -> PoolStatus {
 
 fn namespace(ledger: &Ledger, id: u32, namespace: &Namespace) -> NamespaceStatus {
     // Without a pool of that base there never was a block of it.
-    let stride = ledger.stride(namespace.domain, namespace.base).unwrap_or(0) as u64;
+    let stride = ledger.stride(namespace.domain, namespace.base.unwrap_or_default()).unwrap_or(0) as u64;
     let resident = namespace.resident.iter();
     NamespaceStatus {
         id,

@@ -105,7 +105,7 @@ impl Ledger {
         pool: Option<PoolId>,
         now: Millis,
     ) -> Result<Matched, Refused> {
-        let base = self.registry.namespace_of(session, namespace)?.base;
+        let base = self.registry.base_of(session, namespace)?;
         let key = |i: usize| Key { namespace, hash: hashes[i] };
         let mut device = Vec::new();
         if let Some(id) = pool {
@@ -118,11 +118,16 @@ impl Ledger {
                 device.push(pool.block_ref(slot));
             }
         }
-        let (in_host, lease) = match self.host_class(session, &base) {
-            None => (0, None),
-            Some(class) => self.lease_host(session, namespace, class, hashes, device.len(), now),
+        let (in_host, on_disk, lease) = match self.host_class(session, &base) {
+            None => (0, 0, None),
+            Some(class) => {
+                let (in_host, lease) = self.lease_host(session, namespace, class, hashes, device.len(), now);
+                (in_host, self.disk_prefix(class, namespace, hashes), lease)
+            }
         };
-        Ok(Matched { host_blocks: in_host.saturating_sub(device.len()), device, disk_blocks: 0, lease })
+        let faster = in_host.max(device.len());
+        let (host_blocks, disk_blocks) = (faster - device.len(), on_disk.saturating_sub(faster));
+        Ok(Matched { device, host_blocks, disk_blocks, lease })
     }
 
     fn lease_host(
@@ -137,29 +142,18 @@ impl Ledger {
         let Some(table) = self.host.class_mut(class) else { return (0, None) };
         let key = |i: usize| Key { namespace, hash: hashes[i] };
         let (blocks, deepest) = table.slots.prefix(key, hashes.len());
-        let Some(deepest) = deepest.filter(|_| blocks > in_device) else { return (blocks, None) };
+        let Some(deepest) = deepest else { return (0, None) };
+        let priority = table.slots.priority(deepest);
+        if blocks <= in_device {
+            table.slots.used(deepest);
+            self.used_in_host(class, key(blocks - 1), priority);
+            return (blocks, None);
+        }
         table.slots.pin(deepest);
+        self.used_in_host(class, key(blocks - 1), priority);
         let expires = Millis(now.0 + self.config.lease.as_millis() as u64);
         let lease = Lease { session, namespace, class, deepest, count: blocks - in_device, expires };
         (blocks, Some(self.leases.add(lease)))
-    }
-
-    /// Leading blocks of `hashes` in host memory, now. Pins nothing; counts as a use.
-    pub fn host_prefix(
-        &mut self,
-        session: SessionId,
-        namespace: NamespaceId,
-        hashes: &[SequenceHash],
-    ) -> Result<usize, Refused> {
-        let base = self.registry.namespace_of(session, namespace)?.base;
-        let class = self.host_class(session, &base);
-        let Some(table) = class.and_then(|class| self.host.class_mut(class)) else { return Ok(0) };
-        let (blocks, deepest) = table.slots.prefix(|i| Key { namespace, hash: hashes[i] }, hashes.len());
-        if let Some(deepest) = deepest {
-            table.slots.pin(deepest);
-            table.slots.unpin(deepest, 1);
-        }
-        Ok(blocks)
     }
 
     /// The session does not want the lease any more.

@@ -11,30 +11,40 @@
 
 #![forbid(unsafe_code)]
 
+mod admission;
+mod demote;
 mod device;
+mod disk;
 mod key;
 mod lease;
 mod offload;
 mod onboard;
 mod pools;
+mod promote;
 mod registry;
 mod segments;
 mod slots;
+mod waiters;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use kvbm_hash::SequenceHash;
 
+pub use admission::{AdmissionRules, AdmissionTally};
+pub use demote::{BatchLimit, DemoteBatch, DemoteCopy};
 pub use device::{BlockRef, DevicePool, Owner, PoolId, PoolIdentity};
+pub use disk::{DiskRules, FoundBlock, FoundNames, FoundSegment, FoundTables, ScrubItem};
 pub use key::{Key, KeyHasher, NamespaceId};
 pub use lease::{LeaseId, Matched};
-pub use offload::{OffloadBatch, OffloadReport, WaiterId};
+pub use offload::OffloadBatch;
 pub use onboard::{OnboardBatch, OnboardPart};
 pub use pools::{Held, PoolEntry};
+pub use promote::{PrefixFound, PromoteBatch, PromoteCopy, Promoted};
 pub use registry::{Namespace, Session, SessionId};
 pub use segments::{Class, ClassSummary, Place, SegmentId, SegmentTier, SlotsIn};
 pub use slots::{Committed, SlotCounts, SlotIndex};
+pub use waiters::{ArrivalReport, WaiterId};
 
 use crate::error::Refused;
 use crate::event::{Event, EventKind};
@@ -42,6 +52,7 @@ use crate::tier::Tier;
 use lease::Leases;
 use registry::Registry;
 use slots::Change;
+use waiters::Waiters;
 
 /// Milliseconds on the caller's monotonic clock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -88,6 +99,8 @@ pub struct LedgerConfig {
     pub orphan_pool_ttl: Duration,
     /// Secret for spreading keys over buckets.
     pub secret: u64,
+    /// Flow to disk.
+    pub disk: DiskRules,
 }
 
 /// What happened since the start, in blocks.
@@ -116,8 +129,9 @@ pub struct Ledger {
     /// Bytes of a block of each base namespace, as its first pool declared them.
     strides: HashMap<(TrustDomain, [u8; 32]), usize>,
     host: SegmentTier,
+    disk: disk::Disk,
     leases: Leases,
-    offloads: offload::Waiters,
+    waiters: Waiters,
     /// Where the next search for blocks to offload begins: pools take turns.
     next_offload_pool: PoolId,
     tally: Tally,
@@ -136,8 +150,9 @@ impl Ledger {
             last_pool: 0,
             strides: HashMap::new(),
             host: SegmentTier::new(Some(SlotsIn::bytes(0)), hasher),
+            disk: disk::Disk::new(config.disk, hasher),
             leases: Leases::default(),
-            offloads: offload::Waiters::default(),
+            waiters: Waiters::default(),
             next_offload_pool: PoolId(0),
             tally: Tally::default(),
             evictions_of_gone_pools: 0,
@@ -260,7 +275,8 @@ impl Ledger {
                 living + self.evictions_of_gone_pools
             }
             Tier::Host => self.host.classes().map(|(_, table)| table.slots.evictions()).sum(),
-            Tier::Disk | Tier::Remote => 0,
+            Tier::Disk => self.disk.tier.classes().map(|(_, table)| table.slots.evictions()).sum(),
+            Tier::Remote => 0,
         }
     }
 
@@ -271,20 +287,36 @@ impl Ledger {
 
     /// Everything resident, parents before children.
     pub fn residents(&self) -> Vec<Event> {
+        [Tier::Device, Tier::Host, Tier::Disk].into_iter().flat_map(|tier| self.residents_of(tier)).collect()
+    }
+
+    fn residents_of(&self, tier: Tier) -> Vec<Event> {
         let mut events = Vec::new();
-        let mut list = |tier, pool, slots: &slots::SlotTable| {
+        let mut list = |pool, slots: &slots::SlotTable| {
             events.extend(slots.residents().into_iter().map(|(_, key, parent)| {
                 let kind = EventKind::Stored { namespace: key.namespace, key: key.hash, parent };
                 Event { tier, pool, kind }
             }));
         };
-        for (id, pool) in self.pools.iter().filter(|(_, pool)| pool.owner != Owner::Retired) {
-            list(Tier::Device, Some(*id), &pool.slots);
-        }
-        for (_, table) in self.host.classes() {
-            list(Tier::Host, None, &table.slots);
+        match tier {
+            Tier::Device => {
+                let living = self.pools.iter().filter(|(_, pool)| pool.owner != Owner::Retired);
+                living.for_each(|(id, pool)| list(Some(*id), &pool.slots));
+            }
+            Tier::Host => self.host.classes().for_each(|(_, table)| list(None, &table.slots)),
+            Tier::Disk => self.disk.tier.classes().for_each(|(_, table)| list(None, &table.slots)),
+            Tier::Remote => {}
         }
         events
+    }
+
+    /// Segments of a tier that were bound to a class since the last call: what was in them is void.
+    pub fn take_bound(&mut self, tier: Tier) -> Vec<(SegmentId, Class)> {
+        match tier {
+            Tier::Host => self.host.take_bound(),
+            Tier::Disk => self.disk.tier.take_bound(),
+            Tier::Device | Tier::Remote => Vec::new(),
+        }
     }
 
     /// Residency changes since the last call, in order.
@@ -295,7 +327,7 @@ impl Ledger {
 
     /// Carries changes from the slot tables into namespace accounts and events: the only place that does.
     fn sweep(&mut self) {
-        let Self { pools, host, registry, events, .. } = self;
+        let Self { pools, host, disk, registry, events, .. } = self;
         let mut note = |tier, pool, change| {
             let kind = match change {
                 Change::Stored(Key { namespace, hash }, parent) => {
@@ -315,11 +347,15 @@ impl Ledger {
         for (_, table) in host.classes_mut() {
             table.slots.take_changes().for_each(|change| note(Tier::Host, None, change));
         }
+        for (_, table) in disk.tier.classes_mut() {
+            table.slots.take_changes().for_each(|change| note(Tier::Disk, None, change));
+        }
     }
 
     /// Panics if an invariant does not hold. O(everything).
     pub fn check_integrity(&self) {
         self.host.check_integrity();
+        self.disk.tier.check_integrity();
         for pool in self.pools.values() {
             pool.slots.check_integrity();
         }

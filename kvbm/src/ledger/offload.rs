@@ -4,12 +4,11 @@
 //! is dropped when the copy queue is full, it is only copied later. A block whose ancestors are no longer in host takes
 //! them along, as far as they are in the pool (and they are: prefixes are closed).
 
-use std::collections::HashMap;
-
 use super::device::Backlogged;
 use super::key::Key;
 use super::segments::{Class, Place};
 use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
+use super::waiters::{ArrivalReport, WaiterId};
 use super::{BlockRef, Ledger, Owner, PoolId, SessionId};
 use crate::error::Refused;
 use crate::tier::Tier;
@@ -57,76 +56,6 @@ enum Planned {
     Never,
 }
 
-/// Number of a question about offloads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct WaiterId(pub u64);
-
-/// What became of the blocks somebody asked about.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct OffloadReport {
-    /// In host memory.
-    pub done: usize,
-    /// Not, and not going to be.
-    pub failed: usize,
-}
-
-/// Who wants to know when blocks are in host memory.
-#[derive(Debug, Default)]
-pub(super) struct Waiters {
-    open: HashMap<WaiterId, Open>,
-    by_key: HashMap<Key, Vec<WaiterId>>,
-    finished: Vec<(WaiterId, OffloadReport)>,
-    last: u64,
-}
-
-#[derive(Debug)]
-struct Open {
-    pool: PoolId,
-    blocks: usize,
-    report: OffloadReport,
-}
-
-impl Waiters {
-    fn add(&mut self, pool: PoolId, keys: &[Key]) -> WaiterId {
-        self.last += 1;
-        let id = WaiterId(self.last);
-        self.open.insert(id, Open { pool, blocks: keys.len(), report: OffloadReport::default() });
-        for key in keys {
-            self.by_key.entry(*key).or_default().push(id);
-        }
-        id
-    }
-
-    fn settle(&mut self, key: Key, done: bool) {
-        for id in self.by_key.remove(&key).unwrap_or_default() {
-            // The pool of the question may have gone.
-            let Some(open) = self.open.get_mut(&id) else { continue };
-            *if done { &mut open.report.done } else { &mut open.report.failed } += 1;
-            open.blocks -= 1;
-            if open.blocks == 0 {
-                self.finish(id);
-            }
-        }
-    }
-
-    fn finish(&mut self, id: WaiterId) {
-        if let Some(Open { blocks, report, .. }) = self.open.remove(&id) {
-            self.finished.push((id, OffloadReport { failed: report.failed + blocks, ..report }));
-        }
-    }
-
-    pub fn pool_gone(&mut self, pool: PoolId) {
-        let of_pool = self.open.iter().filter(|(_, open)| open.pool == pool);
-        let ids: Vec<WaiterId> = of_pool.map(|(id, _)| *id).collect();
-        ids.into_iter().for_each(|id| self.finish(id));
-        let open = &self.open;
-        self.by_key.retain(|_, ids| {
-            ids.retain(|id| open.contains_key(id));
-            !ids.is_empty()
-        });
-    }
-}
-
 impl Ledger {
     /// The next blocks to copy to host, `max` at most. Pools take turns.
     pub fn next_offload(&mut self, max: usize) -> Option<OffloadBatch> {
@@ -156,7 +85,7 @@ impl Ledger {
             let pool = self.pools.get_mut(&id)?;
             let Some(Backlogged { block, key }) = pool.backlog.pop_front() else { break };
             if !pool.slots.is_resident(SlotIndex(block.block), block.generation) {
-                self.offloads.settle(key, false);
+                self.waiters.settle(key, false);
                 continue;
             }
             if !self.plan_with_ancestors(id, SlotIndex(block.block), key, &mut batch, max) {
@@ -187,8 +116,11 @@ impl Ledger {
         let host = self.host.class(batch.class);
         if let Some(known) = host.filter(|table| table.slots.knows(key)) {
             // In host, or on its way there: then the outcome of that copy settles it.
-            if known.slots.resident(key).is_some() {
-                self.offloads.settle(key, true);
+            if let Some(slot) = known.slots.resident(key) {
+                let priority = known.slots.priority(slot);
+                self.waiters.settle(key, true);
+                // Computed again: a use.
+                self.used_in_host(batch.class, key, priority);
             }
             return true;
         }
@@ -208,7 +140,7 @@ impl Ledger {
             for slot in chain[i..].iter().rev() {
                 let (key, _) = pool.slots.block(*slot).expect("nothing was evicted here");
                 match planned {
-                    Planned::Never => self.offloads.settle(key, false),
+                    Planned::Never => self.waiters.settle(key, false),
                     Planned::Later | Planned::Yes => {
                         pool.backlog.push_front(Backlogged { block: pool.block_ref(*slot), key });
                     }
@@ -229,6 +161,7 @@ impl Ledger {
         match table.slots.reserve(key, parent) {
             Ok(target) => {
                 let place = table.place(target.slot());
+                table.slots.set_priority(target.slot(), pool.slots.priority(slot));
                 let source = pool.slots.begin_copy(slot);
                 batch.items.push(OffloadItem { source, key, target, place });
                 Planned::Yes
@@ -269,15 +202,19 @@ impl Ledger {
                 false
             };
             stored += usize::from(committed);
+            let priority = pool.slots.priority(item.source.slot());
             pool.slots.end_copy(item.source);
-            self.offloads.settle(item.key, committed);
+            if committed {
+                self.used_in_host(batch.class, item.key, priority);
+            }
+            self.waiters.settle(item.key, committed);
         }
         self.collect_pool(batch.pool);
         self.sweep();
         stored
     }
 
-    /// Asks when these committed blocks are in host memory. Answered by [`Ledger::take_offload_reports`].
+    /// Asks when these committed blocks are in host memory. Answered by [`Ledger::take_arrivals`].
     pub fn watch_offload(
         &mut self,
         session: SessionId,
@@ -298,16 +235,16 @@ impl Ledger {
             keys.push(key);
         }
         let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
-        let waiter = self.offloads.add(id, &keys);
+        let waiter = self.waiters.add(Some(id), &keys);
         if !self.host.is_on() {
-            keys.into_iter().for_each(|key| self.offloads.settle(key, false));
+            keys.into_iter().for_each(|key| self.waiters.settle(key, false));
             return Ok(waiter);
         }
         let host = self.host.class(class);
         let pool = self.pools.get_mut(&id).expect("it was just there");
         for (key, block) in keys.into_iter().zip(blocks) {
             match host.filter(|table| table.slots.knows(key)) {
-                Some(table) if table.slots.resident(key).is_some() => self.offloads.settle(key, true),
+                Some(table) if table.slots.resident(key).is_some() => self.waiters.settle(key, true),
                 // The copy that is under way settles it.
                 Some(_) => {}
                 None => pool.backlog.push_back(Backlogged { block: *block, key }),
@@ -317,8 +254,8 @@ impl Ledger {
     }
 
     /// Questions that have been answered.
-    pub fn take_offload_reports(&mut self) -> Vec<(WaiterId, OffloadReport)> {
-        std::mem::take(&mut self.offloads.finished)
+    pub fn take_arrivals(&mut self) -> Vec<(WaiterId, ArrivalReport)> {
+        self.waiters.take_finished()
     }
 
     /// Blocks that wait to be copied to host.

@@ -12,6 +12,7 @@ struct OnboardItem {
     place: Place,
     key: Key,
     parent: Option<kvbm_hash::SequenceHash>,
+    priority: u8,
     target: Copying,
     block: BlockRef,
 }
@@ -105,8 +106,9 @@ impl Ledger {
         let chain = table.slots.chain(lease.deepest, lease.count);
         let items = chain.into_iter().zip(targets).map(|(slot, block)| {
             let (key, parent) = table.slots.block(slot).expect("leased blocks are resident");
+            let (place, priority) = (table.place(slot), table.slots.priority(slot));
             let target = pool.slots.begin_copy(SlotIndex(block.block));
-            OnboardItem { place: table.place(slot), key, parent, target, block: *block }
+            OnboardItem { place, key, parent, priority, target, block: *block }
         });
         let items = items.collect();
         pool.batches += 1;
@@ -124,7 +126,7 @@ impl Ledger {
                 let slot = item.target.slot();
                 match pool.slots.commit_granted(slot, item.block.generation, item.key, item.parent) {
                     // It is in host already, or was when it was copied: nothing to offload.
-                    Committed::Resident => {}
+                    Committed::Resident => pool.slots.set_priority(slot, item.priority),
                     Committed::Duplicate => self.tally.duplicate_commits += 1,
                     Committed::Orphan => self.tally.orphans += 1,
                     Committed::Stale => {}

@@ -118,7 +118,7 @@ impl Ledger {
         if !removed.is_empty() {
             self.events.push(Event { tier: Tier::Device, pool: Some(id), kind: EventKind::Cleared });
         }
-        self.offloads.pool_gone(id);
+        self.waiters.pool_gone(id);
         self.collect_pool(id);
     }
 
@@ -201,7 +201,7 @@ impl Ledger {
     ) -> Result<(), Refused> {
         let base = self.owned_pool_mut(session, id)?.identity.base;
         for entry in entries {
-            if self.registry.namespace_of(session, entry.namespace)?.base != base {
+            if self.registry.base_of(session, entry.namespace)? != base {
                 return Err(Refused::invalid("adoption", "an entry is of another base namespace"));
             }
         }
@@ -285,8 +285,9 @@ impl Ledger {
         namespace: NamespaceId,
         id: PoolId,
         blocks: &[CommitBlock],
+        priority: u8,
     ) -> Result<(), Refused> {
-        let base = self.registry.namespace_of(session, namespace)?.base;
+        let base = self.registry.base_of(session, namespace)?;
         let offloads = self.host.is_on();
         let pool = self.owned_pool_mut(session, id)?;
         if pool.identity.base != base {
@@ -297,10 +298,12 @@ impl Ledger {
             let slot = SlotIndex(commit.block.block);
             let key = Key { namespace, hash: commit.hash };
             match pool.slots.commit_granted(slot, commit.block.generation, key, commit.parent) {
-                Committed::Resident if offloads => {
-                    pool.backlog.push_back(Backlogged { block: commit.block, key });
+                Committed::Resident => {
+                    pool.slots.set_priority(slot, priority);
+                    if offloads {
+                        pool.backlog.push_back(Backlogged { block: commit.block, key });
+                    }
                 }
-                Committed::Resident => {}
                 Committed::Duplicate => duplicates += 1,
                 Committed::Orphan => orphans += 1,
                 Committed::Stale => stale += 1,

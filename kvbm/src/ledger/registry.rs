@@ -32,14 +32,14 @@ pub struct Namespace {
     pub digest: [u8; 32],
     /// Whose.
     pub domain: TrustDomain,
-    /// Digest of the base namespace.
-    pub base: [u8; 32],
+    /// Digest of the base namespace; `None` while only blocks of an earlier life of the daemon are known of it.
+    pub base: Option<[u8; 32]>,
     /// Label of whoever pays for it.
     pub tenant: String,
     /// Model, for people.
     pub model: String,
-    /// Sessions that registered it.
-    sessions: usize,
+    /// Sessions that registered it, and others who hold on to it.
+    holders: usize,
     /// Resident blocks per tier.
     pub resident: BTreeMap<Tier, usize>,
 }
@@ -68,7 +68,7 @@ impl Registry {
         let Some(session) = self.sessions.remove(&id) else { return };
         for id in session.namespaces {
             if let Some(namespace) = self.namespaces.get_mut(&id) {
-                namespace.sessions -= 1;
+                namespace.holders -= 1;
             }
             self.collect(id);
         }
@@ -102,31 +102,55 @@ impl Registry {
     ) -> Result<NamespaceId, Refused> {
         let domain = self.session(session)?.domain;
         let known = self.by_digest.get(&(domain, digest)).copied();
-        if known.is_some_and(|id| self.namespaces[&id].base != base) {
+        if known.and_then(|id| self.namespaces[&id].base).is_some_and(|known| known != base) {
             return Err(Refused::invalid("base", "the namespace is known with another base"));
         }
-        let owner = self.sessions.get_mut(&session).ok_or(Refused::Unknown { what: "session" })?;
+        let owner = self.session(session)?;
         let mine = known.is_some_and(|id| owner.namespaces.contains(&id));
         if !mine && owner.namespaces.len() >= NAMESPACES_PER_SESSION_MAX {
             return Err(Refused::Busy { queue: "namespaces" });
         }
-        let id = known.unwrap_or_else(|| {
-            self.last_namespace += 1;
-            NamespaceId(self.last_namespace)
-        });
+        let id = known.unwrap_or_else(|| self.new_namespace(domain, digest));
+        let owner = self.sessions.get_mut(&session).ok_or(Refused::Unknown { what: "session" })?;
         let newly_owned = owner.namespaces.insert(id);
-        self.by_digest.insert((domain, digest), id);
-        let namespace = self.namespaces.entry(id).or_insert_with(|| Namespace {
-            digest,
-            domain,
-            base,
-            tenant: tenant.to_owned(),
-            model: model.to_owned(),
-            sessions: 0,
-            resident: BTreeMap::new(),
-        });
-        namespace.sessions += usize::from(newly_owned);
+        let namespace = self.namespaces.get_mut(&id).expect("it is known, or was just made");
+        namespace.holders += usize::from(newly_owned);
+        if namespace.base.is_none() {
+            namespace.base = Some(base);
+            (namespace.tenant, namespace.model) = (tenant.to_owned(), model.to_owned());
+        }
         Ok(id)
+    }
+
+    fn new_namespace(&mut self, domain: TrustDomain, digest: [u8; 32]) -> NamespaceId {
+        self.last_namespace += 1;
+        let id = NamespaceId(self.last_namespace);
+        self.by_digest.insert((domain, digest), id);
+        let (tenant, model, resident) = Default::default();
+        let namespace = Namespace { digest, domain, base: None, tenant, model, holders: 0, resident };
+        self.namespaces.insert(id, namespace);
+        id
+    }
+
+    /// The namespace of blocks that an earlier life of the daemon left; not forgotten before [`Registry::let_go`].
+    pub fn hold(&mut self, domain: TrustDomain, digest: [u8; 32]) -> NamespaceId {
+        let known = self.by_digest.get(&(domain, digest)).copied();
+        let id = known.unwrap_or_else(|| self.new_namespace(domain, digest));
+        self.namespaces.get_mut(&id).expect("it is known, or was just made").holders += 1;
+        id
+    }
+
+    /// Ends a hold.
+    pub fn let_go(&mut self, id: NamespaceId) {
+        if let Some(namespace) = self.namespaces.get_mut(&id) {
+            namespace.holders -= 1;
+        }
+        self.collect(id);
+    }
+
+    /// Base namespace of a namespace that the session registered.
+    pub fn base_of(&self, session: SessionId, id: NamespaceId) -> Result<[u8; 32], Refused> {
+        self.namespace_of(session, id)?.base.ok_or(Refused::Unknown { what: "namespace" })
     }
 
     /// A namespace that the session registered.
@@ -150,8 +174,13 @@ impl Registry {
 
     /// A block of the namespace became resident.
     pub fn stored(&mut self, id: NamespaceId, tier: Tier) {
+        self.stored_many(id, tier, 1);
+    }
+
+    /// Blocks of the namespace became resident.
+    pub fn stored_many(&mut self, id: NamespaceId, tier: Tier, blocks: usize) {
         if let Some(namespace) = self.namespaces.get_mut(&id) {
-            *namespace.resident.entry(tier).or_default() += 1;
+            *namespace.resident.entry(tier).or_default() += blocks;
         }
     }
 
@@ -168,7 +197,7 @@ impl Registry {
 
     /// A namespace nobody uses and nothing is in is forgotten; its number is not used again.
     fn collect(&mut self, id: NamespaceId) {
-        let unused = |n: &Namespace| n.sessions == 0 && n.resident.values().all(|count| *count == 0);
+        let unused = |n: &Namespace| n.holders == 0 && n.resident.values().all(|count| *count == 0);
         if self.namespaces.get(&id).is_some_and(unused) {
             let namespace = self.namespaces.remove(&id).expect("it was just there");
             self.by_digest.remove(&(namespace.domain, namespace.digest));

@@ -5,6 +5,7 @@
 //! richest class. A segment without blocks is taken first. Blocks of one class never share a segment with another's.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use super::TrustDomain;
@@ -51,6 +52,11 @@ impl SlotsIn {
     /// `slots(stride)` must always give the same answer.
     pub fn new(slots: impl Fn(usize) -> u32 + Send + Sync + 'static) -> Self {
         Self(Arc::new(slots))
+    }
+
+    /// Slots of this size.
+    pub fn count(&self, stride: usize) -> u32 {
+        (self.0)(stride)
     }
 
     /// Slots behind each other, nothing else.
@@ -163,7 +169,7 @@ impl SegmentTier {
 
     /// Slots of a size in each segment.
     pub fn slots_in(&self, stride: usize) -> u32 {
-        self.slots_in.as_ref().map_or(0, |slots_in| slots_in.0(stride))
+        self.slots_in.as_ref().map_or(0, |slots_in| slots_in.count(stride))
     }
 
     /// Segments that were bound to a class since the last call: what was in them is void.
@@ -217,6 +223,11 @@ impl SegmentTier {
     /// All tables, to be changed.
     pub fn classes_mut(&mut self) -> impl Iterator<Item = (&Class, &mut ClassTable)> {
         self.classes.iter_mut()
+    }
+
+    /// Tables from a class on, to be changed.
+    pub fn classes_from(&mut self, from: Bound<Class>) -> impl Iterator<Item = (&Class, &mut ClassTable)> {
+        self.classes.range_mut((from, Bound::Unbounded))
     }
 
     /// The table of a class, with a free segment bound to it if it has no free slot. Its slots may be none. `None` if

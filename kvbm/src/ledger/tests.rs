@@ -51,6 +51,11 @@ struct World {
     host: HashMap<(u32, usize), Bytes>,
     offloads: Vec<(OffloadBatch, Vec<Bytes>)>,
     onboards: Vec<(OnboardBatch, Vec<Bytes>, SessionId, Vec<BlockRef>)>,
+    disk: HashMap<(u32, usize), Bytes>,
+    demotes: Vec<(DemoteBatch, Vec<Bytes>)>,
+    promotes: Vec<(PromoteBatch, Vec<Bytes>)>,
+    scrubs: Vec<ScrubItem>,
+    disk_segments: u32,
     resident: HashSet<(Tier, Option<PoolId>, NamespaceId, SequenceHash)>,
     segments: u32,
 }
@@ -72,6 +77,15 @@ enum Op {
     Reattach(usize),
     Tick(u64),
     Segment,
+    DiskSegment,
+    DiskService(bool),
+    Demote(usize),
+    EndDemote(u64),
+    Promote { worker: usize, namespace: usize, key: u16, batch: usize },
+    EndPromote(u64),
+    Scrub(usize),
+    EndScrub(usize, bool),
+    RestartDisk(u64),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -96,6 +110,16 @@ fn op() -> impl Strategy<Value = Op> {
         1 => worker.prop_map(Op::Reattach),
         1 => (1u64..60).prop_map(Op::Tick),
         1 => Just(Op::Segment),
+        1 => Just(Op::DiskSegment),
+        1 => prop::bool::weighted(0.8).prop_map(Op::DiskService),
+        8 => (1usize..5).prop_map(Op::Demote),
+        6 => any::<u64>().prop_map(Op::EndDemote),
+        5 => (0usize..4, 0usize..2, 0..KEYS, 1usize..4)
+            .prop_map(|(worker, namespace, key, batch)| Op::Promote { worker, namespace, key, batch }),
+        5 => any::<u64>().prop_map(Op::EndPromote),
+        1 => (1usize..4).prop_map(Op::Scrub),
+        2 => (any::<usize>(), prop::bool::weighted(0.7)).prop_map(|(i, ok)| Op::EndScrub(i, ok)),
+        1 => any::<u64>().prop_map(Op::RestartDisk),
     ]
 }
 
@@ -114,6 +138,11 @@ impl World {
             orphan_pools_max: 2,
             orphan_pool_ttl: Duration::from_millis(200),
             secret: 11,
+            disk: DiskRules {
+                admission: AdmissionRules { frequency_filter: false, priority_min: 0, bytes_per_day: None },
+                idle: Millis(5),
+                high_water: 0.5,
+            },
         };
         let mut ledger = Ledger::new(config);
         ledger.set_segments(Some(SlotsIn::bytes(4 * 4096)));
@@ -125,6 +154,11 @@ impl World {
             host: HashMap::new(),
             offloads: vec![],
             onboards: vec![],
+            disk: HashMap::new(),
+            demotes: vec![],
+            promotes: vec![],
+            scrubs: vec![],
+            disk_segments: 0,
             resident: HashSet::new(),
             segments: 0,
         }
@@ -193,14 +227,14 @@ impl World {
         let parent = path(n).iter().rev().nth(1).map(|n| hash(*n));
         let commit = CommitBlock { block, hash: hash(n), parent };
         let (session, pool) = (worker.session, worker.pool);
-        assert_eq!(self.ledger.commit(session, id, pool, &[commit]), Ok(()));
+        assert_eq!(self.ledger.commit(session, id, pool, &[commit], 35), Ok(()));
         // Committed or private: either way it is held by one pin.
         *self.workers[i].pins.entry(block).or_default() += 1;
         let late = CommitBlock {
             block: BlockRef { generation: block.generation.wrapping_sub(1), ..block },
             ..commit
         };
-        assert!(self.ledger.commit(session, id, pool, &[late]).is_err());
+        assert!(self.ledger.commit(session, id, pool, &[late], 35).is_err());
     }
 
     fn find(&mut self, i: usize, namespace: usize, n: u16) {
@@ -301,6 +335,144 @@ impl World {
                 }
             }
         }
+    }
+
+    fn demote(&mut self, blocks: usize) {
+        let limit = BatchLimit { blocks, bytes: usize::MAX };
+        let batch = self.ledger.next_demote(limit, Millis(self.now));
+        for (bound, _) in self.ledger.take_bound(Tier::Disk) {
+            self.disk.retain(|(segment, _), _| *segment != bound.0);
+        }
+        let Some(batch) = batch else { return };
+        assert!((1..=blocks).contains(&batch.copies().len()));
+        let stride = batch.stride();
+        let host = |copy: &DemoteCopy| self.host[&(copy.from.segment.0, copy.from.offset(stride))];
+        let bytes: Vec<Bytes> = batch.copies().map(|copy| host(&copy)).collect();
+        for (copy, bytes) in batch.copies().zip(&bytes) {
+            let n = u16::from_le_bytes([copy.key.0[0], copy.key.0[1]]);
+            assert_eq!(*bytes, Some((copy.namespace, n)), "what is written is what it is called");
+            self.disk.insert((copy.to.segment.0, copy.to.offset(stride)), None);
+        }
+        self.demotes.push((batch, bytes));
+    }
+
+    fn end_demote(&mut self, outcomes: u64) {
+        if self.demotes.is_empty() {
+            return;
+        }
+        let (batch, planned) = self.demotes.remove(0);
+        let written: Vec<bool> = (0..planned.len()).map(|i| outcomes >> i & 3 != 0).collect();
+        for ((copy, planned), written) in batch.copies().zip(planned).zip(&written) {
+            let now = self.host[&(copy.from.segment.0, copy.from.offset(batch.stride()))];
+            assert_eq!(now, planned, "a source changed while it was written");
+            if *written {
+                self.disk.insert((copy.to.segment.0, copy.to.offset(batch.stride())), now);
+            }
+        }
+        self.ledger.finish_demote(batch, &written);
+    }
+
+    fn promote(&mut self, i: usize, namespace: usize, n: u16, blocks: usize) {
+        let worker = &self.workers[i];
+        let (session, (digest, id)) = (worker.session, worker.namespaces[namespace]);
+        let hashes: Vec<_> = path(n).into_iter().map(hash).collect();
+        let found = self.ledger.find_prefix(session, id, &hashes).expect("all is registered");
+        let limit = BatchLimit { blocks, bytes: usize::MAX };
+        let batches = self.ledger.begin_promote(session, id, &hashes, limit, Millis(self.now));
+        let batches = batches.expect("all is registered");
+        let planned: usize = batches.iter().map(|batch| batch.copies().len()).sum();
+        assert!(planned <= found.disk_blocks);
+        for batch in batches {
+            assert!(batch.copies().len() <= blocks && batch.namespace() == digest);
+            let place = |place: Place| (place.segment.0, place.offset(batch.stride()));
+            let bytes: Vec<Bytes> = batch.copies().map(|copy| self.disk[&place(copy.from)]).collect();
+            for (copy, bytes) in batch.copies().zip(&bytes) {
+                let n = u16::from_le_bytes([copy.key.0[0], copy.key.0[1]]);
+                assert_eq!(*bytes, Some((digest, n)), "disk holds what is promoted");
+                self.host.insert(place(copy.to), None);
+            }
+            self.promotes.push((batch, bytes));
+        }
+    }
+
+    fn end_promote(&mut self, outcomes: u64) {
+        if self.promotes.is_empty() {
+            return;
+        }
+        let (batch, planned) = self.promotes.remove(0);
+        let mut promoted = Vec::new();
+        for (i, (copy, planned)) in batch.copies().zip(planned).enumerate() {
+            let now = self.disk[&(copy.from.segment.0, copy.from.offset(batch.stride()))];
+            assert_eq!(now, planned, "a source changed while it was read");
+            promoted.push(match outcomes >> (2 * i) & 15 {
+                0 => Promoted::Corrupt,
+                1 => Promoted::Failed,
+                _ => {
+                    self.host.insert((copy.to.segment.0, copy.to.offset(batch.stride())), now);
+                    Promoted::Arrived
+                }
+            });
+        }
+        self.ledger.finish_promote(batch, &promoted, Millis(self.now));
+    }
+
+    fn end_scrub(&mut self, i: usize, intact: bool) {
+        if !self.scrubs.is_empty() {
+            let item = self.scrubs.remove(i % self.scrubs.len());
+            let n = u16::from_le_bytes([item.key.0[0], item.key.0[1]]);
+            let bytes = self.disk[&(item.place.segment.0, item.place.offset(item.stride()))];
+            assert_eq!(bytes, Some((item.namespace, n)), "disk holds what is looked at");
+            self.ledger.finish_scrub(item, intact);
+        }
+    }
+
+    /// The disk goes away and comes back with what was on it, but for some blocks.
+    fn restart_disk(&mut self, lost: u64) {
+        if self.disk_segments == 0 || !self.ledger.drop_disk() {
+            return;
+        }
+        self.follow_events();
+        let mut classes = HashMap::new();
+        for ((segment, offset), bytes) in &self.disk {
+            let (digest, n) = match bytes {
+                Some((digest, n)) if lost >> (n % 64) & 1 == 0 => (*digest, *n),
+                _ => continue,
+            };
+            // Digests tell the model, and so the size of blocks; the domain is not in the bytes.
+            let stride = layout((digest[0] - 1) / 2).stride();
+            let class = Class { domain: TrustDomain(1), stride };
+            let found = classes.entry(*segment).or_insert_with(|| (class, Vec::new()));
+            if found.0 == class && offset % stride == 0 {
+                found.1.push(FoundBlock {
+                    namespace: digest,
+                    index: (offset / stride) as u32,
+                    key: hash(n),
+                    parent: path(n).iter().rev().nth(1).map(|n| hash(*n)),
+                    priority: 35,
+                    stored: u64::from(n),
+                });
+            }
+        }
+        let slots_in = SlotsIn::bytes(4 * 4096);
+        self.ledger.add_disk(slots_in.clone());
+        let found: Vec<FoundSegment> = classes
+            .into_iter()
+            .map(|(segment, (class, blocks))| FoundSegment { segment: SegmentId(segment), class, blocks })
+            .collect();
+        let known: HashSet<SegmentId> = found.iter().map(|found| found.segment).collect();
+        let names = self.ledger.name_found(&found);
+        let tables = names.tables(found, &slots_in);
+        self.ledger.install_found(Tier::Disk, names, tables);
+        for event in self.ledger.residents_of(Tier::Disk) {
+            if let EventKind::Stored { namespace, key, .. } = event.kind {
+                self.resident.insert((event.tier, event.pool, namespace, key));
+            }
+        }
+        for segment in (0..self.disk_segments).map(SegmentId).filter(|id| !known.contains(id)) {
+            self.disk.retain(|(of, _), _| *of != segment.0);
+            self.ledger.add_disk_segment(segment);
+        }
+        self.ledger.set_disk_service(true);
     }
 
     /// The engine goes on alone for a while, then comes back with its table: a new session, the same memory.
@@ -426,6 +598,32 @@ impl World {
                 self.now += ms;
                 self.ledger.tick(Millis(self.now));
             }
+            Op::DiskSegment => {
+                if self.disk_segments == 0 {
+                    self.ledger.add_disk(SlotsIn::bytes(4 * 4096));
+                }
+                if self.disk_segments < 4 {
+                    self.ledger.add_disk_segment(SegmentId(self.disk_segments));
+                    self.disk_segments += 1;
+                    self.ledger.set_disk_service(true);
+                }
+            }
+            Op::DiskService(on) => self.ledger.set_disk_service(*on && self.disk_segments > 0),
+            Op::Demote(blocks) => self.demote(*blocks),
+            Op::EndDemote(outcomes) => self.end_demote(*outcomes),
+            Op::Promote { worker, namespace, key, batch } => {
+                if let Some(i) = self.worker(*worker) {
+                    self.promote(i, *namespace, *key, *batch);
+                }
+            }
+            Op::EndPromote(outcomes) => self.end_promote(*outcomes),
+            Op::Scrub(blocks) => {
+                let items = self.ledger.next_scrub(BatchLimit { blocks: *blocks, bytes: usize::MAX });
+                assert!(items.len() <= *blocks);
+                self.scrubs.extend(items);
+            }
+            Op::EndScrub(i, intact) => self.end_scrub(*i, *intact),
+            Op::RestartDisk(lost) => self.restart_disk(*lost),
             Op::Segment => {
                 if self.segments < 4 {
                     self.ledger.add_segment(SegmentId(self.segments));
@@ -474,12 +672,21 @@ impl World {
         while !self.onboards.is_empty() {
             self.end_onboard(0, true);
         }
+        while !self.demotes.is_empty() {
+            self.end_demote(u64::MAX);
+        }
+        while !self.promotes.is_empty() {
+            self.end_promote(u64::MAX);
+        }
+        while !self.scrubs.is_empty() {
+            self.end_scrub(0, true);
+        }
         while let Some(worker) = self.workers.pop() {
             self.ledger.session_dead(worker.session, Millis(self.now));
         }
         self.ledger.check_integrity();
         assert_eq!((self.ledger.leases(), self.ledger.quarantined()), (0, 0));
-        for summary in self.ledger.host_summaries() {
+        for summary in self.ledger.host_summaries().into_iter().chain(self.ledger.disk_summaries()) {
             assert_eq!((summary.counts.filling, summary.counts.pinned), (0, 0));
         }
         for (_, pool) in self.ledger.pools() {
@@ -635,7 +842,7 @@ fn a_chain_that_host_can_never_hold_does_not_block_others() {
     assert!(world.ledger.tally().host_exhausted > 0);
     let id = world.workers[0].namespaces[0].1;
     let hashes: Vec<_> = path(32).into_iter().map(hash).collect();
-    assert_eq!(world.ledger.host_prefix(world.workers[0].session, id, &hashes), Ok(4));
+    assert_eq!(world.ledger.find_prefix(world.workers[0].session, id, &hashes).unwrap().host_blocks, 4);
 }
 
 #[test]
@@ -647,8 +854,8 @@ fn without_a_host_tier_nothing_piles_up() {
     let worker = &world.workers[0];
     let block = *worker.pins.keys().next().unwrap();
     let waiter = world.ledger.watch_offload(worker.session, worker.pool, &[block]).unwrap();
-    let reports = world.ledger.take_offload_reports();
-    assert_eq!(reports, [(waiter, OffloadReport { done: 0, failed: 1 })]);
+    let reports = world.ledger.take_arrivals();
+    assert_eq!(reports, [(waiter, ArrivalReport { done: 0, failed: 1 })]);
 }
 
 /// Blocks that were committed before the first page was populated are not forgotten.
@@ -715,6 +922,6 @@ fn ancestors_that_host_lost_go_along() {
     offload_all(&mut world);
     let hashes: Vec<_> = path(8).into_iter().map(hash).collect();
     let id = world.workers[0].namespaces[0].1;
-    assert_eq!(world.ledger.host_prefix(session, id, &hashes), Ok(4));
+    assert_eq!(world.ledger.find_prefix(session, id, &hashes).unwrap().host_blocks, 4);
     assert!(world.ledger.pool(pool).is_some());
 }

@@ -24,8 +24,8 @@ use crate::counters::Counters;
 use crate::error::{Error, Refused};
 use crate::event::{Event, EventLog};
 use crate::ledger::{
-    BlockRef, CommitBlock, Held, LeaseId, Ledger, LedgerConfig, Matched, Millis, NamespaceId, OffloadReport,
-    PoolEntry, PoolId, PoolIdentity, Retention, SessionId, SlotsIn, TrustDomain, WaiterId,
+    ArrivalReport, BlockRef, CommitBlock, DiskRules, Held, LeaseId, Ledger, LedgerConfig, Matched, Millis,
+    NamespaceId, PoolEntry, PoolId, PoolIdentity, Retention, SessionId, SlotsIn, TrustDomain, WaiterId,
 };
 use crate::store::{HostSegments, Pools, segment_plan};
 use crate::transfer::{BoundedQueue, Gate};
@@ -190,6 +190,7 @@ impl Manager {
             orphan_pools_max: config.orphan_pools_max,
             orphan_pool_ttl: config.orphan_pool_ttl,
             secret: config.secret,
+            disk: DiskRules::default(),
         });
         let shared = Arc::new(Shared {
             started: Instant::now(),
@@ -332,8 +333,8 @@ impl Manager {
                 if let Some(namespace) = ledger.namespace(entry.namespace).cloned() {
                     let (tenant, model) = (&namespace.tenant, &namespace.model);
                     // A session with very many namespaces may not find these blocks; it can still use the pool.
-                    let _ =
-                        ledger.register_namespace(session, namespace.digest, namespace.base, tenant, model);
+                    let base = namespace.base.unwrap_or(open.base);
+                    let _ = ledger.register_namespace(session, namespace.digest, base, tenant, model);
                 }
             }
             let epoch = ledger.pool(id).expect("it was just inherited").epoch;
@@ -418,12 +419,14 @@ impl Manager {
         namespace: NamespaceId,
         pool: PoolId,
         blocks: &[CommitBlock],
-        _retention: Retention,
+        retention: Retention,
     ) -> Result<(), Refused> {
         // In pieces: others get their turn in between, and copying begins after the first.
         let mut committed = Ok(());
         for piece in blocks.chunks(PIECE_BLOCKS) {
-            let done = self.shared.with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece));
+            let done = self
+                .shared
+                .with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece, retention.priority));
             committed = committed.and(done);
         }
         if !self.shared.offloads.has_room() {
@@ -512,7 +515,7 @@ impl Manager {
         keys: &[SequenceHash],
     ) -> Result<Prefetched, Refused> {
         let host_blocks =
-            self.shared.with_ledger(|ledger, _| ledger.host_prefix(session, namespace, keys))?;
+            self.shared.with_ledger(|ledger, _| ledger.find_prefix(session, namespace, keys))?.host_blocks;
         Ok(Prefetched { host_blocks, promoting_blocks: 0 })
     }
 
@@ -594,7 +597,7 @@ impl Shared {
             let result = decide(&mut ledger, self.now());
             self.queue_offloads(&mut ledger);
             self.events.append(ledger.take_events());
-            let reports = ledger.take_offload_reports();
+            let reports = ledger.take_arrivals();
             self.counters.held(locked.elapsed());
             (result, reports)
         };
@@ -630,7 +633,7 @@ impl Shared {
         }
     }
 
-    fn report_offload(&self, waiter: WaiterId, report: OffloadReport) {
+    fn report_offload(&self, waiter: WaiterId, report: ArrivalReport) {
         let Some(done) = self.waiters.lock().remove(&waiter) else { return };
         let error = (report.failed > 0).then(|| self.ledger.lock().host_exhausted(report.failed));
         done(Outcome { blocks_done: report.done, blocks_failed: report.failed, bytes: 0, error });

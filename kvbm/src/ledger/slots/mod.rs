@@ -530,6 +530,12 @@ impl SlotTable {
         self.settle(slot);
     }
 
+    /// The block counts as used now.
+    pub fn used(&mut self, slot: SlotIndex) {
+        self.touch(slot);
+        self.settle(slot);
+    }
+
     /// Number of pins.
     pub fn pins(&self, slot: SlotIndex) -> u32 {
         self.slots[slot.at()].pins
@@ -689,6 +695,16 @@ impl SlotTable {
     /// Slots with memory behind them.
     pub fn slots(&self) -> usize {
         self.slots.len() - self.retired
+    }
+
+    /// One behind the last slot, retired ones included.
+    pub fn end(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    /// Keys of what is resident or being filled under one, in no order.
+    pub fn keys(&self) -> impl Iterator<Item = Key> + '_ {
+        self.index.keys().copied()
     }
 
     /// Blocks evicted to make room, ever.
