@@ -62,12 +62,28 @@ struct World {
 
 #[derive(Debug, Clone)]
 enum Op {
-    NewWorker { model: u8, domain: u32, inherit: bool },
+    NewWorker {
+        model: u8,
+        domain: u32,
+        inherit: bool,
+    },
     Grant(usize, usize),
-    Compute { worker: usize, namespace: usize, key: u16 },
-    Chain { worker: usize, namespace: usize, key: u16 },
+    Compute {
+        worker: usize,
+        namespace: usize,
+        key: u16,
+    },
+    Chain {
+        worker: usize,
+        namespace: usize,
+        key: u16,
+    },
     Release(usize, usize),
-    Match { worker: usize, namespace: usize, key: u16 },
+    Match {
+        worker: usize,
+        namespace: usize,
+        key: u16,
+    },
     Onboard(usize, usize),
     ReleaseLease(usize),
     Plan(usize),
@@ -81,7 +97,17 @@ enum Op {
     DiskService(bool),
     Demote(usize),
     EndDemote(u64),
-    Promote { worker: usize, namespace: usize, key: u16, batch: usize },
+    /// A chain that is computed, let go of, and all the way down to disk.
+    Sink {
+        worker: usize,
+        namespace: usize,
+        key: u16,
+    },
+    /// Something that was written to disk at some time.
+    Promote {
+        block: usize,
+        batch: usize,
+    },
     EndPromote(u64),
     Scrub(usize),
     EndScrub(usize, bool),
@@ -114,9 +140,10 @@ fn op() -> impl Strategy<Value = Op> {
         1 => prop::bool::weighted(0.8).prop_map(Op::DiskService),
         8 => (1usize..5).prop_map(Op::Demote),
         6 => any::<u64>().prop_map(Op::EndDemote),
-        5 => (0usize..4, 0usize..2, 0..KEYS, 1usize..4)
-            .prop_map(|(worker, namespace, key, batch)| Op::Promote { worker, namespace, key, batch }),
-        5 => any::<u64>().prop_map(Op::EndPromote),
+        8 => (0usize..4, 0usize..2, 0..KEYS)
+            .prop_map(|(worker, namespace, key)| Op::Sink { worker, namespace, key }),
+        6 => (any::<usize>(), 1usize..4).prop_map(|(block, batch)| Op::Promote { block, batch }),
+        6 => any::<u64>().prop_map(Op::EndPromote),
         1 => (1usize..4).prop_map(Op::Scrub),
         2 => (any::<usize>(), prop::bool::weighted(0.7)).prop_map(|(i, ok)| Op::EndScrub(i, ok)),
         1 => any::<u64>().prop_map(Op::RestartDisk),
@@ -608,12 +635,32 @@ impl World {
                     self.ledger.set_disk_service(true);
                 }
             }
+            Op::Sink { worker, namespace, key } => {
+                self.apply(&Op::Chain { worker: *worker, namespace: *namespace, key: *key });
+                (0..8).for_each(|i| self.apply(&Op::Release(*worker, i)));
+                for _ in 0..2 {
+                    self.apply(&Op::Plan(4));
+                    self.apply(&Op::EndOffload(0, true));
+                }
+                self.apply(&Op::Tick(6));
+                for _ in 0..2 {
+                    self.apply(&Op::Demote(4));
+                    self.apply(&Op::EndDemote(u64::MAX));
+                }
+            }
             Op::DiskService(on) => self.ledger.set_disk_service(*on && self.disk_segments > 0),
             Op::Demote(blocks) => self.demote(*blocks),
             Op::EndDemote(outcomes) => self.end_demote(*outcomes),
-            Op::Promote { worker, namespace, key, batch } => {
-                if let Some(i) = self.worker(*worker) {
-                    self.promote(i, *namespace, *key, *batch);
+            Op::Promote { block, batch } => {
+                let mut blocks: Vec<_> = self.disk.values().copied().flatten().collect();
+                blocks.sort();
+                let Some((digest, n)) = (!blocks.is_empty()).then(|| blocks[block % blocks.len()]) else {
+                    return;
+                };
+                let knows = |worker: &Worker| worker.namespaces.iter().position(|(d, _)| *d == digest);
+                let found = self.workers.iter().enumerate().find_map(|(i, worker)| Some((i, knows(worker)?)));
+                if let Some((i, namespace)) = found {
+                    self.promote(i, namespace, n, *batch);
                 }
             }
             Op::EndPromote(outcomes) => self.end_promote(*outcomes),
@@ -625,7 +672,7 @@ impl World {
             Op::EndScrub(i, intact) => self.end_scrub(*i, *intact),
             Op::RestartDisk(lost) => self.restart_disk(*lost),
             Op::Segment => {
-                if self.segments < 4 {
+                if self.segments < 2 {
                     self.ledger.add_segment(SegmentId(self.segments));
                     self.segments += 1;
                 }
