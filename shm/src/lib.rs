@@ -9,6 +9,7 @@ mod memory;
 mod pool_memory;
 mod process_watch;
 mod side_socket;
+mod streaming_copy;
 
 pub use error::Error;
 pub use memory::SharedMemory;

@@ -5,17 +5,24 @@
 //! raw copies and atomics, never through references.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::{ffi, io};
 
 use rustix::fs::{self, MemfdFlags, SealFlags};
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 
 use crate::Error;
+use crate::streaming_copy::streaming_copy;
 
 /// File system of ordinary memfds.
 const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
+/// Bytes that [`SharedMemory::for_each_piece`] copies out at a time: they stay in the first-level cache.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// Large pages of every processor that we run on.
+const LARGE_PAGE: usize = 2 << 20;
 
 /// Memory that several processes map.
 #[derive(Debug)]
@@ -64,11 +71,8 @@ impl SharedMemory {
     const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
     fn map(fd: OwnedFd, bytes: usize) -> Result<Self, Error> {
-        // SAFETY: a fresh shared mapping at an address of the kernel's choice aliases nothing of ours.
-        let base = unsafe {
-            mm::mmap(ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &fd, 0)
-        }
-        .map_err(Error::system("map", format!("{bytes} bytes of shared memory")))?;
+        let base = map_aligned(&fd, bytes)
+            .map_err(Error::system("map", format!("{bytes} bytes of shared memory")))?;
         let base = NonNull::new(base.cast::<u8>()).expect("mmap never returns null without MAP_FIXED");
         let memory = Self { fd, base, bytes };
         // Large pages halve the cost of populating and of scattered copies; kernels without them ignore the advice.
@@ -102,11 +106,39 @@ impl SharedMemory {
         done.map_err(Error::system("populate", format!("{} bytes of shared memory", range.len())))
     }
 
+    /// Asks for large pages behind `range`, which keeps its bytes, whatever the system's settings for shared memory are.
+    /// Drives read into one large page faster than into 512 scattered small ones. Best effort: without the right
+    /// kernel (6.1) or enough contiguous memory, all or some of the pages stay small.
+    pub fn gather(&self, range: Range<usize>) {
+        self.check(range.start, range.len());
+        let (start, end) = (range.start.next_multiple_of(LARGE_PAGE), range.end / LARGE_PAGE * LARGE_PAGE);
+        for large in (start..end).step_by(LARGE_PAGE) {
+            let address = self.base.as_ptr().wrapping_add(large).cast();
+            // The kernel gathers only where there is something.
+            // SAFETY: a page within our mapping.
+            let _ = unsafe { mm::madvise(address, 4096, Advice::LinuxPopulateWrite) };
+            // SAFETY: the range lies within our mapping, and the advice keeps its bytes.
+            let _ = unsafe { libc::madvise(address.cast(), LARGE_PAGE, libc::MADV_COLLAPSE) };
+        }
+    }
+
     /// Copies bytes out.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         self.check(offset, to.len());
         // SAFETY: in bounds of our mapping; `to` is exclusively ours and cannot overlap the mapping.
         unsafe { ptr::copy_nonoverlapping(self.base.as_ptr().add(offset), to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Shows copies of the bytes [offset, offset + len), a piece at a time and in order, to compute over them. Bytes that
+    /// somebody changes meanwhile are seen in any state.
+    pub fn for_each_piece(&self, offset: usize, len: usize, mut each: impl FnMut(&[u8])) {
+        self.check(offset, len);
+        let mut piece = [0; PIECE_BYTES];
+        for start in (0..len).step_by(PIECE_BYTES) {
+            let piece = &mut piece[..PIECE_BYTES.min(len - start)];
+            self.read(offset + start, piece);
+            each(piece);
+        }
     }
 
     /// Copies bytes in.
@@ -116,14 +148,62 @@ impl SharedMemory {
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.base.as_ptr().add(offset), from.len()) }
     }
 
-    /// Copies `len` bytes to another memory. The two must not be the same memory.
+    /// Copies `len` bytes to another memory. The two must not be the same memory. Long copies leave the caches alone.
     pub fn copy_to(&self, offset: usize, to: &SharedMemory, to_offset: usize, len: usize) {
+        let (from, to) = self.ends(offset, to, to_offset, len);
+        // SAFETY: both ranges are in bounds of their mappings, and distinct mappings do not overlap in address space.
+        unsafe { streaming_copy(from, to, len) }
+    }
+
+    /// The same by the C library's memcpy, whatever the length: what [`SharedMemory::copy_to`] is measured against.
+    pub fn memcpy_to(&self, offset: usize, to: &SharedMemory, to_offset: usize, len: usize) {
+        let (from, to) = self.ends(offset, to, to_offset, len);
+        // SAFETY: as for `copy_to`.
+        unsafe { ptr::copy_nonoverlapping(from, to, len) }
+    }
+
+    /// Addresses of a copy, whose bounds are checked.
+    fn ends(&self, offset: usize, to: &SharedMemory, to_offset: usize, len: usize) -> (*const u8, *mut u8) {
         self.check(offset, len);
         to.check(to_offset, len);
-        // SAFETY: both ranges are in bounds of their mappings, and distinct mappings do not overlap in address space.
-        unsafe {
-            ptr::copy_nonoverlapping(self.base.as_ptr().add(offset), to.base.as_ptr().add(to_offset), len);
-        }
+        // SAFETY: both offsets are in bounds of their mappings.
+        unsafe { (self.base.as_ptr().add(offset), to.base.as_ptr().add(to_offset)) }
+    }
+
+    /// Reads from a file into `len` bytes at `offset`: one call to the kernel, which may move fewer bytes. Returns how
+    /// many it moved.
+    pub fn read_from_file(
+        &self,
+        offset: usize,
+        len: usize,
+        file: impl AsFd,
+        file_offset: u64,
+    ) -> io::Result<usize> {
+        self.check(offset, len);
+        let position = file_position(file_offset)?;
+        // SAFETY: the range is in bounds of our mapping, and the kernel writes to it as any other sharer of it does.
+        let moved = unsafe {
+            libc::pread64(file.as_fd().as_raw_fd(), self.base.as_ptr().add(offset).cast(), len, position)
+        };
+        usize::try_from(moved).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Writes `len` bytes at `offset` to a file: one call to the kernel, which may move fewer bytes. Returns how many it
+    /// moved.
+    pub fn write_to_file(
+        &self,
+        offset: usize,
+        len: usize,
+        file: impl AsFd,
+        file_offset: u64,
+    ) -> io::Result<usize> {
+        self.check(offset, len);
+        let position = file_position(file_offset)?;
+        // SAFETY: the range is in bounds of our mapping; the kernel only reads it.
+        let moved = unsafe {
+            libc::pwrite64(file.as_fd().as_raw_fd(), self.base.as_ptr().add(offset).cast(), len, position)
+        };
+        usize::try_from(moved).map_err(|_| io::Error::last_os_error())
     }
 
     /// A shared 64-bit word at an 8-aligned offset.
@@ -150,6 +230,36 @@ impl SharedMemory {
             self.bytes
         );
     }
+}
+
+/// Maps a file whole, so that large pages of the file can be large pages of the mapping.
+fn map_aligned(fd: &OwnedFd, bytes: usize) -> rustix::io::Result<*mut ffi::c_void> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let room = bytes.checked_add(LARGE_PAGE).ok_or(rustix::io::Errno::NOMEM)?;
+    if bytes < LARGE_PAGE {
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        return unsafe { mm::mmap(ptr::null_mut(), bytes, access, MapFlags::SHARED, fd, 0) };
+    }
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: as above; only addresses, nothing behind them.
+    let reserved = unsafe { mm::mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags) }?;
+    let before = reserved.addr().next_multiple_of(LARGE_PAGE) - reserved.addr();
+    let base = reserved.wrapping_byte_add(before);
+    // SAFETY: replaces a part of what was just reserved, which nobody else knows of.
+    let mapped = unsafe { mm::mmap(base, bytes, access, MapFlags::SHARED | MapFlags::FIXED, fd, 0) };
+    let (keep_from, keep_to) = if mapped.is_ok() { (before, before + bytes) } else { (room, room) };
+    for (start, end) in [(0, keep_from), (keep_to, room)] {
+        if start < end {
+            // SAFETY: the rest of what was reserved.
+            unsafe { mm::munmap(reserved.wrapping_byte_add(start), end - start) }?;
+        }
+    }
+    mapped
+}
+
+/// An offset in a file, as the kernel takes it.
+fn file_position(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 impl Drop for SharedMemory {
@@ -202,9 +312,104 @@ mod tests {
     }
 
     #[test]
+    fn a_large_mapping_is_aligned_and_gathering_it_keeps_the_bytes() {
+        let bytes = 5 << 20;
+        let a = SharedMemory::create("test", bytes).unwrap();
+        assert!(a.address().addr().get().is_multiple_of(LARGE_PAGE));
+        a.write((2 << 20) + 5000, b"hello");
+        a.gather(4096..bytes);
+        a.populate(0..bytes).unwrap();
+        let mut seen = [0; 5];
+        a.read((2 << 20) + 5000, &mut seen);
+        assert_eq!(&seen, b"hello");
+        a.read(bytes - 5, &mut seen);
+        assert_eq!(seen, [0; 5]);
+    }
+
+    #[test]
+    fn bytes_go_to_a_file_and_come_back_and_a_read_at_its_end_is_short() {
+        let file = tempfile::tempfile().unwrap();
+        let a = SharedMemory::create("test", 8192).unwrap();
+        a.write(100, b"hello");
+        assert_eq!(a.write_to_file(100, 5, &file, 7000).unwrap(), 5);
+        assert_eq!(a.read_from_file(4096, 4096, &file, 7001).unwrap(), 4);
+        let mut seen = [1; 5];
+        a.read(4096, &mut seen);
+        assert_eq!(&seen, b"ello\0");
+        assert_eq!(a.read_from_file(0, 16, &file, 7005).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_is_an_error() {
+        let a = SharedMemory::create("test", 4096).unwrap();
+        let read_only = std::fs::File::open("/dev/null").unwrap();
+        let refused = a.write_to_file(0, 1, &read_only, 0).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EBADF));
+        let refused = a.read_from_file(0, 1, &read_only, u64::MAX).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn pieces_are_all_bytes_in_order() {
+        let a = SharedMemory::create("test", 1 << 20).unwrap();
+        let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        a.write(0, &bytes);
+        for (offset, len) in [(0, 0), (1, 1), (5, PIECE_BYTES), (4095, PIECE_BYTES + 1), (0, 1 << 20)] {
+            let mut seen = Vec::new();
+            a.for_each_piece(offset, len, |piece| seen.extend_from_slice(piece));
+            assert!(seen == bytes[offset..offset + len], "{offset} {len}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "lies outside")]
+    fn a_file_is_not_read_past_the_memory() {
+        let a = SharedMemory::create("test", 4096).unwrap();
+        let _ = a.read_from_file(4000, 97, std::fs::File::open("/dev/zero").unwrap(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "lies outside")]
+    fn pieces_out_of_bounds_are_caught_before_any_is_shown() {
+        let a = SharedMemory::create("test", 32 << 10).unwrap();
+        a.for_each_piece(4096, 32 << 10, |_| unreachable!());
+    }
+
+    #[test]
     #[should_panic(expected = "lies outside")]
     fn out_of_bounds_is_caught() {
         let a = SharedMemory::create("test", 4096).unwrap();
         a.write(4090, &[0; 7]);
+    }
+
+    #[test]
+    fn long_copies_arrive_whole_at_odd_offsets() {
+        let bytes = 1 << 20;
+        let (a, b) = (SharedMemory::create("a", bytes).unwrap(), SharedMemory::create("b", bytes).unwrap());
+        let pattern: Vec<u8> = (0..bytes).map(|at| (at % 253) as u8).collect();
+        a.write(0, &pattern);
+        let (from, to, len) = (4099, 77, bytes - 5000);
+        for copy in [SharedMemory::copy_to, SharedMemory::memcpy_to] {
+            b.write(0, &vec![0xEE; bytes]);
+            copy(&a, from, &b, to, len);
+            let mut seen = vec![0; bytes];
+            b.read(0, &mut seen);
+            assert!(seen[to..to + len] == pattern[from..from + len]);
+            assert!(seen[..to].iter().chain(&seen[to + len..]).all(|byte| *byte == 0xEE));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "lies outside")]
+    fn a_long_copy_from_outside_is_caught() {
+        let (a, b) = (SharedMemory::create("a", 65536).unwrap(), SharedMemory::create("b", 131_072).unwrap());
+        a.copy_to(1, &b, 0, 65536);
+    }
+
+    #[test]
+    #[should_panic(expected = "lies outside")]
+    fn a_long_copy_to_outside_is_caught() {
+        let (a, b) = (SharedMemory::create("a", 131_072).unwrap(), SharedMemory::create("b", 65536).unwrap());
+        a.copy_to(0, &b, usize::MAX, 65536);
     }
 }

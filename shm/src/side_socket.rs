@@ -6,7 +6,9 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 use rustix::io::{IoSlice, IoSliceMut};
 use rustix::net::{
@@ -19,6 +21,8 @@ use crate::{Error, ProcessWatch};
 
 /// Largest packet, bytes.
 const PACKET_BYTES_MAX: usize = 256;
+/// Most descriptors in one packet.
+const DESCRIPTORS_MAX: usize = 2;
 
 /// One received packet.
 #[derive(Debug)]
@@ -28,6 +32,9 @@ pub struct Packet {
     /// The descriptor that came with it.
     pub fd: Option<OwnedFd>,
 }
+
+/// What one packet with several descriptors brings.
+type BytesAndFds = (Vec<u8>, Vec<OwnedFd>);
 
 /// Who is at the other end, as the kernel recorded it when the connection was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,30 +59,47 @@ impl SideSocket {
 
     /// Sends one packet, with a descriptor or without.
     pub fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
-        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        match fd {
+            Some(fd) => self.send_fds(bytes, &[fd]),
+            None => self.send_fds(bytes, &[]),
+        }
+    }
+
+    /// Sends one packet with up to two descriptors, which arrive in the same order.
+    pub fn send_fds(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
-            let pushed = control.push(SendAncillaryMessage::ScmRights(&fds));
-            assert!(pushed, "the buffer has room for one descriptor");
+            let pushed = control.push(SendAncillaryMessage::ScmRights(fds));
+            assert!(pushed, "a packet carries at most {DESCRIPTORS_MAX} descriptors");
         }
         sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
             .map_err(Error::system("send on", "side channel"))?;
         Ok(())
     }
 
-    /// Receives one packet; `None` at end of file. Would-block is an error that says so.
+    /// Receives one packet that carries at most one descriptor; `None` at end of file. Would-block is an error that
+    /// says so.
     pub fn receive(&self) -> Result<Option<Packet>, Error> {
+        let Some((bytes, mut fds)) = self.receive_fds()? else { return Ok(None) };
+        if fds.len() > 1 {
+            return Err(Error::refused("a side channel packet carries too much"));
+        }
+        Ok(Some(Packet { bytes, fd: fds.pop() }))
+    }
+
+    /// Receives one packet with up to two descriptors; `None` at end of file. Would-block is an error that says so.
+    pub fn receive_fds(&self) -> Result<Option<BytesAndFds>, Error> {
         let mut bytes = vec![0; PACKET_BYTES_MAX];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received =
             recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
         let received = received.map_err(Error::system("receive on", "side channel"))?;
-        let mut fd = None;
+        let mut fds = Vec::new();
         for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                fd = fds.last();
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
             }
         }
         if received.bytes == 0 {
@@ -85,7 +109,45 @@ impl SideSocket {
             return Err(Error::refused("a side channel packet is too long or carries too much"));
         }
         bytes.truncate(received.bytes);
-        Ok(Some(Packet { bytes, fd }))
+        Ok(Some((bytes, fds)))
+    }
+
+    /// Waits until there is something to receive, an end of file included; false if nothing came in time.
+    pub fn wait_readable(&self, limit: Duration) -> Result<bool, Error> {
+        Ok(!self.poll(PollFlags::IN, limit)?.is_empty())
+    }
+
+    /// Waits until there is room for a packet, or nobody to read it; false if neither came in time.
+    pub fn wait_writable(&self, limit: Duration) -> Result<bool, Error> {
+        Ok(!self.poll(PollFlags::OUT, limit)?.is_empty())
+    }
+
+    /// True once the peer will send nothing more. What it sent before can still be received.
+    pub fn is_hung_up(&self) -> Result<bool, Error> {
+        let seen = self.poll(PollFlags::RDHUP, Duration::ZERO)?;
+        Ok(seen.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
+    }
+
+    /// What of `wanted` is true of the socket, or became true in time. A signal ends the wait early.
+    fn poll(&self, wanted: PollFlags, limit: Duration) -> Result<PollFlags, Error> {
+        let limit = Timespec::try_from(limit).map_err(|_| Error::refused("nobody waits that long"))?;
+        let mut fds = [PollFd::new(&self.0, wanted)];
+        match poll(&mut fds, Some(&limit)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(fds[0].revents()),
+            Err(errno) => Err(Error::system("wait for", "side channel")(errno)),
+        }
+    }
+
+    /// The same connection through a descriptor of its own.
+    pub fn try_clone(&self) -> Result<Self, Error> {
+        let fd = rustix::io::fcntl_dupfd_cloexec(&self.0, 0);
+        fd.map(Self).map_err(Error::system("duplicate", "side channel"))
+    }
+
+    /// Ends both directions, as if the socket were closed: the peer sees end of file.
+    pub fn hang_up(&self) {
+        // Fails only if the peer is gone already.
+        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
     }
 
     /// The process at the other end.
@@ -191,6 +253,36 @@ mod tests {
         assert!(!server.receive().unwrap_err().is_would_block());
         drop(client);
         assert!(server.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn two_descriptors_arrive_in_order_and_where_one_is_expected_they_are_refused() {
+        let (_dir, _listener, client, server) = pair();
+        let (first, second) =
+            (SharedMemory::create("first", 4096).unwrap(), SharedMemory::create("second", 8192).unwrap());
+        client.send_fds(b"K", &[first.fd(), second.fd()]).unwrap();
+        let (bytes, fds) = server.receive_fds().unwrap().unwrap();
+        assert_eq!(bytes, b"K");
+        let sizes: Vec<usize> =
+            fds.into_iter().map(|fd| SharedMemory::from_fd(fd).unwrap().bytes()).collect();
+        assert_eq!(sizes, [4096, 8192]);
+        client.send_fds(b"K", &[first.fd(), second.fd()]).unwrap();
+        let refused = server.receive().unwrap_err();
+        assert!(matches!(refused, Error::Refused { .. }), "{refused}");
+    }
+
+    #[test]
+    fn waiting_ends_with_a_packet_or_with_the_peer() {
+        let (_dir, _listener, client, server) = pair();
+        assert!(!server.wait_readable(Duration::ZERO).unwrap());
+        assert!(!server.is_hung_up().unwrap());
+        client.send(b"last words", None).unwrap();
+        assert!(server.wait_readable(Duration::from_secs(10)).unwrap());
+        client.hang_up();
+        assert!(server.is_hung_up().unwrap());
+        assert_eq!(server.receive().unwrap().unwrap().bytes, b"last words");
+        assert!(server.receive().unwrap().is_none());
+        assert!(server.wait_writable(Duration::from_secs(10)).unwrap(), "a send would fail at once");
     }
 
     #[test]
