@@ -7,6 +7,25 @@
 //! * accepting never blocks.
 //!
 //! Nothing here knows of blocks, keys or checksums.
+//!
+//! ```text
+//!   submit ──► backlog (bounded; reads first) ──► uring: one thread, one ring ──► finished
+//!                                             └─► pread: a few threads        ──► finished
+//! ```
+//!
+//! Lock order: an engine has one lock, around its backlog, and holds it neither while the kernel works nor while a batch
+//! is being told that it is finished.
+
+mod backlog;
+mod engine;
+mod pread;
+mod uring;
+
+#[cfg(test)]
+mod conformance;
+
+pub use engine::{IO_BYTES_MAX, IoKind, IoOptions, Overdue, StartError, start};
+pub use uring::{PlainFigures, PlainLoop};
 
 use std::fmt;
 use std::sync::Arc;
@@ -30,11 +49,59 @@ pub struct Buffer {
 #[derive(Debug, Clone)]
 pub enum Io {
     /// Fills a buffer from a file.
-    Read { file: usize, offset: u64, buffer: Buffer },
+    Read {
+        /// Which file.
+        file: usize,
+        /// Bytes from its start.
+        offset: u64,
+        /// To be filled whole.
+        buffer: Buffer,
+    },
     /// Writes a buffer to a file.
-    Write { file: usize, offset: u64, buffer: Buffer },
-    /// Makes what was written before durable (fdatasync).
-    Sync { file: usize },
+    Write {
+        /// Which file.
+        file: usize,
+        /// Bytes from its start.
+        offset: u64,
+        /// To be written whole.
+        buffer: Buffer,
+    },
+    /// Makes what was written before durable (fdatasync): the writes of its own batch, after which it is carried out, and
+    /// those of batches that have ended. Not those of other batches under way.
+    Sync {
+        /// Which file.
+        file: usize,
+    },
+}
+
+impl Io {
+    /// Which file.
+    pub fn file(&self) -> usize {
+        match self {
+            Self::Read { file, .. } | Self::Write { file, .. } | Self::Sync { file } => *file,
+        }
+    }
+
+    /// Where in the file; 0 for a sync.
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::Read { offset, .. } | Self::Write { offset, .. } => *offset,
+            Self::Sync { .. } => 0,
+        }
+    }
+
+    /// The memory that the kernel will touch.
+    pub fn buffer(&self) -> Option<&Buffer> {
+        match self {
+            Self::Read { buffer, .. } | Self::Write { buffer, .. } => Some(buffer),
+            Self::Sync { .. } => None,
+        }
+    }
+
+    /// Bytes to be moved.
+    pub fn bytes(&self) -> usize {
+        self.buffer().map_or(0, |buffer| buffer.len)
+    }
 }
 
 /// Why an I/O was not carried out in full.
@@ -64,9 +131,9 @@ pub type Finished = Box<dyn FnOnce(Vec<Result<(), IoFailure>>) + Send>;
 
 /// A batch, as it is handed to an engine, and as it is given back when there is no room.
 pub struct IoBatch {
-    /// To be carried out in any order.
+    /// To be carried out in any order, except that a sync waits for the writes of its batch.
     pub ios: Vec<Io>,
-    /// Called exactly once, on a thread of the engine; it must return soon.
+    /// Called exactly once, on a thread of the engine; it must return soon. It may submit, but not close.
     pub finished: Finished,
 }
 
@@ -83,7 +150,7 @@ pub struct IoLoad {
     pub in_flight: usize,
     /// Their bytes.
     pub bytes_in_flight: usize,
-    /// I/Os accepted that the kernel has not heard of.
+    /// I/Os accepted that the kernel has not heard of. Syncs that wait for writes count.
     pub waiting: usize,
     /// I/Os with the kernel for longer than the deadline.
     pub overdue: usize,
@@ -93,12 +160,25 @@ pub struct IoLoad {
 
 /// A drive, or several.
 pub trait DiskIo: Send + Sync + fmt::Debug {
+    /// What it is, for people: "io_uring" or "pread".
+    fn name(&self) -> &'static str;
+
     /// Accepts a batch, or gives it back because the backlog is full or the engine was closed. Reads go before writes
     /// that wait.
+    ///
+    /// # Panics
+    ///
+    /// If an I/O names a file that is not there, a place that no file has, bytes outside its memory, or more than
+    /// [`IO_BYTES_MAX`] of them.
     fn submit(&self, batch: IoBatch) -> Result<(), IoBatch>;
 
-    /// This memory will be named often: an engine may prepare for it.
+    /// This memory will be named often: an engine may prepare for it, soon, and keeps it as long as others do.
     fn register(&self, memory: &Arc<SharedMemory>);
+
+    /// Memories that the engine has prepared for.
+    fn memories_registered(&self) -> usize {
+        0
+    }
 
     /// Ends everything that the kernel has not heard of with [`IoFailure::Abandoned`].
     fn abandon_waiting(&self);
