@@ -42,6 +42,14 @@ impl Histogram {
 /// Requests that the hit rate looks back on.
 const HIT_WINDOW: usize = 1000;
 
+/// What one request asked for behind the device's blocks, and what was found, in blocks.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lookup {
+    host: usize,
+    disk: usize,
+    wanted: usize,
+}
+
 /// All counters of a manager. Blocks, bytes and tokens since its start.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -52,12 +60,12 @@ pub struct Counters {
     busy: [AtomicU64; Self::QUEUES.len()],
     matched_tokens: AtomicU64,
     lock_held: Histogram,
-    host_hits: Mutex<VecDeque<(usize, usize)>>,
+    lookups: Mutex<VecDeque<Lookup>>,
 }
 
 impl Counters {
     /// Names of the bounded queues, as `Busy` and the metrics call them.
-    pub const QUEUES: [&'static str; 3] = ["offload", "onboard", "adoptions"];
+    pub const QUEUES: [&'static str; 4] = ["offload", "onboard", "adoptions", "promote"];
 
     pub(crate) fn moved(&self, route: Route, blocks: usize, bytes: u64, took: Duration) {
         self.blocks[route.index()].fetch_add(blocks as u64, Relaxed);
@@ -83,12 +91,12 @@ impl Counters {
         self.lock_held.observe(took);
     }
 
-    pub(crate) fn looked_up(&self, found_in_host: usize, wanted: usize) {
-        let mut window = self.host_hits.lock();
+    pub(crate) fn looked_up(&self, host: usize, disk: usize, wanted: usize) {
+        let mut window = self.lookups.lock();
         if window.len() == HIT_WINDOW {
             window.pop_front();
         }
-        window.push_back((found_in_host, wanted));
+        window.push_back(Lookup { host, disk, wanted });
     }
 
     /// Blocks that arrived.
@@ -129,11 +137,14 @@ impl Counters {
     /// Share of the blocks asked for behind the device's that a tier had, over the last 1000 requests; 0 before the
     /// first.
     pub fn hit_rate(&self, tier: Tier) -> f64 {
-        if tier != Tier::Host {
-            return 0.0;
-        }
-        let window = self.host_hits.lock();
-        let (found, wanted) = window.iter().fold((0, 0), |sum, (f, w)| (sum.0 + f, sum.1 + w));
+        let found = |lookup: &Lookup| match tier {
+            Tier::Host => lookup.host,
+            Tier::Disk => lookup.disk,
+            Tier::Device | Tier::Remote => 0,
+        };
+        let window = self.lookups.lock();
+        let (found, wanted) =
+            window.iter().fold((0, 0), |sum, lookup| (sum.0 + found(lookup), sum.1 + lookup.wanted));
         if wanted == 0 { 0.0 } else { found as f64 / wanted as f64 }
     }
 }
@@ -157,8 +168,8 @@ mod tests {
     fn hit_rate_looks_back_a_thousand_requests() {
         let counters = Counters::default();
         assert_eq!(counters.hit_rate(Tier::Host), 0.0);
-        (0..1000).for_each(|_| counters.looked_up(0, 1));
-        (0..500).for_each(|_| counters.looked_up(1, 1));
-        assert_eq!(counters.hit_rate(Tier::Host), 0.5);
+        (0..1000).for_each(|_| counters.looked_up(0, 1, 2));
+        (0..500).for_each(|_| counters.looked_up(1, 1, 2));
+        assert_eq!((counters.hit_rate(Tier::Host), counters.hit_rate(Tier::Disk)), (0.25, 0.5));
     }
 }

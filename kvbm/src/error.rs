@@ -69,6 +69,9 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The disk tier cannot be used as it is configured.
+    #[error("disk cache: {0}")]
+    Disk(#[from] crate::DiskError),
     /// The request was refused.
     #[error(transparent)]
     Refused(#[from] Refused),

@@ -93,6 +93,20 @@ impl EventLog {
         self.changed.notify_all();
     }
 
+    /// So many events happened that are not told one by one: whoever reads them is told that they are gone.
+    pub(crate) fn skip(&self, count: u64) {
+        let mut inner = self.inner.lock();
+        if count == 0 {
+            return;
+        }
+        inner.last += count;
+        inner.events.clear();
+        if let Some(listener) = &inner.listener {
+            listener();
+        }
+        self.changed.notify_all();
+    }
+
     /// `listener` is called after each append; it must return at once and not call back.
     pub fn listen(&self, listener: impl Fn() + Send + 'static) {
         self.inner.lock().listener = Some(Box::new(listener));
@@ -136,5 +150,10 @@ mod tests {
         assert_eq!(log.after(1, 2), Ok((2, vec![cleared(); 2])));
         assert_eq!(log.after(4, 10), Ok((5, vec![])));
         assert_eq!(log.after(5, 10), Err(EventsGone));
+        log.skip(10);
+        assert_eq!(
+            (log.last(), log.after(13, 10), log.after(14, 10)),
+            (14, Err(EventsGone), Ok((15, vec![])))
+        );
     }
 }

@@ -24,10 +24,14 @@ pub use counters::{Counters, Histogram};
 pub use error::{Error, Refused};
 pub use event::{Event, EventKind, EventLog, EventsGone};
 pub use ledger::{
-    BlockRef, CommitBlock, Held, LeaseId, Matched, NamespaceId, PoolId, Retention, SessionId, TrustDomain,
+    AdmissionRules, AdmissionTally, BatchLimit, BlockRef, CommitBlock, DiskRules, Held, LeaseId, Matched,
+    NamespaceId, PoolId, Retention, SessionId, TrustDomain,
 };
 pub use manager::{
-    AdoptPool, HostCapacity, Manager, ManagerConfig, OpenPool, OpenedPool, Outcome, Prefetched, Resident,
+    AdoptPool, DiskCapacity, DiskFigures, DiskState, DiskTierConfig, HostCapacity, Manager, ManagerConfig,
+    OpenPool, OpenedPool, Outcome, Prefetched, Recovery, Resident,
 };
+pub use store::disk::DiskError;
 pub use store::disk_io;
+pub use store::{Keeper, WarmHost, WarmSegment};
 pub use tier::{Route, Tier};

@@ -30,7 +30,7 @@ pub struct AdmissionTally {
     pub infrequent: u64,
     /// Of too low a priority.
     pub unimportant: u64,
-    /// Times that a batch had to wait for the write budget.
+    /// Times that the write budget ran out while blocks waited.
     pub over_budget: u64,
 }
 
@@ -40,13 +40,20 @@ pub(super) struct Admission {
     rules: AdmissionRules,
     uses: Frequency,
     budget: Option<Budget>,
+    is_short: bool,
     pub tally: AdmissionTally,
 }
 
 impl Admission {
     pub fn new(rules: AdmissionRules, hasher: KeyHasher) -> Self {
         let budget = rules.bytes_per_day.map(Budget::new);
-        Self { rules, uses: Frequency::new(hasher), budget, tally: AdmissionTally::default() }
+        Self {
+            rules,
+            uses: Frequency::new(hasher),
+            budget,
+            is_short: false,
+            tally: AdmissionTally::default(),
+        }
     }
 
     /// A block was used. True if it is worth a write now.
@@ -65,7 +72,9 @@ impl Admission {
     pub fn has_budget(&mut self, now: Millis) -> bool {
         let Some(budget) = &mut self.budget else { return true };
         let left = budget.has_left(now);
-        self.tally.over_budget += u64::from(!left);
+        // Once each time that it runs out, not each time that somebody looks.
+        self.tally.over_budget += u64::from(!left && !std::mem::replace(&mut self.is_short, !left));
+        self.is_short = !left;
         left
     }
 

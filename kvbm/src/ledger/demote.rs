@@ -4,7 +4,7 @@
 //! candidate again. They are written when the drive has had nothing to read for a while, or at once when host memory
 //! fills up. A block whose ancestors are not on disk takes them along: prefixes are closed there too.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use kvbm_hash::SequenceHash;
 
@@ -79,17 +79,36 @@ impl DemoteBatch {
 #[derive(Debug, Default)]
 pub(super) struct Candidates {
     queue: VecDeque<(Class, Key)>,
+    /// What is in the queue: a block waits once, however often it is used.
+    queued: HashSet<Key>,
     /// Blocks that found the queue full.
     pub dropped: u64,
 }
 
 impl Candidates {
     fn push(&mut self, class: Class, key: Key) {
+        if self.queued.contains(&key) {
+            return;
+        }
         if self.queue.len() >= CANDIDATES_MAX {
             self.dropped += 1;
         } else {
+            self.queued.insert(key);
             self.queue.push_back((class, key));
         }
+    }
+
+    /// The first, if it is of this class.
+    fn pop(&mut self, class: Class) -> Option<Key> {
+        let (_, key) = self.queue.pop_front_if(|(of, _)| *of == class)?;
+        self.queued.remove(&key);
+        Some(key)
+    }
+
+    /// What was popped waits on, as the first.
+    fn put_back(&mut self, class: Class, key: Key) {
+        self.queued.insert(key);
+        self.queue.push_front((class, key));
     }
 
     pub fn len(&self) -> usize {
@@ -98,6 +117,7 @@ impl Candidates {
 
     pub fn clear(&mut self) {
         self.queue.clear();
+        self.queued.clear();
     }
 }
 
@@ -134,12 +154,13 @@ impl Ledger {
         }
         let class = self.disk.candidates.queue.front()?.0;
         let max = limit.blocks_of(class.stride).min(self.demote_room(class));
+        if max == 0 {
+            return None;
+        }
         let mut batch = DemoteBatch { class, items: Vec::new(), namespaces: Vec::new() };
         self.disk.tier.claim_share(class);
         while batch.items.len() < max {
-            let Some((_, key)) = self.disk.candidates.queue.pop_front_if(|(of, _)| *of == class) else {
-                break;
-            };
+            let Some(key) = self.disk.candidates.pop(class) else { break };
             if !self.plan_demote(key, &mut batch, max) {
                 break;
             }
@@ -178,10 +199,14 @@ impl Ledger {
         chain.reverse();
         for (slot, part, parent) in chain {
             if batch.items.len() >= max {
-                self.disk.candidates.queue.push_front((batch.class, key));
+                self.disk.candidates.put_back(batch.class, key);
                 return false;
             }
-            let Some(table) = self.disk.tier.make_room(batch.class) else { return true };
+            let Some(table) = self.disk.tier.make_room(batch.class) else {
+                // Too large for a segment of this disk.
+                self.disk.candidates.dropped += 1;
+                return true;
+            };
             let Some(namespace) = self.registry.namespace(part.namespace) else { return true };
             match table.slots.reserve(part, parent) {
                 Ok(target) => {

@@ -85,6 +85,19 @@ pub struct FoundBlock {
     pub stored: u64,
 }
 
+/// What a slot holds, for whoever writes it down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredBlock {
+    /// Digest of its namespace.
+    pub namespace: [u8; 32],
+    /// Its key.
+    pub key: SequenceHash,
+    /// Key of the block before it.
+    pub parent: Option<SequenceHash>,
+    /// 0..=100.
+    pub priority: u8,
+}
+
 /// A segment that an earlier life of the daemon left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundSegment {
@@ -188,6 +201,7 @@ impl Ledger {
         self.disk.in_service = in_service;
         if !in_service {
             self.disk.candidates.clear();
+            self.waiters.disk_gone();
         }
     }
 
@@ -228,7 +242,7 @@ impl Ledger {
             for block in &segment.blocks {
                 names
                     .entry((segment.class.domain, block.namespace))
-                    .or_insert_with(|| self.registry.hold(segment.class.domain, block.namespace));
+                    .or_insert_with(|| self.registry.hold(segment.class, block.namespace));
             }
         }
         FoundNames { names, hasher: self.hasher }
@@ -251,6 +265,15 @@ impl Ledger {
         found.blocks.values().sum()
     }
 
+    /// Where in host memory a block is, for tests.
+    #[cfg(test)]
+    pub fn host_place(&self, hash: SequenceHash) -> Option<Place> {
+        let named = |(_, key, _): &(SlotIndex, Key, Option<SequenceHash>)| key.hash == hash;
+        self.host.classes().find_map(|(_, table)| {
+            table.slots.residents().into_iter().find(named).map(|(slot, ..)| table.place(slot))
+        })
+    }
+
     /// The disk tier by class.
     pub fn disk_summaries(&self) -> Vec<ClassSummary> {
         self.disk.tier.summaries()
@@ -271,7 +294,7 @@ impl Ledger {
         self.disk.candidates.len()
     }
 
-    /// The next blocks on disk to look at, in the order of their places, round and round. Each comes back through
+    /// The next blocks on disk to look at, of one class, in the order of their places, round and round. They come back through
     /// [`Ledger::finish_scrub`].
     pub fn next_scrub(&mut self, limit: BatchLimit) -> Vec<ScrubItem> {
         if !self.disk.in_service {
@@ -307,13 +330,13 @@ impl Ledger {
         items
     }
 
-    /// A block was looked at; `intact` false: it is not what was stored.
-    pub fn finish_scrub(&mut self, item: ScrubItem, intact: bool) {
-        let table = self.disk.tier.class_mut(item.class).expect("one of its slots is being read");
-        if !intact {
-            table.slots.condemn(&item.source);
-        }
-        table.slots.end_copy(item.source);
+    /// Blocks of one call of [`Ledger::next_scrub`] were looked at; false: it is not what was stored.
+    pub fn finish_scrub(&mut self, items: Vec<(ScrubItem, bool)>) {
+        let Some(class) = items.first().map(|(item, _)| item.class) else { return };
+        let table = self.disk.tier.class_mut(class).expect("its slots are being read");
+        let damaged = items.iter().filter(|(_, intact)| !intact);
+        table.slots.condemn(damaged.map(|(item, _)| &item.source));
+        items.into_iter().for_each(|(item, _)| table.slots.end_copy(item.source));
         self.sweep();
     }
 }

@@ -34,7 +34,7 @@ use kvbm_hash::SequenceHash;
 pub use admission::{AdmissionRules, AdmissionTally};
 pub use demote::{BatchLimit, DemoteBatch, DemoteCopy};
 pub use device::{BlockRef, DevicePool, Owner, PoolId, PoolIdentity};
-pub use disk::{DiskRules, FoundBlock, FoundNames, FoundSegment, FoundTables, ScrubItem};
+pub use disk::{DiskRules, FoundBlock, FoundNames, FoundSegment, FoundTables, ScrubItem, StoredBlock};
 pub use key::{Key, KeyHasher, NamespaceId};
 pub use lease::{LeaseId, Matched};
 pub use offload::OffloadBatch;
@@ -226,6 +226,11 @@ impl Ledger {
     /// The host tier by class.
     pub fn host_summaries(&self) -> Vec<ClassSummary> {
         self.host.summaries()
+    }
+
+    /// Slots of a size in each host segment.
+    pub fn host_slots_in(&self, stride: usize) -> u32 {
+        self.host.slots_in(stride)
     }
 
     /// Segments that no class owns.

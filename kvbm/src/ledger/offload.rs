@@ -5,6 +5,7 @@
 //! them along, as far as they are in the pool (and they are: prefixes are closed).
 
 use super::device::Backlogged;
+use super::disk::StoredBlock;
 use super::key::Key;
 use super::segments::{Class, Place};
 use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
@@ -20,6 +21,7 @@ struct OffloadItem {
     key: Key,
     target: Reserved,
     place: Place,
+    stored: StoredBlock,
 }
 
 /// Blocks of one pool to be copied to host, in this order. Comes back through [`Ledger::finish_offload`].
@@ -43,6 +45,11 @@ impl OffloadBatch {
     /// What is to be copied: block of the pool, place in host memory.
     pub fn copies(&self) -> impl ExactSizeIterator<Item = (u32, Place)> + '_ {
         self.items.iter().map(|item| (item.source.slot().0, item.place))
+    }
+
+    /// What the places hold when the copies have ended well.
+    pub fn stored(&self) -> impl ExactSizeIterator<Item = (Place, StoredBlock)> + '_ {
+        self.items.iter().map(|item| (item.place, item.stored))
     }
 }
 
@@ -78,6 +85,9 @@ impl Ledger {
             return None;
         }
         let max = max.min(pool.offload_room());
+        if max == 0 {
+            return None;
+        }
         let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
         let mut batch = OffloadBatch { pool: id, epoch: pool.epoch, class, items: Vec::new() };
         self.host.claim_share(class);
@@ -154,6 +164,9 @@ impl Ledger {
     fn plan_one(&mut self, id: PoolId, slot: SlotIndex, batch: &mut OffloadBatch) -> Planned {
         let pool = self.pools.get_mut(&id).expect("it was just there");
         let (key, parent) = pool.slots.block(slot).expect("resident blocks are planned");
+        let Some(namespace) = self.registry.namespace(key.namespace).map(|namespace| namespace.digest) else {
+            return Planned::Never;
+        };
         let Some(table) = self.host.make_room(batch.class) else {
             self.tally.host_exhausted += 1;
             return Planned::Never;
@@ -161,9 +174,11 @@ impl Ledger {
         match table.slots.reserve(key, parent) {
             Ok(target) => {
                 let place = table.place(target.slot());
-                table.slots.set_priority(target.slot(), pool.slots.priority(slot));
+                let priority = pool.slots.priority(slot);
+                table.slots.set_priority(target.slot(), priority);
+                let stored = StoredBlock { namespace, key: key.hash, parent, priority };
                 let source = pool.slots.begin_copy(slot);
-                batch.items.push(OffloadItem { source, key, target, place });
+                batch.items.push(OffloadItem { source, key, target, place, stored });
                 Planned::Yes
             }
             Err(NotReserved::Resident | NotReserved::Filling) => Planned::Yes,

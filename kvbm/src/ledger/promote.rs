@@ -3,6 +3,7 @@
 use kvbm_hash::SequenceHash;
 
 use super::demote::BatchLimit;
+use super::disk::StoredBlock;
 use super::key::Key;
 use super::segments::{Class, Place};
 use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
@@ -21,6 +22,8 @@ struct PromoteItem {
     key: Key,
     target: Reserved,
     to: Place,
+    parent: Option<SequenceHash>,
+    priority: u8,
 }
 
 /// What is read: one block.
@@ -57,6 +60,14 @@ impl PromoteBatch {
     /// What is to be read.
     pub fn copies(&self) -> impl ExactSizeIterator<Item = PromoteCopy> + '_ {
         self.items.iter().map(|item| PromoteCopy { from: item.from, to: item.to, key: item.key.hash })
+    }
+
+    /// What the places in host memory hold when they have arrived.
+    pub fn stored(&self) -> impl ExactSizeIterator<Item = (Place, StoredBlock)> + '_ {
+        self.items.iter().map(|item| {
+            let (key, parent, priority) = (item.key.hash, item.parent, item.priority);
+            (item.to, StoredBlock { namespace: self.namespace, key, parent, priority })
+        })
     }
 }
 
@@ -140,6 +151,9 @@ impl Ledger {
         let base = self.registry.base_of(session, namespace)?;
         let Some(class) = self.host_class(session, &base) else { return Ok(Vec::new()) };
         let chain = self.chain_on_disk(class, namespace, hashes);
+        if chain.is_empty() {
+            return Ok(Vec::new());
+        }
         self.host.claim_share(class);
         let mut room = self.promote_room(class);
         let mut batches: Vec<PromoteBatch> = Vec::new();
@@ -159,10 +173,11 @@ impl Ledger {
                 Err(NotReserved::Orphan | NotReserved::Exhausted) => break,
             };
             let disk = self.disk.tier.class_mut(class).expect("the prefix was found in it");
-            host.slots.set_priority(target.slot(), disk.slots.priority(slot));
+            let priority = disk.slots.priority(slot);
+            host.slots.set_priority(target.slot(), priority);
             let (from, to) = (disk.place(slot), host.place(target.slot()));
             let source = disk.slots.begin_copy(slot);
-            let item = PromoteItem { source, from, key, target, to };
+            let item = PromoteItem { source, from, key, target, to, parent, priority };
             match batches.last_mut() {
                 Some(batch) if batch.items.len() < limit.blocks_of(class.stride) => batch.items.push(item),
                 _ => batches.push(PromoteBatch { class, namespace: digest, items: vec![item] }),
@@ -206,7 +221,7 @@ impl Ledger {
         hashes: &[SequenceHash],
     ) -> Result<Option<WaiterId>, Refused> {
         let base = self.registry.base_of(session, namespace)?;
-        let class = self.host_class(session, &base);
+        let class = self.host_class(session, &base).filter(|_| self.disk.in_service);
         let Some(table) = class.and_then(|class| self.host.class(class)) else { return Ok(None) };
         let mut keys = hashes.iter().rev().map(|hash| Key { namespace, hash: *hash });
         let last = keys.find(|key| table.slots.knows(*key) && table.slots.resident(*key).is_none());
@@ -234,11 +249,8 @@ impl Ledger {
             sources.push((item.source, *outcome));
         }
         let disk = self.disk.tier.class_mut(class).expect("its slots are being read");
-        for (source, outcome) in &sources {
-            if *outcome == Promoted::Corrupt {
-                disk.slots.condemn(source);
-            }
-        }
+        let corrupt = sources.iter().filter(|(_, outcome)| *outcome == Promoted::Corrupt);
+        disk.slots.condemn(corrupt.map(|(source, _)| source));
         sources.into_iter().for_each(|(source, _)| disk.slots.end_copy(source));
         self.sweep();
         arrived

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::TrustDomain;
 use super::key::NamespaceId;
+use super::segments::Class;
 use crate::error::Refused;
 use crate::tier::Tier;
 
@@ -38,6 +39,8 @@ pub struct Namespace {
     pub tenant: String,
     /// Model, for people.
     pub model: String,
+    /// Slot size of the blocks that an earlier life of the daemon left of it, for status: its pools are not known then.
+    pub found_stride: Option<usize>,
     /// Sessions that registered it, and others who hold on to it.
     holders: usize,
     /// Resident blocks per tier.
@@ -127,16 +130,19 @@ impl Registry {
         let id = NamespaceId(self.last_namespace);
         self.by_digest.insert((domain, digest), id);
         let (tenant, model, resident) = Default::default();
-        let namespace = Namespace { digest, domain, base: None, tenant, model, holders: 0, resident };
+        let (base, found_stride, holders) = (None, None, 0);
+        let namespace = Namespace { digest, domain, base, tenant, model, found_stride, holders, resident };
         self.namespaces.insert(id, namespace);
         id
     }
 
     /// The namespace of blocks that an earlier life of the daemon left; not forgotten before [`Registry::let_go`].
-    pub fn hold(&mut self, domain: TrustDomain, digest: [u8; 32]) -> NamespaceId {
-        let known = self.by_digest.get(&(domain, digest)).copied();
-        let id = known.unwrap_or_else(|| self.new_namespace(domain, digest));
-        self.namespaces.get_mut(&id).expect("it is known, or was just made").holders += 1;
+    pub fn hold(&mut self, class: Class, digest: [u8; 32]) -> NamespaceId {
+        let known = self.by_digest.get(&(class.domain, digest)).copied();
+        let id = known.unwrap_or_else(|| self.new_namespace(class.domain, digest));
+        let namespace = self.namespaces.get_mut(&id).expect("it is known, or was just made");
+        namespace.found_stride = Some(class.stride);
+        namespace.holders += 1;
         id
     }
 

@@ -177,7 +177,7 @@ impl SegmentTier {
         std::mem::take(&mut self.bound)
     }
 
-    /// A class as it was found, with its segments in order; see [`SlotTable::restore`]. The class must be new.
+    /// A class as it was found, with its segments in order; see `SlotTable::restore`. The class must be new.
     pub fn restore(&mut self, class: Class, segments: Vec<SegmentId>, slots: SlotTable) {
         let slots_per_segment = self.slots_in(class.stride);
         assert_eq!(slots.slots(), segments.len() * slots_per_segment as usize, "every slot has memory");

@@ -449,7 +449,7 @@ impl World {
             let n = u16::from_le_bytes([item.key.0[0], item.key.0[1]]);
             let bytes = self.disk[&(item.place.segment.0, item.place.offset(item.stride()))];
             assert_eq!(bytes, Some((item.namespace, n)), "disk holds what is looked at");
-            self.ledger.finish_scrub(item, intact);
+            self.ledger.finish_scrub(vec![(item, intact)]);
         }
     }
 

@@ -53,7 +53,7 @@ impl Waiters {
             return;
         }
         for id in self.by_key.remove(&key).unwrap_or_default() {
-            // The pool of the question may have gone.
+            // The question may have been answered: its pool, or the disk, has gone.
             let Some(open) = self.open.get_mut(&id) else { continue };
             *if done { &mut open.report.done } else { &mut open.report.failed } += 1;
             open.blocks -= 1;
@@ -79,6 +79,13 @@ impl Waiters {
             ids.retain(|id| open.contains_key(id));
             !ids.is_empty()
         });
+    }
+
+    /// The disk answers nothing now: whoever waits for it is told.
+    pub fn disk_gone(&mut self) {
+        let of_disk = self.open.iter().filter(|(_, open)| open.pool.is_none());
+        let ids: Vec<WaiterId> = of_disk.map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.finish(id));
     }
 
     /// Questions that have been answered since the last call.

@@ -41,6 +41,9 @@ pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
         let started = Instant::now();
         let (layout, segments) = (memory.layout(), shared.host.segments());
         let mut bytes = 0;
+        if let Some(warm) = &shared.warm {
+            warm.clear(batch.copies().map(|(_, place)| place));
+        }
         // When stopping, nobody will read what is copied now.
         let mut copied = !shared.stopping.load(Ordering::SeqCst);
         for (block, place) in batch.copies() {
@@ -67,6 +70,9 @@ pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
 
 pub(super) fn settle_offloads(shared: &Shared, ends: &Receiver<OffloadEnd>) {
     while let Ok(OffloadEnd { batch, copied, bytes, took }) = ends.recv() {
+        if let Some(warm) = shared.warm.as_ref().filter(|_| copied) {
+            warm.set(batch.stride(), batch.stored());
+        }
         shared.with_ledger(|ledger, _| {
             let copies = batch.copies().len().max(1);
             let stored = ledger.finish_offload(batch, copied);
@@ -159,7 +165,14 @@ pub(super) fn settle_onboards(shared: &Shared, ends: &Receiver<OnboardEnd>) {
 }
 
 fn delay(shared: &Shared) {
-    if !shared.config.copy_delay.is_zero() {
-        thread::sleep(shared.config.copy_delay);
+    shared.copy_delay(1);
+}
+
+impl Shared {
+    /// For drills: as if each of so many blocks had taken longer.
+    pub(super) fn copy_delay(&self, blocks: usize) {
+        if !self.config.copy_delay.is_zero() {
+            thread::sleep(self.config.copy_delay * u32::try_from(blocks).unwrap_or(u32::MAX));
+        }
     }
 }

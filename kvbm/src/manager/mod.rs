@@ -7,7 +7,12 @@
 
 mod adopt;
 mod copy;
+mod disk;
+mod moving;
+mod pools;
 mod populate;
+mod sessions;
+mod warm;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,7 +21,6 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvbm_hash::SequenceHash;
 use kvbm_shm::{PoolLayout, PoolMemory};
 use parking_lot::Mutex;
 
@@ -24,14 +28,17 @@ use crate::counters::Counters;
 use crate::error::{Error, Refused};
 use crate::event::{Event, EventLog};
 use crate::ledger::{
-    ArrivalReport, BlockRef, CommitBlock, DiskRules, Held, LeaseId, Ledger, LedgerConfig, Matched, Millis,
-    NamespaceId, PoolEntry, PoolId, PoolIdentity, Retention, SessionId, SlotsIn, TrustDomain, WaiterId,
+    ArrivalReport, DiskRules, Ledger, LedgerConfig, Millis, PoolEntry, PoolId, SessionId, SlotsIn,
+    TrustDomain, WaiterId,
 };
-use crate::store::{HostSegments, Pools, segment_plan};
+use crate::store::{HostSegments, Pools, WarmHost, WarmSegment, WarmTables, disk_io, segment_plan};
+use crate::tier::Tier;
 use crate::transfer::{BoundedQueue, Gate};
 
 pub use adopt::AdoptPool;
 use copy::{OffloadJob, OnboardJob};
+use disk::DiskTier;
+pub use disk::{DiskCapacity, DiskFigures, DiskState, DiskTierConfig, Recovery};
 
 /// How much host memory the cache gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +57,8 @@ const PIECE_BLOCKS: usize = 256;
 pub struct ManagerConfig {
     /// Size of the host tier; 0 turns it off.
     pub host: HostCapacity,
+    /// The disk tier, if there is to be one.
+    pub disk: Option<DiskTierConfig>,
     /// Batches that may wait per route, at least 1.
     pub queue_depth: usize,
     /// Blocks in one batch, 1..=256.
@@ -72,6 +81,7 @@ impl Default for ManagerConfig {
     fn default() -> Self {
         Self {
             host: HostCapacity::Bytes(0),
+            disk: None,
             queue_depth: 64,
             batch_blocks: 128,
             lease: Duration::from_secs(30),
@@ -167,6 +177,12 @@ struct Shared {
     pools: Pools,
     offloads: BoundedQueue<OffloadJob>,
     onboards: BoundedQueue<OnboardJob>,
+    /// Tables of host memory, if somebody keeps it.
+    warm: Option<WarmTables>,
+    /// What an earlier daemon left in host memory, until the size of the tier is known. Held while it is decided.
+    warm_found: Mutex<Vec<WarmSegment>>,
+    disk: Option<DiskTier>,
+    disk_threads: Mutex<Vec<JoinHandle<()>>>,
     gate: Gate,
     waiters: Mutex<HashMap<WaiterId, Done>>,
     adoptions: Mutex<Vec<adopt::Pending>>,
@@ -185,12 +201,30 @@ impl std::fmt::Debug for Shared {
 impl Manager {
     /// Starts the copy threads and begins to populate host memory; returns at once.
     pub fn start(config: ManagerConfig) -> Result<Self, Error> {
+        Self::start_warm(config, None)
+    }
+
+    /// As [`Manager::start`], with host memory that somebody keeps, and what an earlier daemon left in it.
+    pub fn start_warm(config: ManagerConfig, warm: Option<WarmHost>) -> Result<Self, Error> {
+        let io = config.disk.as_ref().map(|disk| disk.io).unwrap_or_default();
+        Self::start_with(config, warm, Box::new(move |files| disk_io::start(files, io)))
+    }
+
+    /// As [`Manager::start_warm`], with a drive of the caller's making.
+    pub(crate) fn start_with(
+        config: ManagerConfig,
+        warm: Option<WarmHost>,
+        start_engine: Box<disk::StartEngine>,
+    ) -> Result<Self, Error> {
+        let (found, keeper) = warm.map_or((Vec::new(), None), |warm| (warm.found, Some(warm.keeper)));
+        let disk = config.disk.clone();
+        let disk = disk.map(|disk| DiskTier::open(disk, config.queue_depth, start_engine)).transpose()?;
         let ledger = Ledger::new(LedgerConfig {
             lease: config.lease,
             orphan_pools_max: config.orphan_pools_max,
             orphan_pool_ttl: config.orphan_pool_ttl,
             secret: config.secret,
-            disk: DiskRules::default(),
+            disk: config.disk.as_ref().map_or_else(DiskRules::default, |disk| disk.rules),
         });
         let shared = Arc::new(Shared {
             started: Instant::now(),
@@ -201,6 +235,10 @@ impl Manager {
             pools: Pools::default(),
             offloads: BoundedQueue::new(config.queue_depth),
             onboards: BoundedQueue::new(config.queue_depth),
+            warm: keeper.map(WarmTables::new),
+            warm_found: Mutex::new(found),
+            disk,
+            disk_threads: Mutex::default(),
             gate: Gate::default(),
             waiters: Mutex::default(),
             adoptions: Mutex::default(),
@@ -220,6 +258,7 @@ impl Manager {
         if let HostCapacity::Bytes(bytes) = manager.shared.config.host {
             manager.size_host(bytes)?;
         }
+        manager.start_disk()?;
         Ok(manager)
     }
 
@@ -232,16 +271,17 @@ impl Manager {
 
     /// Decides the host tier's segments, once, and begins to populate them.
     fn size_host(&self, bytes: u64) -> Result<(), Error> {
-        let mut plan = self.shared.host_plan.lock();
-        if plan.is_some() {
+        // Nobody opens a pool before what is in host memory is known.
+        let mut found = self.shared.warm_found.lock();
+        if self.shared.host_plan.lock().is_some() {
             return Ok(());
         }
         let (count, segment_bytes) = segment_plan(bytes);
-        *plan = Some((count, segment_bytes));
-        drop(plan);
         self.shared.ledger.lock().set_segments((count > 0).then(|| SlotsIn::bytes(segment_bytes)));
-        if count > 0 {
-            self.spawn("kvbm-populate", move |shared| populate::run(&shared, count, segment_bytes))?;
+        let there = self.shared.adopt_warm(std::mem::take(&mut *found), count, segment_bytes);
+        *self.shared.host_plan.lock() = Some((count, segment_bytes));
+        if count > there {
+            self.spawn("kvbm-populate", move |shared| populate::run(&shared, there, count, segment_bytes))?;
         }
         Ok(())
     }
@@ -251,6 +291,7 @@ impl Manager {
         self.shared.stopping.store(true, Ordering::SeqCst);
         self.shared.offloads.close();
         self.shared.onboards.close();
+        self.stop_disk();
         for thread in std::mem::take(&mut *self.shared.threads.lock()) {
             if thread.join().is_err() {
                 tracing::error!("a block manager thread panicked");
@@ -261,274 +302,6 @@ impl Manager {
             done(Outcome { blocks_done: 0, blocks_failed: 0, bytes: 0, error: Some(Refused::Closed) });
         }
         self.shared.settle_adoptions();
-    }
-
-    // ---- sessions -------------------------------------------------------------------------------------------------
-
-    /// An engine attached.
-    pub fn open_session(&self, domain: TrustDomain) -> SessionId {
-        self.shared.with_ledger(|ledger, _| ledger.open_session(domain))
-    }
-
-    /// Its process is dead: what it held is released after copies in flight ended. A pool whose epoch moved is not kept:
-    /// the engine had gone its own way in it, and what the ledger knows of it is of the past.
-    pub fn session_dead(&self, session: SessionId) {
-        self.shared.with_ledger(|ledger, now| {
-            for id in ledger.pools_of(session) {
-                let known = ledger.pool(id).map(|pool| pool.epoch);
-                if self.shared.pools.get(id).map(|memory| memory.epoch()) != known {
-                    ledger.retire_pool(id);
-                }
-            }
-            ledger.session_dead(session, now);
-        });
-    }
-
-    /// Its connection is gone while its process lives. If it holds no pool, it ends now; false if it does.
-    pub fn end_session_without_pools(&self, session: SessionId) -> bool {
-        self.shared.with_ledger(|ledger, now| {
-            let idle = ledger.pools_of(session).is_empty();
-            if idle {
-                ledger.session_dead(session, now);
-            }
-            idle
-        })
-    }
-
-    /// Its connection is gone while its process lives: what it holds is quarantined.
-    pub fn session_silent(&self, session: SessionId) {
-        self.shared.with_ledger(|ledger, _| ledger.session_silent(session));
-    }
-
-    /// Gives a session the right to a namespace.
-    pub fn register_namespace(
-        &self,
-        session: SessionId,
-        digest: [u8; 32],
-        base: [u8; 32],
-        tenant: &str,
-        model: &str,
-    ) -> Result<NamespaceId, Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.register_namespace(session, digest, base, tenant, model))
-    }
-
-    // ---- pools ----------------------------------------------------------------------------------------------------
-
-    /// Gives a session the pool that a dead worker left, if one fits. It may hold blocks of namespaces that the session
-    /// has not registered: they are registered for it.
-    pub fn inherit_pool(&self, session: SessionId, open: &OpenPool) -> Result<Option<OpenedPool>, Refused> {
-        if open.fresh {
-            return Ok(None);
-        }
-        let inherited = self.shared.with_ledger(|ledger, _| -> Result<_, Refused> {
-            let fits = |identity: &PoolIdentity| {
-                identity.base == open.base
-                    && identity.layout == open.layout
-                    && identity.device == open.device
-                    && identity.tokens_per_block == open.tokens_per_block
-            };
-            let Some(id) = ledger.inherit_pool(session, fits)? else { return Ok(None) };
-            let entries = ledger.entries(id);
-            for entry in &entries {
-                if let Some(namespace) = ledger.namespace(entry.namespace).cloned() {
-                    let (tenant, model) = (&namespace.tenant, &namespace.model);
-                    // A session with very many namespaces may not find these blocks; it can still use the pool.
-                    let base = namespace.base.unwrap_or(open.base);
-                    let _ = ledger.register_namespace(session, namespace.digest, base, tenant, model);
-                }
-            }
-            let epoch = ledger.pool(id).expect("it was just inherited").epoch;
-            Ok(Some((id, epoch, entries)))
-        })?;
-        Ok(inherited.map(|(pool_id, epoch, entries)| {
-            let memory = self.shared.pools.get(pool_id).expect("the ledger's pools are mapped");
-            OpenedPool { pool_id, memory, epoch, entries, inherited: true }
-        }))
-    }
-
-    /// Gives a session a pool: the one a dead worker left, or a new one.
-    pub fn open_pool(&self, session: SessionId, open: OpenPool) -> Result<OpenedPool, Error> {
-        if let Some(inherited) = self.inherit_pool(session, &open)? {
-            return Ok(inherited);
-        }
-        let memory = Arc::new(PoolMemory::create(open.uuid, open.layout)?);
-        self.size_host_for(open.layout)?;
-        let epoch = memory.epoch();
-        let pool_id = self.shared.with_ledger(|ledger, _| {
-            let domain = domain_of(ledger, session)?;
-            let identity = PoolIdentity {
-                uuid: open.uuid,
-                base: open.base,
-                domain,
-                layout: open.layout,
-                tokens_per_block: open.tokens_per_block,
-                device: open.device,
-            };
-            ledger.add_pool(session, identity, epoch)
-        })?;
-        self.shared.pools.insert(pool_id, Arc::clone(&memory));
-        let whole = Arc::clone(&memory);
-        if let Err(error) = self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &whole)) {
-            tracing::warn!(%error, "a device pool is populated only as it is used");
-        }
-        Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
-    }
-
-    /// Gives up the pools that wait for a successor, to make room for another.
-    pub fn drop_orphan_pools(&self) {
-        self.shared.with_ledger(|ledger, _| ledger.drop_orphans());
-        drop(self.shared.unmapped_pools());
-    }
-
-    fn size_host_for(&self, layout: PoolLayout) -> Result<(), Error> {
-        match self.shared.config.host {
-            HostCapacity::Bytes(_) => Ok(()),
-            HostCapacity::Blocks(blocks) => self.size_host(u64::from(blocks) * layout.stride() as u64),
-        }
-    }
-
-    /// Takes over a pool that its writer kept while it was detached. `done` is called once copies that touch an older
-    /// idea of that pool have ended.
-    pub fn adopt_pool(
-        &self,
-        session: SessionId,
-        adopt: AdoptPool,
-        done: Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>,
-    ) {
-        let sized = self.size_host_for(adopt.memory.layout());
-        if let Err(error) = sized {
-            *self.shared.host_error.lock() = Some(error.to_string());
-        }
-        self.shared.adopt(session, adopt, done);
-    }
-
-    /// Up to `count` blocks to write into.
-    pub fn request_grants(
-        &self,
-        session: SessionId,
-        pool: PoolId,
-        count: usize,
-    ) -> Result<Vec<BlockRef>, Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.request_grants(session, pool, count))
-    }
-
-    /// Blocks are complete. They are offloaded to host as soon as the queue has room.
-    pub fn commit(
-        &self,
-        session: SessionId,
-        namespace: NamespaceId,
-        pool: PoolId,
-        blocks: &[CommitBlock],
-        retention: Retention,
-    ) -> Result<(), Refused> {
-        // In pieces: others get their turn in between, and copying begins after the first.
-        let mut committed = Ok(());
-        for piece in blocks.chunks(PIECE_BLOCKS) {
-            let done = self
-                .shared
-                .with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece, retention.priority));
-            committed = committed.and(done);
-        }
-        if !self.shared.offloads.has_room() {
-            self.shared.counters.was_busy("offload");
-        }
-        committed
-    }
-
-    /// Gives back pins.
-    pub fn release(&self, session: SessionId, pool: PoolId, blocks: &[Held]) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.release(session, pool, blocks))
-    }
-
-    // ---- finding and moving -----------------------------------------------------------------------------------------
-
-    /// The longest prefix of `keys` that is held, pinned.
-    pub fn match_prefix(
-        &self,
-        session: SessionId,
-        namespace: NamespaceId,
-        keys: &[SequenceHash],
-        pool: Option<PoolId>,
-    ) -> Result<Matched, Refused> {
-        let matched = self
-            .shared
-            .with_ledger(|ledger, now| ledger.match_prefix(session, namespace, keys, pool, now))?;
-        self.shared.counters.looked_up(matched.host_blocks, keys.len() - matched.device.len());
-        Ok(matched)
-    }
-
-    /// The lease is not wanted any more.
-    pub fn release_lease(&self, session: SessionId, lease: LeaseId) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.release_lease(session, lease))
-    }
-
-    /// Copies the first blocks of a lease into granted blocks. Unless refused, `done` is called exactly once, on
-    /// another thread.
-    pub fn onboard(
-        &self,
-        session: SessionId,
-        lease: LeaseId,
-        pool: PoolId,
-        targets: &[BlockRef],
-        done: Done,
-    ) -> Result<(), Refused> {
-        let memory = self.shared.pools.get(pool).ok_or(Refused::Unknown { what: "pool" })?;
-        self.shared.with_ledger(|ledger, _| {
-            // Only pushed to under this lock: room that is there now is there below.
-            if !self.shared.onboards.has_room() {
-                self.shared.counters.was_busy("onboard");
-                return Err(self.shared.full("onboard"));
-            }
-            let batch = ledger.begin_onboard(session, lease, pool, targets)?;
-            let tokens_per_block = ledger.pool(pool).map_or(0, |pool| pool.identity.tokens_per_block);
-            self.shared.gate.enter();
-            let job = OnboardJob { batch, memory, tokens_per_block, done };
-            if let Err(job) = self.shared.onboards.push(job) {
-                self.shared.gate.leave();
-                ledger.cancel_onboard(job.batch);
-                return Err(self.shared.full("onboard"));
-            }
-            Ok(())
-        })
-    }
-
-    /// Reports when these committed blocks are in host memory. Unless refused, `done` is called exactly once.
-    pub fn offload(
-        &self,
-        session: SessionId,
-        pool: PoolId,
-        blocks: &[BlockRef],
-        done: Done,
-    ) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, _| {
-            let waiter = ledger.watch_offload(session, pool, blocks)?;
-            self.shared.waiters.lock().insert(waiter, done);
-            Ok(())
-        })
-    }
-
-    /// Makes sure that what is known of a prefix will be in host memory when it is asked for.
-    pub fn prefetch(
-        &self,
-        session: SessionId,
-        namespace: NamespaceId,
-        keys: &[SequenceHash],
-    ) -> Result<Prefetched, Refused> {
-        let host_blocks =
-            self.shared.with_ledger(|ledger, _| ledger.find_prefix(session, namespace, keys))?.host_blocks;
-        Ok(Prefetched { host_blocks, promoting_blocks: 0 })
-    }
-
-    /// As [`Manager::prefetch`]; `done` is called once, when what is being promoted has arrived or failed.
-    pub fn prefetch_and_wait(
-        &self,
-        session: SessionId,
-        namespace: NamespaceId,
-        keys: &[SequenceHash],
-        done: Box<dyn FnOnce(Prefetched) + Send>,
-    ) -> Result<(), Refused> {
-        done(self.prefetch(session, namespace, keys)?);
-        Ok(())
     }
 
     // ---- time and accounts --------------------------------------------------------------------------------------------
@@ -579,7 +352,13 @@ impl Manager {
 
     /// Batches waiting or being copied.
     pub fn transfers_in_flight(&self) -> usize {
-        self.shared.offloads.len() + self.shared.onboards.len()
+        let disk = self.shared.disk.as_ref().map_or(0, |tier| tier.demotes.len() + tier.promotes.len());
+        self.shared.offloads.len() + self.shared.onboards.len() + disk
+    }
+
+    /// The disk tier; `None` if it was not configured.
+    pub fn disk(&self) -> Option<DiskFigures> {
+        self.shared.disk.as_ref().map(DiskTier::figures)
     }
 }
 
@@ -594,15 +373,17 @@ impl Shared {
         let (result, reports) = {
             let mut ledger = self.ledger.lock();
             let locked = Instant::now();
-            let result = decide(&mut ledger, self.now());
+            let now = self.now();
+            let result = decide(&mut ledger, now);
             self.queue_offloads(&mut ledger);
+            self.queue_demotes(&mut ledger, now);
             self.events.append(ledger.take_events());
             let reports = ledger.take_arrivals();
             self.counters.held(locked.elapsed());
             (result, reports)
         };
         for (waiter, report) in reports {
-            self.report_offload(waiter, report);
+            self.report_arrival(waiter, report);
         }
         self.settle_adoptions();
         result
@@ -620,6 +401,7 @@ impl Shared {
         }
         while self.offloads.has_room() {
             let Some(batch) = ledger.next_offload(self.config.batch_blocks) else { return };
+            self.bind_segments(ledger);
             let memory = self.pools.get(batch.pool);
             let Some(memory) = memory else {
                 // The pool was added to the ledger a moment ago and is not mapped here yet: it has no blocks.
@@ -633,7 +415,21 @@ impl Shared {
         }
     }
 
-    fn report_offload(&self, waiter: WaiterId, report: ArrivalReport) {
+    /// Segments that were given to another class: what is kept about them outside the ledger is void.
+    fn bind_segments(&self, ledger: &mut Ledger) {
+        let bound = ledger.take_bound(Tier::Host);
+        if let Some(warm) = &self.warm {
+            for (segment, class) in bound {
+                warm.bind(segment, class, ledger.host_slots_in(class.stride));
+            }
+        }
+        let bound = ledger.take_bound(Tier::Disk);
+        if let Some(store) = self.disk.as_ref().filter(|_| !bound.is_empty()).and_then(DiskTier::store) {
+            bound.into_iter().for_each(|(segment, class)| store.bind(segment, class));
+        }
+    }
+
+    fn report_arrival(&self, waiter: WaiterId, report: ArrivalReport) {
         let Some(done) = self.waiters.lock().remove(&waiter) else { return };
         let error = (report.failed > 0).then(|| self.ledger.lock().host_exhausted(report.failed));
         done(Outcome { blocks_done: report.done, blocks_failed: report.failed, bytes: 0, error });

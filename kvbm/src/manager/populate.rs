@@ -1,5 +1,6 @@
 //! Populates host memory in the background, segment by segment.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -7,6 +8,7 @@ use std::time::Instant;
 use kvbm_shm::PoolMemory;
 
 use super::Shared;
+use crate::store::Pages;
 
 /// Populating is bound by the kernel zeroing pages: a few threads help on large machines, more do not.
 const THREADS_MAX: usize = 8;
@@ -15,10 +17,10 @@ const THREADS_MAX: usize = 8;
 const POOL_PIECE_BYTES: usize = 64 << 20;
 
 /// Returns when all segments are there, or the first could not be had.
-pub(super) fn run(shared: &Shared, count: u32, segment_bytes: usize) {
+pub(super) fn run(shared: &Shared, there: u32, count: u32, segment_bytes: usize) {
     let started = Instant::now();
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let next = AtomicU32::new(0);
+    let next = AtomicU32::new(there);
     let work = || {
         while next.fetch_add(1, Ordering::Relaxed) < count && add_segment(shared, segment_bytes) {}
     };
@@ -53,8 +55,16 @@ pub(super) fn run_pool(shared: &Shared, pool: &PoolMemory) {
 
 fn add_segment(shared: &Shared, bytes: usize) -> bool {
     let stopping = || shared.stopping.load(Ordering::SeqCst);
-    match shared.host.add(bytes, stopping) {
+    let pages = if shared.disk.is_some() { Pages::Large } else { Pages::Any };
+    match shared.host.add(bytes, pages, stopping) {
         Ok(Some(segment)) => {
+            let memory = Arc::clone(&shared.host.segments()[segment.0 as usize]);
+            if let Some(Err(error)) = shared.warm.as_ref().map(|warm| warm.add(segment, &memory)) {
+                tracing::warn!(%error, "a host segment will not outlive the daemon");
+            }
+            if let Some(store) = shared.disk.as_ref().and_then(|tier| tier.store()) {
+                store.register(&memory);
+            }
             shared.with_ledger(|ledger, _| ledger.add_segment(segment));
             true
         }

@@ -2,10 +2,10 @@
 
 use std::sync::mpsc;
 
-use kvbm_hash::{BaseNamespace, BaseParts, Namespace, sequence_hashes};
+use kvbm_hash::{BaseNamespace, BaseParts, Namespace, SequenceHash, sequence_hashes};
 
 use super::*;
-use crate::ledger::Owner;
+use crate::ledger::{BlockRef, CommitBlock, Held, LeaseId, NamespaceId, Owner, Retention};
 use crate::tier::{Route, Tier};
 
 const LAYOUT: PoolLayout = PoolLayout { block_bytes: 8192, block_count: 16 };
@@ -21,16 +21,16 @@ fn base() -> BaseNamespace {
     })
 }
 
-struct Engine {
-    manager: Manager,
-    session: SessionId,
-    namespace: NamespaceId,
+pub(super) struct Engine {
+    pub manager: Manager,
+    pub session: SessionId,
+    pub namespace: NamespaceId,
     digest: Namespace,
     pool: OpenedPool,
 }
 
 impl Engine {
-    fn attach(manager: &Manager, fresh: bool) -> Self {
+    pub fn attach(manager: &Manager, fresh: bool) -> Self {
         let session = manager.open_session(TrustDomain(1));
         let digest = base().namespace(None, None);
         let namespace = manager.register_namespace(session, digest.0, base().0, "", "m").unwrap();
@@ -48,16 +48,16 @@ impl Engine {
         Self { manager: manager.clone(), session, namespace, digest, pool }
     }
 
-    fn keys(&self, tokens: &[u32]) -> Vec<SequenceHash> {
+    pub fn keys(&self, tokens: &[u32]) -> Vec<SequenceHash> {
         sequence_hashes(self.digest, 4, tokens)
     }
 
-    fn bytes_of(key: SequenceHash) -> Vec<u8> {
+    pub fn bytes_of(key: SequenceHash) -> Vec<u8> {
         key.0.iter().cycle().take(LAYOUT.block_bytes).copied().collect()
     }
 
     /// Writes and commits a chain; returns its blocks.
-    fn compute(&self, keys: &[SequenceHash]) -> Vec<BlockRef> {
+    pub fn compute(&self, keys: &[SequenceHash]) -> Vec<BlockRef> {
         let blocks = self.granted(keys.len());
         let mut commits = vec![];
         for (i, (block, key)) in blocks.iter().zip(keys).enumerate() {
@@ -71,7 +71,7 @@ impl Engine {
     }
 
     /// Waits for copies in flight, which keep their blocks, if need be.
-    fn granted(&self, count: usize) -> Vec<BlockRef> {
+    pub fn granted(&self, count: usize) -> Vec<BlockRef> {
         let mut blocks = vec![];
         while blocks.len() < count {
             let wanted = count - blocks.len();
@@ -80,26 +80,26 @@ impl Engine {
         blocks
     }
 
-    fn release(&self, blocks: &[BlockRef]) {
+    pub fn release(&self, blocks: &[BlockRef]) {
         let held: Vec<Held> = blocks.iter().map(|block| Held { block: *block, pins: 1 }).collect();
         self.manager.release(self.session, self.pool.pool_id, &held).unwrap();
     }
 
-    fn offloaded(&self, blocks: &[BlockRef]) -> Outcome {
+    pub fn offloaded(&self, blocks: &[BlockRef]) -> Outcome {
         let (send, receive) = mpsc::channel();
         let done = Box::new(move |outcome| send.send(outcome).unwrap());
         self.manager.offload(self.session, self.pool.pool_id, blocks, done).unwrap();
         receive.recv().unwrap()
     }
 
-    fn onboard(&self, lease: LeaseId, targets: &[BlockRef]) -> Result<Outcome, Refused> {
+    pub fn onboard(&self, lease: LeaseId, targets: &[BlockRef]) -> Result<Outcome, Refused> {
         let (send, receive) = mpsc::channel();
         let done = Box::new(move |outcome| send.send(outcome).unwrap());
         self.manager.onboard(self.session, lease, self.pool.pool_id, targets, done)?;
         Ok(receive.recv().unwrap())
     }
 
-    fn check(&self, blocks: &[BlockRef], keys: &[SequenceHash]) {
+    pub fn check(&self, blocks: &[BlockRef], keys: &[SequenceHash]) {
         let mut bytes = vec![0; LAYOUT.block_bytes];
         for (block, key) in blocks.iter().zip(keys) {
             self.pool.memory.memory().read(LAYOUT.offset(block.block), &mut bytes);
@@ -117,7 +117,7 @@ fn manager(config: ManagerConfig) -> Manager {
     manager
 }
 
-fn with_host(bytes: u64) -> ManagerConfig {
+pub(super) fn with_host(bytes: u64) -> ManagerConfig {
     ManagerConfig { host: HostCapacity::Bytes(bytes), ..ManagerConfig::default() }
 }
 

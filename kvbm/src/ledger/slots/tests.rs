@@ -188,7 +188,7 @@ impl Walk {
                 if let Some(i) = pick(self.copies.len(), *i) {
                     let copying = self.copies.swap_remove(i);
                     let key = self.table.block(copying.slot()).map(|(key, _)| key);
-                    self.table.condemn(&copying);
+                    self.table.condemn([&copying]);
                     self.table.check_integrity();
                     assert!(key.is_none_or(|key| self.table.resident(key).is_none()), "it is a miss");
                     if let Some(key) = key {
@@ -326,7 +326,7 @@ fn a_condemned_slot_takes_along_what_hangs_on_it_and_is_not_used_again() {
         let slot = table.resident(key(n)).unwrap();
         table.begin_copy(slot)
     });
-    table.condemn(&read[1]);
+    table.condemn([&read[1]]);
     assert_eq!([1, 2, 3].map(|n| table.resident(key(n)).is_some()), [true, false, false]);
     read.into_iter().for_each(|copy| table.end_copy(copy));
     table.check_integrity();

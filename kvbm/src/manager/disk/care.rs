@@ -1,0 +1,96 @@
+//! What is done for the disk in quiet moments: entries are made durable, blocks are looked at before anybody asks.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvbm_shm::SharedMemory;
+
+use super::flow::disk_place;
+use super::{DiskTier, Shared};
+use crate::ledger::{BatchLimit, Promoted, ScrubItem};
+use crate::store::disk::{DiskRead, DiskStore};
+
+/// How often there may be something to do.
+const TURN: Duration = Duration::from_millis(100);
+/// What was written is durable after this long at most, and the time that a flush takes.
+const FLUSH: Duration = Duration::from_millis(500);
+/// Blocks in one acquisition of the ledger's lock.
+const BLOCKS_AT_ONCE: usize = 256;
+/// Memory for blocks that are looked at; larger ones are only looked at when they are wanted.
+const SCRATCH_BYTES: usize = 16 << 20;
+
+/// Until the manager stops.
+pub(super) fn run(shared: &Shared, tier: &DiskTier) {
+    let mut flushed = Instant::now();
+    let mut scrub = Scrub::default();
+    while !shared.stopping.load(Ordering::SeqCst) {
+        thread::sleep(TURN);
+        let Some(store) = tier.store().filter(|_| tier.is_on()) else { continue };
+        if flushed.elapsed() >= FLUSH {
+            flushed = Instant::now();
+            if let Err(failure) = store.flush() {
+                shared.disk_fault(tier, &format!("flush to disk: {failure}"));
+            }
+        }
+        scrub.turn(shared, tier, &store);
+    }
+}
+
+/// Reads what is on disk, round and round.
+#[derive(Default)]
+struct Scrub {
+    scratch: Option<Arc<SharedMemory>>,
+    /// Bytes that may be read now.
+    credit: u64,
+}
+
+impl Scrub {
+    fn turn(&mut self, shared: &Shared, tier: &DiskTier, store: &DiskStore) {
+        let per_turn = tier.config.scrub_bytes_per_second * TURN.as_millis() as u64 / 1000;
+        self.credit = (self.credit + per_turn).min((SCRATCH_BYTES as u64).max(per_turn));
+        let busy = tier.promotes.len() + tier.demotes.len() > 0;
+        if busy || self.credit < SCRATCH_BYTES as u64 {
+            return;
+        }
+        let Some(scratch) = self.scratch() else { return };
+        let limit = BatchLimit { blocks: BLOCKS_AT_ONCE, bytes: SCRATCH_BYTES };
+        let (items, large): (Vec<_>, Vec<_>) = shared
+            .with_ledger(|ledger, _| ledger.next_scrub(limit))
+            .into_iter()
+            .partition(|item| item.stride() <= SCRATCH_BYTES);
+        let read = |(i, item): (usize, &ScrubItem)| DiskRead {
+            place: disk_place(item.place),
+            namespace: item.namespace,
+            key: item.key.0,
+            target: Arc::clone(&scratch),
+            target_offset: i * item.stride(),
+            bytes: item.stride(),
+        };
+        let reads: Vec<DiskRead> = items.iter().enumerate().map(read).collect();
+        let results = store.read(&reads);
+        let outcomes = shared.judge(tier, store, &reads, &results);
+        let bytes: u64 = items.iter().map(|item| item.stride() as u64).sum();
+        self.credit -= bytes.min(self.credit);
+        tier.scrubbed_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let corrupt = outcomes.iter().filter(|outcome| **outcome == Promoted::Corrupt).count();
+        tier.corrupt.fetch_add(corrupt as u64, Ordering::Relaxed);
+        let looked_at =
+            items.into_iter().zip(outcomes).map(|(item, outcome)| (item, outcome != Promoted::Corrupt));
+        let looked_at = looked_at.chain(large.into_iter().map(|item| (item, true))).collect();
+        shared.with_ledger(|ledger, _| ledger.finish_scrub(looked_at));
+    }
+
+    fn scratch(&mut self) -> Option<Arc<SharedMemory>> {
+        if self.scratch.is_none() {
+            match SharedMemory::create("kvbm-scrub", SCRATCH_BYTES) {
+                Ok(memory) => self.scratch = Some(Arc::new(memory)),
+                Err(error) => {
+                    tracing::warn!(%error, "blocks on disk are only looked at when they are wanted")
+                }
+            }
+        }
+        self.scratch.clone()
+    }
+}

@@ -1,0 +1,138 @@
+//! Device pools: opened, inherited, adopted, written.
+
+use std::sync::Arc;
+
+use kvbm_shm::{PoolLayout, PoolMemory};
+
+use super::{AdoptPool, HostCapacity, Manager, OpenPool, OpenedPool, PIECE_BLOCKS, domain_of, populate};
+use crate::error::{Error, Refused};
+use crate::ledger::{BlockRef, CommitBlock, Held, NamespaceId, PoolId, PoolIdentity, Retention, SessionId};
+
+impl Manager {
+    /// Gives a session the pool that a dead worker left, if one fits. It may hold blocks of namespaces that the session
+    /// has not registered: they are registered for it.
+    pub fn inherit_pool(&self, session: SessionId, open: &OpenPool) -> Result<Option<OpenedPool>, Refused> {
+        if open.fresh {
+            return Ok(None);
+        }
+        let inherited = self.shared.with_ledger(|ledger, _| -> Result<_, Refused> {
+            let fits = |identity: &PoolIdentity| {
+                identity.base == open.base
+                    && identity.layout == open.layout
+                    && identity.device == open.device
+                    && identity.tokens_per_block == open.tokens_per_block
+            };
+            let Some(id) = ledger.inherit_pool(session, fits)? else { return Ok(None) };
+            let entries = ledger.entries(id);
+            for entry in &entries {
+                if let Some(namespace) = ledger.namespace(entry.namespace).cloned() {
+                    let (tenant, model) = (&namespace.tenant, &namespace.model);
+                    // A session with very many namespaces may not find these blocks; it can still use the pool.
+                    let base = namespace.base.unwrap_or(open.base);
+                    let _ = ledger.register_namespace(session, namespace.digest, base, tenant, model);
+                }
+            }
+            let epoch = ledger.pool(id).expect("it was just inherited").epoch;
+            Ok(Some((id, epoch, entries)))
+        })?;
+        Ok(inherited.map(|(pool_id, epoch, entries)| {
+            let memory = self.shared.pools.get(pool_id).expect("the ledger's pools are mapped");
+            OpenedPool { pool_id, memory, epoch, entries, inherited: true }
+        }))
+    }
+
+    /// Gives a session a pool: the one a dead worker left, or a new one.
+    pub fn open_pool(&self, session: SessionId, open: OpenPool) -> Result<OpenedPool, Error> {
+        if let Some(inherited) = self.inherit_pool(session, &open)? {
+            return Ok(inherited);
+        }
+        let memory = Arc::new(PoolMemory::create(open.uuid, open.layout)?);
+        self.size_host_for(open.layout)?;
+        let epoch = memory.epoch();
+        let pool_id = self.shared.with_ledger(|ledger, _| {
+            let domain = domain_of(ledger, session)?;
+            let identity = PoolIdentity {
+                uuid: open.uuid,
+                base: open.base,
+                domain,
+                layout: open.layout,
+                tokens_per_block: open.tokens_per_block,
+                device: open.device,
+            };
+            ledger.add_pool(session, identity, epoch)
+        })?;
+        self.shared.pools.insert(pool_id, Arc::clone(&memory));
+        let whole = Arc::clone(&memory);
+        if let Err(error) = self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &whole)) {
+            tracing::warn!(%error, "a device pool is populated only as it is used");
+        }
+        Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
+    }
+
+    /// Gives up the pools that wait for a successor, to make room for another.
+    pub fn drop_orphan_pools(&self) {
+        self.shared.with_ledger(|ledger, _| ledger.drop_orphans());
+        drop(self.shared.unmapped_pools());
+    }
+
+    fn size_host_for(&self, layout: PoolLayout) -> Result<(), Error> {
+        self.shared.size_disk(layout.stride() as u64);
+        match self.shared.config.host {
+            HostCapacity::Bytes(_) => Ok(()),
+            HostCapacity::Blocks(blocks) => self.size_host(u64::from(blocks) * layout.stride() as u64),
+        }
+    }
+
+    /// Takes over a pool that its writer kept while it was detached. `done` is called once copies that touch an older
+    /// idea of that pool have ended.
+    pub fn adopt_pool(
+        &self,
+        session: SessionId,
+        adopt: AdoptPool,
+        done: Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>,
+    ) {
+        let sized = self.size_host_for(adopt.memory.layout());
+        if let Err(error) = sized {
+            *self.shared.host_error.lock() = Some(error.to_string());
+        }
+        self.shared.adopt(session, adopt, done);
+    }
+
+    /// Up to `count` blocks to write into.
+    pub fn request_grants(
+        &self,
+        session: SessionId,
+        pool: PoolId,
+        count: usize,
+    ) -> Result<Vec<BlockRef>, Refused> {
+        self.shared.with_ledger(|ledger, _| ledger.request_grants(session, pool, count))
+    }
+
+    /// Blocks are complete. They are offloaded to host as soon as the queue has room.
+    pub fn commit(
+        &self,
+        session: SessionId,
+        namespace: NamespaceId,
+        pool: PoolId,
+        blocks: &[CommitBlock],
+        retention: Retention,
+    ) -> Result<(), Refused> {
+        // In pieces: others get their turn in between, and copying begins after the first.
+        let mut committed = Ok(());
+        for piece in blocks.chunks(PIECE_BLOCKS) {
+            let done = self
+                .shared
+                .with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece, retention.priority));
+            committed = committed.and(done);
+        }
+        if !self.shared.offloads.has_room() {
+            self.shared.counters.was_busy("offload");
+        }
+        committed
+    }
+
+    /// Gives back pins.
+    pub fn release(&self, session: SessionId, pool: PoolId, blocks: &[Held]) -> Result<(), Refused> {
+        self.shared.with_ledger(|ledger, _| ledger.release(session, pool, blocks))
+    }
+}

@@ -1,0 +1,168 @@
+//! One daemon's host memory in the hands of the next.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kvbm_shm::SharedMemory;
+use parking_lot::Mutex;
+
+use crate::ledger::{Ledger, SegmentId};
+use crate::manager::tests::{Engine, with_host};
+use crate::{Keeper, Manager, ManagerConfig, WarmHost, WarmSegment};
+
+/// Keeps memory as another process would: by its descriptors.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<BTreeMap<u32, WarmSegment>>>);
+
+impl Keeper for Kept {
+    fn keep(&self, segment: &WarmSegment) {
+        self.0.lock().insert(segment.index, segment.clone());
+    }
+
+    fn discard(&self, index: u32) {
+        self.0.lock().remove(&index);
+    }
+}
+
+fn again(memory: &SharedMemory) -> Arc<SharedMemory> {
+    Arc::new(SharedMemory::from_fd(memory.fd().try_clone_to_owned().unwrap()).unwrap())
+}
+
+impl Kept {
+    fn warm(&self) -> WarmHost {
+        let segment = |segment: &WarmSegment| WarmSegment {
+            memory: again(&segment.memory),
+            table: again(&segment.table),
+            ..*segment
+        };
+        WarmHost { found: self.0.lock().values().map(segment).collect(), keeper: Box::new(self.clone()) }
+    }
+}
+
+fn start(config: ManagerConfig, kept: &Kept) -> Manager {
+    let manager = Manager::start_warm(config, Some(kept.warm())).unwrap();
+    while manager.host_bytes().0 != manager.host_bytes().1 {
+        std::thread::yield_now();
+    }
+    manager
+}
+
+fn found(engine: &Engine, keys: &[kvbm_hash::SequenceHash]) -> usize {
+    let matched = engine.manager.match_prefix(engine.session, engine.namespace, keys, None).unwrap();
+    let Some(lease) = matched.lease else { return 0 };
+    let targets = engine.granted(matched.host_blocks);
+    assert_eq!(engine.onboard(lease, &targets).unwrap().blocks_done, matched.host_blocks);
+    engine.check(&targets, keys);
+    engine.release(&targets);
+    matched.host_blocks
+}
+
+#[test]
+fn blocks_in_host_memory_are_found_by_the_next_daemon() {
+    let kept = Kept::default();
+    let manager = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&manager, true);
+    let keys = engine.keys(&(0..48).collect::<Vec<_>>());
+    assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 12);
+    // Not stopped: as if it had been killed.
+    let next = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&next, true);
+    assert_eq!(found(&engine, &keys), 12);
+    next.inspect(Ledger::check_integrity);
+    // What it stores is found by the one after it.
+    let more = engine.keys(&(100..116).collect::<Vec<_>>());
+    assert_eq!(engine.offloaded(&engine.compute(&more)).blocks_done, 4);
+    let last = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&last, true);
+    assert_eq!((found(&engine, &more), found(&engine, &keys)), (4, 12));
+    [manager, next, last].iter().for_each(Manager::stop);
+}
+
+#[test]
+fn a_slot_that_was_being_filled_is_free() {
+    let kept = Kept::default();
+    let manager = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&manager, true);
+    let keys = engine.keys(&(0..32).collect::<Vec<_>>());
+    assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 8);
+    let table = crate::store::WarmTables::new(Box::new(kept.clone()));
+    let segments = kept.warm().found;
+    segments
+        .iter()
+        .for_each(|segment| drop(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes())));
+    // The fifth block is overwritten just when its daemon dies.
+    table.clear(std::iter::once(manager.inspect(|ledger| ledger.host_place(keys[4])).unwrap()));
+    let next = start(with_host(1 << 20), &kept);
+    assert_eq!(found(&Engine::attach(&next, true), &keys), 4);
+    next.inspect(Ledger::check_integrity);
+    [manager, next].iter().for_each(Manager::stop);
+}
+
+#[test]
+fn memory_that_is_cut_otherwise_is_given_up() {
+    let kept = Kept::default();
+    let manager = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&manager, true);
+    let keys = engine.keys(&(0..16).collect::<Vec<_>>());
+    engine.offloaded(&engine.compute(&keys));
+    let larger = start(with_host(2 << 20), &kept);
+    assert_eq!(found(&Engine::attach(&larger, true), &keys), 0);
+    let sizes: Vec<usize> = kept.0.lock().values().map(|segment| segment.memory.bytes()).collect();
+    assert!(
+        sizes.iter().sum::<usize>() > 1 << 20 && sizes.iter().all(|bytes| *bytes == sizes[0]),
+        "{sizes:?}"
+    );
+    [manager, larger].iter().for_each(Manager::stop);
+}
+
+/// The holder may give us anything: nothing of it is believed that is not consistent.
+#[test]
+fn scribbled_tables_do_no_harm() {
+    let kept = Kept::default();
+    let manager = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&manager, true);
+    let keys = engine.keys(&(0..32).collect::<Vec<_>>());
+    engine.offloaded(&engine.compute(&keys));
+    for segment in kept.0.lock().values() {
+        let bytes = segment.table.bytes();
+        for at in (0..bytes).step_by(61) {
+            segment.table.write(at, &[(at * 7) as u8]);
+        }
+    }
+    let next = start(with_host(1 << 20), &kept);
+    assert_eq!(found(&Engine::attach(&next, true), &keys), 0);
+    next.inspect(Ledger::check_integrity);
+    [manager, next].iter().for_each(Manager::stop);
+}
+
+/// The drive does not know that the daemon is dead: what it reads may come at any time.
+#[test]
+fn a_segment_into_which_a_dead_daemons_drive_may_write_has_no_successor() {
+    let kept = Kept::default();
+    let manager = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&manager, true);
+    let keys = engine.keys(&(0..32).collect::<Vec<_>>());
+    assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 8);
+    let table = crate::store::WarmTables::new(Box::new(kept.clone()));
+    let segments = kept.warm().found;
+    for segment in &segments {
+        assert!(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes()).is_some());
+    }
+    let place = manager.inspect(|ledger| ledger.host_place(keys[4])).unwrap();
+    let old = segments.iter().find(|segment| segment.index == place.segment.0).unwrap();
+    table.mark_reading(std::iter::once(place));
+    let next = start(with_host(1 << 20), &kept);
+    let engine = Engine::attach(&next, true);
+    assert_eq!(found(&engine, &keys), 0);
+    let more = engine.keys(&(100..164).collect::<Vec<_>>());
+    assert_eq!(engine.offloaded(&engine.compute(&more)).blocks_done, 16);
+    // Now it comes.
+    old.memory.write(0, &vec![0xEE; old.memory.bytes()]);
+    let other = Engine::attach(&next, true);
+    assert_eq!(found(&other, &more), 16);
+    // All others are kept under new numbers, without gaps.
+    let numbers: Vec<u32> = kept.0.lock().keys().copied().collect();
+    assert_eq!(numbers, (0..numbers.len() as u32).collect::<Vec<_>>());
+    next.inspect(Ledger::check_integrity);
+    [manager, next].iter().for_each(Manager::stop);
+}
