@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod hold;
 mod parent;
 mod ready;
 mod signals;
@@ -29,6 +30,8 @@ enum Command {
     Up(up::UpArgs),
     /// Run the daemon of this node: it owns the KV blocks, engines attach to it
     Daemon(Part<kvbm_server::DaemonArgs>),
+    #[command(about = hold::ABOUT, long_about = hold::HELP)]
+    Hold(Part<hold::HoldArgs>),
     /// Run the reference engine: tokens in, tokens out, KV in a pool that the daemon owns
     Worker(Part<kvbm_worker::WorkerArgs>),
     /// Run the OpenAI HTTP frontend before the workers
@@ -72,6 +75,10 @@ fn main() -> ExitCode {
             let address = addresses.socket.display().to_string();
             announce(&Ready { address, metrics }, ready_file);
         }),
+        Command::Hold(Part { args, ready_file }) => {
+            start_log();
+            hold(&args, ready_file)
+        }
         Command::Worker(Part { args, ready_file }) => {
             start_log();
             worker(args, ready_file)
@@ -82,6 +89,16 @@ fn main() -> ExitCode {
         }
         Command::Status(args) => outcome(block_on(status::run(args))),
         Command::Bench(args) => outcome(bench::run(&args).map(|()| 0)),
+    }
+}
+
+fn hold(args: &hold::HoldArgs, ready_file: Option<PathBuf>) -> ExitCode {
+    let ready = |socket: &std::path::Path| {
+        announce(&Ready { address: socket.display().to_string(), metrics: String::new() }, ready_file);
+    };
+    match hold::run(args, ready) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((error, code)) => complain(&format!("kvbm hold: {error}"), code),
     }
 }
 
@@ -105,7 +122,7 @@ fn frontend(args: kvbm_frontend::FrontendArgs, ready_file: Option<PathBuf>) -> E
     let serve = async {
         let args = match args {
             // The daemon of `kvbm up`, unless something else is named.
-            args if args.socket.is_none() && args.workers.is_empty() => {
+            args if args.socket.is_none() && args.daemon.is_none() && args.workers.is_empty() => {
                 kvbm_frontend::FrontendArgs { socket: Some(up::default_socket()), ..args }
             }
             args => args,

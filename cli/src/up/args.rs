@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-/// Start a daemon, workers and a frontend on this machine, and keep them running
+/// Start a daemon, a holder of its host memory, workers and a frontend on this machine, and keep them running
 ///
 /// Ctrl-C stops all, a second one at once. A part that dies is started again. Settings that are not given here are those
 /// of the parts (the daemon's from kvbm.toml, too): see `kvbm daemon --help`, `kvbm worker --help` and `kvbm frontend --help`.
@@ -26,7 +26,7 @@ pub(crate) struct UpArgs {
     /// Host memory for the cache, GB (10^9 bytes), 0 for none [default: 1] [env: DYN_KVBM_CPU_CACHE_GB]
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub cpu_cache_gb: Option<String>,
-    /// Disk for the cache, GB (10^9 bytes), not in service yet [default: 0] [env: DYN_KVBM_DISK_CACHE_GB]
+    /// Disk for the cache, GB (10^9 bytes), 0 for none [default: 0] [env: DYN_KVBM_DISK_CACHE_GB]
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub disk_cache_gb: Option<String>,
     /// KV pool of each worker, GB (10^9 bytes) [default: 0.25] [env: KVBM_DEVICE_CACHE_GB]
@@ -38,6 +38,9 @@ pub(crate) struct UpArgs {
     /// What the workers compute with: llama, or echo to measure everything else
     #[arg(long, value_name = "NAME", default_value = "llama")]
     pub engine: String,
+    /// Start no `kvbm hold`: host memory then ends with the daemon
+    #[arg(long)]
+    pub no_warm_host: bool,
     /// Print one line of JSON on standard output when everything is ready
     #[arg(long)]
     pub json: bool,

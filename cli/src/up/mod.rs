@@ -1,6 +1,7 @@
-//! `kvbm up`: daemon, workers and frontend with one command.
+//! `kvbm up`: holder, daemon, workers and frontend with one command.
 //!
-//! Start order is daemon, workers, frontend; stop order is the reverse. Whatever dies is started again after a pause.
+//! Start order is holder, daemon, workers, frontend; stop order is the reverse. Whatever dies is started again after a
+//! pause.
 
 mod args;
 mod part;
@@ -17,9 +18,13 @@ pub(crate) use args::UpArgs;
 use part::Part;
 use state_dir::StateDir;
 
+use crate::hold;
+
 /// Long enough to fill a block of tokens, so that the second time it is found in the cache.
 const TRY: &str = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and \
                    darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters.";
+/// The name of the part that keeps the daemon's host memory.
+const HOLDER: &str = "holder";
 /// How often children are looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long a part may take to stop: longer than running requests are given.
@@ -28,6 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const PORTS_TRIED: usize = 100;
 /// How long the parts may take until they serve: a large model is read and hashed first.
 const START_MAX: Duration = Duration::from_secs(1800);
+/// How long the daemon's start waits for the holder's. It looks for the holder for a while itself.
+const HOLDER_START_MAX: Duration = Duration::from_secs(5);
 /// A part that ends this often before everything was ready once is not started again.
 const EARLY_ENDS_MAX: u32 = 3;
 
@@ -59,7 +66,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<u8, String> {
     let mut signals = Signals::new()?;
     let mut fleet = Fleet::new(&args, &model, &state)?;
     // Before anything runs: a wrong setting is one line, not a line among logs.
-    fleet.parts[0].check_settings().await?;
+    fleet.part("daemon").check_settings().await?;
     let outcome = fleet.serve(&args, &model, &state, &mut signals).await;
     if outcome.is_ok() {
         eprintln!("kvbm: stopping; once more to stop at once");
@@ -108,7 +115,18 @@ impl Fleet {
         daemon.optional("--cpu-cache-gb", args.cpu_cache_gb.as_ref());
         daemon.optional("--disk-cache-gb", args.disk_cache_gb.as_ref());
         daemon.optional("--metrics-port", args.metrics_port.as_ref());
-        let mut parts = vec![daemon];
+        let mut parts = Vec::new();
+        if args.no_warm_host {
+            // Nor the one that a variable or kvbm.toml may name.
+            daemon.argument("--holder", "");
+        } else {
+            let place = hold::beside(&state.socket());
+            let mut holder = Part::new(HOLDER.into(), "hold", &run_dir);
+            holder.argument("--socket", place.display());
+            daemon.argument("--holder", place.display());
+            parts.push(holder);
+        }
+        parts.push(daemon);
         for i in 1..=args.workers {
             let mut worker = Part::new(format!("worker {i}"), "worker", &run_dir);
             worker.argument("--socket", &socket);
@@ -129,6 +147,10 @@ impl Fleet {
         Ok(Self { parts })
     }
 
+    fn part(&self, name: &str) -> &Part {
+        self.parts.iter().find(|part| part.name == name).expect("it is one of those that are always there")
+    }
+
     async fn serve(
         &mut self,
         args: &UpArgs,
@@ -138,6 +160,9 @@ impl Fleet {
     ) -> Result<(), String> {
         for part in &mut self.parts {
             part.start()?;
+            if part.name == HOLDER {
+                part.wait_ready(HOLDER_START_MAX).await;
+            }
         }
         let deadline = Instant::now() + START_MAX;
         let mut ready = false;
@@ -149,13 +174,19 @@ impl Fleet {
             }
             for part in &mut self.parts {
                 if let Some((how, code)) = part.ended() {
-                    early_ends += u32::from(!ready);
+                    // A holder to which no daemon comes ends as it should: the daemon lost an earlier one, or cannot start.
+                    let is_alone = part.name == HOLDER && code == Some(0);
+                    early_ends += u32::from(!ready && !is_alone);
                     // Code 2 says that a setting is wrong: trying again does not help.
                     if !ready && (code == Some(2) || early_ends > EARLY_ENDS_MAX) {
                         return Err(format!("{} could not start ({how})", part.name));
                     }
                     let pause = part.schedule_restart();
-                    tracing::warn!(part = part.name, %how, ?pause, "ended and will be started again");
+                    if is_alone {
+                        tracing::info!(part = part.name, ?pause, "no daemon needs it; will be started again");
+                    } else {
+                        tracing::warn!(part = part.name, %how, ?pause, "ended and will be started again");
+                    }
                 }
                 if part.due.is_some_and(|due| due <= Instant::now()) {
                     part.start()?;
@@ -180,12 +211,14 @@ impl Fleet {
         let pid = |prefix: &str| -> Vec<u32> {
             self.parts.iter().filter(|part| part.name.starts_with(prefix)).map(Part::pid).collect()
         };
-        let (daemon, frontend, workers) = (pid("daemon"), pid("frontend"), pid("worker"));
+        let (holder, daemon) = (pid(HOLDER).first().copied(), pid("daemon"));
+        let (frontend, workers) = (pid("frontend"), pid("worker"));
         let folder = model.file_name().map(|name| name.to_string_lossy().into_owned());
         let named = std::env::var("KVBM_WORKER_SERVED_MODEL_NAME").ok();
         let model = named.or(folder).unwrap_or_default();
         if args.json {
-            let pids = json!({"daemon": daemon[0], "frontend": frontend[0], "workers": workers});
+            let pids =
+                json!({"holder": holder, "daemon": daemon[0], "frontend": frontend[0], "workers": workers});
             let socket = state.socket();
             say(&json!({"ready": true, "http": http, "metrics": metrics, "socket": socket, "pids": pids}));
         } else {

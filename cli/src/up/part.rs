@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::process::{Child, Command};
 
+use super::LOOK;
 use crate::parent::PARENT_PID;
 use crate::ready::Ready;
 
@@ -89,6 +90,18 @@ impl Part {
     /// What it said when it was ready.
     pub fn ready(&self) -> Option<Ready> {
         Ready::read(&self.ready_file)
+    }
+
+    /// Waits until it serves, has ended, or is late.
+    pub async fn wait_ready(&mut self, limit: Duration) {
+        let late = Instant::now() + limit;
+        let has_ended = |part: &mut Self| match part.child.as_mut().map(Child::try_wait) {
+            Some(Ok(None)) => false,
+            Some(Ok(Some(_)) | Err(_)) | None => true,
+        };
+        while self.ready().is_none() && !has_ended(self) && Instant::now() < late {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// If it ended: how, and the exit code if it has one.
