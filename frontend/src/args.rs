@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::FrontendError;
-use crate::fleet::Endpoint;
+use crate::fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
 
 /// Flags of the frontend. `Config::try_from` checks them.
 #[derive(Debug, Clone, clap::Args)]
@@ -13,6 +13,22 @@ pub struct FrontendArgs {
     /// Unix socket of the daemon, whose workers are served
     #[arg(long, env = "KVBM_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Daemon whose workers are served, instead of the one at --socket: https://host:port, http://host:port or
+    /// unix:/path
+    #[arg(long, env = "KVBM_DAEMON", value_name = "ENDPOINT")]
+    pub daemon: Option<String>,
+    /// PEM file with the authorities that the certificate of a --daemon over https may come from
+    #[arg(long, env = "KVBM_DAEMON_CA", value_name = "FILE")]
+    pub daemon_ca: Option<PathBuf>,
+    /// File with the token that a --daemon over TCP demands; only its owner may read it
+    #[arg(long, env = "KVBM_DAEMON_TOKEN_FILE", value_name = "FILE")]
+    pub daemon_token_file: Option<PathBuf>,
+    /// PEM file with the certificate that is shown to a --daemon over https
+    #[arg(long, env = "KVBM_DAEMON_CERT", value_name = "FILE")]
+    pub daemon_cert: Option<PathBuf>,
+    /// PEM file with the key of that certificate
+    #[arg(long, env = "KVBM_DAEMON_KEY", value_name = "FILE")]
+    pub daemon_key: Option<PathBuf>,
     /// A worker that is served without a daemon: unix:/path or http://host:port (repeatable)
     #[arg(long = "worker", env = "KVBM_FRONTEND_WORKERS", value_name = "ENDPOINT", value_delimiter = ',')]
     pub workers: Vec<String>,
@@ -39,8 +55,8 @@ pub struct FrontendArgs {
 /// Checked settings of the frontend.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Socket of the daemon.
-    pub socket: Option<PathBuf>,
+    /// The daemon whose workers are served.
+    pub daemon: Option<Daemon>,
     /// Workers served without a daemon.
     pub workers: Vec<Endpoint>,
     /// Folder with the tokenizer, instead of the workers' own.
@@ -59,8 +75,10 @@ impl TryFrom<FrontendArgs> for Config {
     type Error = FrontendError;
 
     fn try_from(args: FrontendArgs) -> Result<Self, FrontendError> {
-        if args.socket.is_none() && args.workers.is_empty() {
-            return Err(invalid("--socket", "nothing", "the daemon's socket, unless there is a --worker"));
+        let daemon = daemon(&args)?;
+        if daemon.is_none() && args.workers.is_empty() {
+            let range = "the daemon's socket, unless there is a --daemon or a --worker";
+            return Err(invalid("--socket", "nothing", range));
         }
         let workers = args.workers.iter().map(|text| {
             Endpoint::parse(text).ok_or_else(|| invalid("--worker", text, "unix:/path or http://host:port"))
@@ -77,13 +95,44 @@ impl TryFrom<FrontendArgs> for Config {
             .ok_or_else(|| invalid("--body-limit-mb", args.body_limit_mb, "within 1 to 1024"))?;
         Ok(Self {
             workers: workers.collect::<Result<_, _>>()?,
-            socket: args.socket,
+            daemon,
             model_path: args.model_path,
             address: SocketAddr::new(host, port),
             worker_wait: seconds("--worker-wait-seconds", args.worker_wait_seconds)?,
             body_limit_bytes: body_limit_mb * 1_000_000,
             drain: seconds("--drain-seconds", args.drain_seconds)?,
         })
+    }
+}
+
+/// `--daemon` names it, else `--socket`.
+fn daemon(args: &FrontendArgs) -> Result<Option<Daemon>, FrontendError> {
+    let files = DaemonFiles {
+        ca: args.daemon_ca.clone(),
+        token: args.daemon_token_file.clone(),
+        cert: args.daemon_cert.clone(),
+        key: args.daemon_key.clone(),
+    };
+    let given = [
+        ("--daemon-ca", &files.ca),
+        ("--daemon-token-file", &files.token),
+        ("--daemon-cert", &files.cert),
+        ("--daemon-key", &files.key),
+    ];
+    let value = |flag| match given.iter().find(|(name, _)| *name == flag) {
+        Some((_, path)) => {
+            path.as_ref().map_or_else(|| "nothing".to_owned(), |path| path.display().to_string())
+        }
+        None => args.daemon.clone().unwrap_or_default(),
+    };
+    match &args.daemon {
+        Some(text) => Daemon::parse(text, &files).map(Some).map_err(|Unusable { flag, must_be }| {
+            FrontendError::Daemon { flag, value: value(flag), must_be }
+        }),
+        None => match given.iter().find(|(_, path)| path.is_some()) {
+            Some((flag, _)) => Err(invalid(flag, value(flag), "given only with --daemon")),
+            None => Ok(args.socket.clone().map(Daemon::at_socket)),
+        },
     }
 }
 
@@ -137,6 +186,22 @@ mod tests {
             assert_eq!(config(&flags).unwrap_err(), message);
         }
         assert!(config(&[]).unwrap_err().starts_with("--socket = nothing"));
+        for (flags, message) in [
+            (
+                &["--daemon-ca", "/c"][..],
+                "--daemon-ca = /c is not valid, it must be given only with --daemon",
+            ),
+            (
+                &["--daemon", "https://node-7:1"],
+                "--daemon-ca = nothing is not valid, it must be given with https://host:port",
+            ),
+            (
+                &["--daemon", "node-7"],
+                "--daemon = node-7 is not valid, it must be unix:/path, http://host:port or https://host:port",
+            ),
+        ] {
+            assert_eq!(config(flags).unwrap_err(), message);
+        }
     }
 
     #[test]
@@ -146,5 +211,14 @@ mod tests {
         assert_eq!(config.body_limit_bytes, 32_000_000);
         assert_eq!(config.worker_wait, Duration::from_secs(10));
         assert_eq!(config.workers.len(), 2);
+        assert!(config.daemon.is_none());
+    }
+
+    #[test]
+    fn a_daemon_that_is_named_wins_over_a_socket() {
+        let both = config(&["--socket", "/run/kvbm.sock", "--daemon", "http://node-7:6881"]).unwrap();
+        assert_eq!(both.daemon.unwrap().to_string(), "http://node-7:6881");
+        let socket = config(&["--socket", "/run/kvbm.sock"]).unwrap();
+        assert_eq!(socket.daemon.unwrap().to_string(), "unix:/run/kvbm.sock");
     }
 }

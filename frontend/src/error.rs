@@ -15,6 +15,16 @@ pub enum FrontendError {
         /// What is permitted.
         range: &'static str,
     },
+    /// A flag does not go with the others, or with what is in its file.
+    #[error("{flag} = {value} is not valid, it must be {must_be}")]
+    Daemon {
+        /// The flag, with its dashes.
+        flag: &'static str,
+        /// What was given.
+        value: String,
+        /// What is permitted.
+        must_be: String,
+    },
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Bind {

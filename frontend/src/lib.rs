@@ -29,7 +29,7 @@ mod stop;
 pub use args::{Config, FrontendArgs};
 pub use detokenizer::Detokenizer;
 pub use error::FrontendError;
-pub use fleet::Endpoint;
+pub use fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
 pub use model::{Model, ModelError};
 pub use serve::run;
 pub use stop::StopFilter;

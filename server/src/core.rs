@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use kvbm::ledger::Owner;
-use kvbm::{Manager, NamespaceId, PoolId, Refused, SessionId, Tier};
+use kvbm::{DiskState, Manager, NamespaceId, PoolId, Refused, SessionId, Tier};
 use kvbm_proto::v1;
 use kvbm_shm::PoolLayout;
 use tokio::sync::watch;
@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::Config;
 use crate::config::memory;
 use crate::metrics::Refusals;
+use crate::remote::Door;
 use crate::session::Sessions;
 use crate::workers::Workers;
 
@@ -25,6 +26,8 @@ pub(crate) struct Core {
     pub sessions: Sessions,
     pub workers: Workers,
     pub refusals: Refusals,
+    /// Who is let in over TCP, and who was not.
+    pub door: Door,
     /// Changes when events were appended.
     pub events_changed: watch::Sender<()>,
     /// No new work: everything is answered with `CLOSED`.
@@ -38,6 +41,8 @@ pub(crate) struct Core {
     pub started: Instant,
     /// Base URL of the admin HTTP server.
     pub admin: OnceLock<String>,
+    /// URL of gRPC over TCP, if that is served.
+    pub grpc: OnceLock<String>,
     own_uid: u32,
 }
 
@@ -54,6 +59,7 @@ impl Core {
             sessions: Sessions::default(),
             workers: Workers::default(),
             refusals: Refusals::default(),
+            door: Door::default(),
             events_changed,
             stopping: CancellationToken::new(),
             closing: CancellationToken::new(),
@@ -61,6 +67,7 @@ impl Core {
             tasks: TaskTracker::new(),
             started: Instant::now(),
             admin: OnceLock::new(),
+            grpc: OnceLock::new(),
             own_uid: rustix::process::geteuid().as_raw(),
         }
     }
@@ -135,6 +142,9 @@ impl Core {
                 Some(error) => format!("no host memory can be had: {error}"),
                 None => "no host memory is populated yet".to_owned(),
             });
+        }
+        if let Some(DiskState::Out(reason)) = self.manager.disk().map(|disk| disk.state) {
+            reasons.push(format!("the disk tier is out of service: {reason}"));
         }
         reasons
     }

@@ -17,15 +17,18 @@ use tonic::transport::Server;
 use crate::core::Core;
 use crate::error::StartError;
 use crate::registry::RegistryService;
+use crate::remote::{Credentials, Remote};
 use crate::session::{self, CacheService};
 use crate::socket::Sockets;
 use crate::status::Status;
-use crate::{Config, admin, inventory, random};
+use crate::{Config, admin, holder, inventory, random, warm};
 
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// Bytes a client may send ahead: the table of a large pool comes in one message.
 const WINDOW_BYTES: u32 = 1 << 20;
+/// Streams of the registry served at once to processes of this node.
+const WATCHERS_MAX: usize = 1024;
 /// How long connections may take to end after everything else has.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -38,6 +41,8 @@ pub struct Addresses {
     pub side_socket: PathBuf,
     /// Admin HTTP.
     pub admin: SocketAddr,
+    /// gRPC over TCP, as a URL.
+    pub grpc: Option<String>,
 }
 
 impl Addresses {
@@ -54,6 +59,7 @@ pub struct Daemon {
     addresses: Addresses,
     grpc: JoinHandle<()>,
     admin: JoinHandle<()>,
+    remote: Option<JoinHandle<()>>,
     /// Last: the claim on the path goes when nothing of us uses it.
     _sockets: Sockets,
 }
@@ -61,26 +67,43 @@ pub struct Daemon {
 impl Daemon {
     /// Binds everything and starts serving. Host memory is populated in the background.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        let credentials = Credentials::read(&config)?;
         let mut sockets = Sockets::bind(&config)?;
         let listener = admin::bind(&config).await?;
         let address = listener
             .local_addr()
             .map_err(|source| StartError::Admin { address: config.metrics_address(), source })?;
-        let manager = Manager::start(config.manager(u64::from_le_bytes(random())))?;
-        let addresses =
-            Addresses { socket: config.socket.clone(), side_socket: config.side_socket(), admin: address };
+        let remote = match credentials {
+            Some((listen, credentials)) => Some(Remote::bind(listen, credentials).await?),
+            None => None,
+        };
+        let (manager, holder) = start_manager(&config).await?;
+        let addresses = Addresses {
+            socket: config.socket.clone(),
+            side_socket: config.side_socket(),
+            admin: address,
+            grpc: remote.as_ref().map(Remote::url),
+        };
         let core = Arc::new(Core::new(config, manager));
-        // Set once, here.
+        // Both are set once, here.
         let _ = core.admin.set(addresses.admin_url(""));
+        if let Some(url) = addresses.grpc.clone() {
+            let _ = core.grpc.set(url);
+        }
         let admin = tokio::spawn(admin::serve(Arc::clone(&core), listener));
         if let Some(side) = sockets.side.take() {
             core.tasks.spawn(session::accept(Arc::clone(&core), side));
         }
         core.tasks.spawn(keep_time(Arc::clone(&core)));
+        if let Some(holder) = holder {
+            let stopping = core.stopping.clone();
+            core.tasks.spawn(async move { stopping.run_until_cancelled(holder.watch()).await });
+        }
         let grpc = sockets.grpc.take().map(UnixListenerStream::new).expect("it was bound above");
         let grpc = tokio::spawn(serve(Arc::clone(&core), grpc));
+        let remote = remote.map(|remote| tokio::spawn(remote.serve(Arc::clone(&core))));
         announce(&core, &addresses);
-        Ok(Self { core, addresses, grpc, admin, _sockets: sockets })
+        Ok(Self { core, addresses, grpc, admin, remote, _sockets: sockets })
     }
 
     /// Where it is reached.
@@ -113,7 +136,9 @@ impl Daemon {
             tracing::warn!(tasks = self.core.tasks.len(), "some tasks did not end in time");
         }
         self.core.hanging_up.cancel();
-        for (name, mut server) in [("gRPC", self.grpc), ("admin HTTP", self.admin)] {
+        let remote = self.remote.map(|server| ("gRPC over TCP", server));
+        for (name, mut server) in [("gRPC", self.grpc), ("admin HTTP", self.admin)].into_iter().chain(remote)
+        {
             if timeout(GOODBYE, &mut server).await.is_err() {
                 tracing::warn!(name, "connections of a server are cut off");
                 server.abort();
@@ -123,11 +148,22 @@ impl Daemon {
     }
 }
 
+/// With what an earlier daemon left in host memory, if somebody kept it. Opening files and mapping memory blocks.
+async fn start_manager(config: &Config) -> Result<(Manager, Option<Arc<holder::Client>>), StartError> {
+    let settings = config.manager(u64::from_le_bytes(random()));
+    let holder = config.holder.clone();
+    let started = tokio::task::spawn_blocking(move || {
+        let (client, warm) = holder.and_then(|path| warm::connect(&path)).unzip();
+        Manager::start_warm(settings, warm).map(|manager| (manager, client))
+    });
+    Ok(started.await.expect("starting the block manager does not panic")?)
+}
+
 async fn serve(core: Arc<Core>, listener: UnixListenerStream) {
     let cache = CacheServer::new(CacheService(Arc::clone(&core)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let registry = RegistryServer::new(RegistryService::new(Arc::clone(&core)))
+    let registry = RegistryServer::new(RegistryService::new(Arc::clone(&core), WATCHERS_MAX))
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let server = Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
@@ -159,20 +195,19 @@ fn announce(core: &Core, addresses: &Addresses) {
         Some(blocks) => format!("{blocks} blocks"),
         None => format!("{} GB", config.cpu_cache_gb),
     };
+    let disk = match (config.disk_cache_blocks, config.disk_cache_gb) {
+        (Some(blocks), _) => format!("{blocks} blocks"),
+        (None, 0.0) => "off".to_owned(),
+        (None, gigabytes) => format!("{gigabytes} GB"),
+    };
     let metrics = addresses.admin_url(if config.metrics { "/metrics" } else { "/status" });
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         socket = %addresses.socket.display(),
+        grpc = addresses.grpc.as_deref().unwrap_or("off"),
         host,
-        disk = "off",
+        disk,
         metrics,
         "kvbm daemon serves"
     );
-    if config.disk_cache_gb > 0.0 {
-        tracing::warn!(
-            "no disk tier is in service in this version: {} GB in {} are not used",
-            config.disk_cache_gb,
-            config.disk_cache_dir.display()
-        );
-    }
 }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::remote::Misfit;
+
 /// One line for the person who started it.
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -42,6 +44,18 @@ pub enum StartError {
         #[source]
         source: std::io::Error,
     },
+    /// No port for gRPC over TCP.
+    #[error("bind gRPC at {address}: {source}")]
+    Remote {
+        /// Where.
+        address: SocketAddr,
+        /// The kernel's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// What was to protect that port has changed since the settings were checked.
+    #[error(transparent)]
+    Credentials(#[from] Misfit),
     /// The side channel could not be set up.
     #[error(transparent)]
     Side(#[from] kvbm_shm::Error),
@@ -63,8 +77,13 @@ impl StartError {
     /// 2: change the settings. 1: the machine said no.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::InUse { .. } | Self::NotASocket { .. } => 2,
-            Self::Io { .. } | Self::Admin { .. } | Self::Side(_) | Self::Manager(_) => 1,
+            Self::InUse { .. }
+            | Self::NotASocket { .. }
+            | Self::Credentials(_)
+            | Self::Manager(kvbm::Error::Disk(_)) => 2,
+            Self::Io { .. } | Self::Admin { .. } | Self::Remote { .. } | Self::Side(_) | Self::Manager(_) => {
+                1
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use kvbm::ledger::{DevicePool, Ledger, Namespace, Owner, SlotCounts};
-use kvbm::{HostCapacity, PoolId, Tier};
+use kvbm::{DiskState, HostCapacity, PoolId, Tier};
 
 use crate::core::Core;
 use crate::status::{
@@ -24,7 +24,7 @@ pub(crate) fn figures(core: &Core) -> Status {
     let reasons = core.reasons_not_ready();
     let host = host_state(core);
     let mut status = core.manager.inspect(|ledger| from_ledger(core, ledger, host));
-    status.tiers.push(TierStatus { reason: disk_reason(core), ..off(Tier::Disk) });
+    status.tiers.push(disk_tier(core));
     status.daemon.ready = reasons.is_empty();
     status.daemon.reasons = reasons;
     status.sessions = core.sessions.status();
@@ -72,6 +72,7 @@ fn from_ledger(core: &Core, ledger: &Ledger, host: HostState) -> Status {
             uptime_s: core.started.elapsed().as_secs_f64(),
             socket: core.config.socket.display().to_string(),
             admin: core.admin.get().cloned().unwrap_or_default(),
+            grpc: core.grpc.get().cloned(),
             ready: false,
             reasons: Vec::new(),
         },
@@ -104,8 +105,9 @@ fn pool(id: PoolId, pool: &DevicePool) -> PoolStatus {
 }
 
 fn namespace(ledger: &Ledger, id: u32, namespace: &Namespace) -> NamespaceStatus {
-    // Without a pool of that base there never was a block of it.
-    let stride = ledger.stride(namespace.domain, namespace.base.unwrap_or_default()).unwrap_or(0) as u64;
+    // Without a pool of that base there never was a block of it, unless in an earlier life of the daemon.
+    let of_pools = namespace.base.and_then(|base| ledger.stride(namespace.domain, base));
+    let stride = of_pools.or(namespace.found_stride).unwrap_or(0) as u64;
     let resident = namespace.resident.iter();
     NamespaceStatus {
         id,
@@ -157,12 +159,33 @@ fn why_no_host(core: &Core) -> String {
     }
 }
 
-fn disk_reason(core: &Core) -> String {
-    if core.config.disk_cache_gb > 0.0 {
-        format!("{} GB are configured, but this version has no disk tier", core.config.disk_cache_gb)
-    } else {
-        "this version has no disk tier".to_owned()
-    }
+fn disk_tier(core: &Core) -> TierStatus {
+    let Some(figures) = core.manager.disk() else {
+        return TierStatus { reason: "its size is set to 0".to_owned(), ..off(Tier::Disk) };
+    };
+    let (state, reason) = match figures.state {
+        DiskState::Off => ("off", "its size is set to 0".to_owned()),
+        DiskState::Opening if figures.capacity_bytes == 0 => {
+            ("opening", "the first pool will tell how large its blocks are".to_owned())
+        }
+        DiskState::Opening => ("opening", "its files are being made or read".to_owned()),
+        DiskState::On => ("on", String::new()),
+        DiskState::Out(reason) => ("out", reason),
+    };
+    let mut tier = TierStatus {
+        state: state.to_owned(),
+        reason,
+        capacity_bytes: figures.capacity_bytes,
+        ..off(Tier::Disk)
+    };
+    core.manager.inspect(|ledger| {
+        for summary in ledger.disk_summaries() {
+            add(&mut tier.slots, slots(summary.counts, summary.counts.bad));
+            tier.used_bytes += used(summary.counts) * summary.class.stride as u64;
+        }
+        tier.evictions = ledger.evictions(Tier::Disk);
+    });
+    tier
 }
 
 fn slots(counts: SlotCounts, quarantined: usize) -> SlotStatus {

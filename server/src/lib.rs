@@ -4,6 +4,7 @@
 //! ```text
 //!  config ──► Daemon ─┬─ session    gRPC `Cache`, side channel: one task per engine, in order, to the end
 //!                     ├─ registry   gRPC `Registry`: workers, numbered events, snapshots, status
+//!                     ├─ remote     the same over TCP, for other machines: TLS, token, bounds
 //!                     ├─ admin      HTTP: metrics, health, status
 //!                     └─ kvbm::Manager, which decides, holds and moves
 //! ```
@@ -17,14 +18,17 @@ pub mod config;
 mod core;
 mod daemon;
 mod error;
+pub mod holder;
 mod inventory;
 pub mod log;
 mod metrics;
 mod registry;
+mod remote;
 mod run;
 mod session;
 mod socket;
 pub mod status;
+mod warm;
 mod wire;
 mod workers;
 
@@ -32,6 +36,7 @@ pub use args::DaemonArgs;
 pub use config::Config;
 pub use daemon::{Addresses, Daemon};
 pub use error::StartError;
+pub use remote::Misfit;
 pub use run::run;
 
 /// Random bytes from the kernel.

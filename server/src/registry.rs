@@ -13,8 +13,6 @@ use tonic::{Request, Response, Status};
 use crate::core::Core;
 use crate::{inventory, wire};
 
-/// Streams served at once.
-const WATCHERS_MAX: usize = 1024;
 /// Messages that a watcher may be behind before it is left to the event log.
 const BACKLOG: usize = 4;
 /// Events in one message.
@@ -36,8 +34,9 @@ type Sender<T> = mpsc::Sender<Result<T, Status>>;
 struct Gone;
 
 impl RegistryService {
-    pub fn new(core: Arc<Core>) -> Self {
-        Self { core, watchers: Arc::new(Semaphore::new(WATCHERS_MAX)) }
+    /// `watchers_max`: streams served at once.
+    pub fn new(core: Arc<Core>, watchers_max: usize) -> Self {
+        Self { core, watchers: Arc::new(Semaphore::new(watchers_max)) }
     }
 
     /// Runs `feed` beside the stream it feeds, until one of them or the daemon ends.

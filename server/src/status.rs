@@ -37,6 +37,9 @@ pub struct DaemonStatus {
     pub socket: String,
     /// Base URL of the admin HTTP server.
     pub admin: String,
+    /// URL of gRPC over TCP; `null` when that is off.
+    #[serde(default)]
+    pub grpc: Option<String>,
     pub ready: bool,
     /// Why it is not ready.
     pub reasons: Vec<String>,
@@ -47,7 +50,7 @@ pub struct DaemonStatus {
 #[allow(missing_docs, reason = "each field is named as it is shown")]
 pub struct TierStatus {
     pub tier: String,
-    /// `on`, `populating` or `off`.
+    /// `on`, `off`, `populating` (host), `opening` or `out` (of service; disk).
     pub state: String,
     /// Why it is in that state; empty when it is on.
     pub reason: String,
@@ -140,6 +143,9 @@ pub fn render(status: &Status) -> String {
         "kvbm {}  pid {}  up {:.0} s  {ready}\nsocket {}\nadmin  {}\n",
         daemon.version, daemon.pid, daemon.uptime_s, daemon.socket, daemon.admin
     );
+    if let Some(grpc) = &daemon.grpc {
+        let _ = writeln!(text, "grpc   {grpc}");
+    }
     let _ = writeln!(text, "leases {}  transfers in flight {}", status.leases, status.transfers_in_flight);
     let slots = |slots: &SlotStatus| {
         [slots.free, slots.filling, slots.resident, slots.pinned, slots.quarantined]
@@ -254,6 +260,7 @@ mod tests {
                 uptime_s: 1.5,
                 socket: "/run/kvbm.sock".into(),
                 admin: "http://127.0.0.1:6880".into(),
+                grpc: Some("https://127.0.0.1:6881".into()),
                 ready: true,
                 reasons: vec![],
             },
@@ -287,12 +294,13 @@ mod tests {
 
     #[test]
     fn the_fields_others_script_against_are_there() {
-        let json = serde_json::to_value(sample()).unwrap();
+        let mut json = serde_json::to_value(sample()).unwrap();
         assert_eq!(json["schema"], 1);
         for pointer in [
             "/daemon/version",
             "/daemon/pid",
             "/daemon/uptime_s",
+            "/daemon/grpc",
             "/tiers/0/tier",
             "/tiers/0/state",
             "/tiers/0/reason",
@@ -315,7 +323,10 @@ mod tests {
         ] {
             assert!(json.pointer(pointer).is_some(), "{pointer}");
         }
-        assert_eq!(serde_json::from_value::<Status>(json).unwrap(), sample());
+        assert_eq!(serde_json::from_value::<Status>(json.clone()).unwrap(), sample());
+        // A daemon that does not know of the port yet.
+        json["daemon"].as_object_mut().unwrap().remove("grpc");
+        assert_eq!(serde_json::from_value::<Status>(json).unwrap().daemon.grpc, None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kvbm::ledger::PoolEntry;
-use kvbm::{BlockRef, CommitBlock, Error, Held, NamespaceId, Outcome, Refused, Retention, Tier};
+use kvbm::{BlockRef, CommitBlock, Error, Held, NamespaceId, Outcome, Prefetched, Refused, Retention, Tier};
 use kvbm_hash::SequenceHash;
 use kvbm_proto::v1::{self, server_message::Body};
 use kvbm_proto::{Malformed, keys, optional_key};
@@ -41,7 +41,7 @@ fn refusal(refused: &Refused) -> v1::Refusal {
 pub(crate) fn failed(error: &Error) -> v1::Refused {
     match error {
         Error::Refused(reason) => refused(reason),
-        Error::Memory(_) | Error::Thread { .. } => {
+        Error::Memory(_) | Error::Thread { .. } | Error::Disk(_) => {
             v1::Refused { refusal: v1::Refusal::Exhausted.into(), detail: error.to_string() }
         }
     }
@@ -58,6 +58,13 @@ pub(crate) fn transfer_done(outcome: &Outcome) -> Body {
         bytes: outcome.bytes,
         refusal: refusal.into(),
         detail,
+    })
+}
+
+pub(crate) fn prefetched(found: &Prefetched) -> Body {
+    Body::Prefetch(v1::PrefetchReply {
+        host_blocks: count(found.host_blocks),
+        promoting_blocks: count(found.promoting_blocks),
     })
 }
 

@@ -66,6 +66,7 @@ fn an_invalid_setting_is_one_line_and_code_2(dir: &Path) {
         ("DYN_KVBM_CPU_CACHE_GB", "-1", "permitted is a number from 0 to 65536"),
         ("DYN_KVBM_CPU_CACHE_GB", "60000", "(GB of memory available now)"),
         ("KVBM_QUEUE_DEPTH", "0", "permitted is a whole number from 1 to 65536"),
+        ("KVBM_GRPC_LISTEN", "0.0.0.0:0", "permitted is a loopback address, unless"),
     ] {
         let output = daemon(dir, &[], &[(name, value)]).output().unwrap();
         let (stdout, stderr) = texts(&output);

@@ -21,7 +21,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 
-use super::Endpoint;
+use super::daemon::Tls;
+use super::{Daemon, Endpoint};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -53,26 +54,40 @@ pub struct Drivers {
 }
 
 impl Connection {
-    /// Connects and shakes hands.
+    /// Connects to a worker and shakes hands.
     pub async fn open(endpoint: &Endpoint, drivers: &Drivers) -> io::Result<Self> {
-        let opening = async {
-            match endpoint {
-                Endpoint::Unix(path) => {
-                    Self::drive(UnixStream::connect(path).await?, endpoint, drivers).await
-                }
-                Endpoint::Tcp(authority) => {
-                    let stream = TcpStream::connect(authority.as_str()).await?;
-                    stream.set_nodelay(true)?;
-                    Self::drive(stream, endpoint, drivers).await
-                }
-            }
-        };
-        tokio::time::timeout(CONNECT_DEADLINE, opening).await.unwrap_or_else(|_| {
-            Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_DEADLINE:?}")))
-        })
+        in_time(Self::dial(endpoint, None, endpoint.origin(), drivers)).await
     }
 
-    async fn drive<S>(stream: S, endpoint: &Endpoint, drivers: &Drivers) -> io::Result<Self>
+    /// Connects to the daemon and shakes hands.
+    pub async fn open_daemon(daemon: &Daemon, drivers: &Drivers) -> io::Result<Self> {
+        in_time(Self::dial(daemon.endpoint(), daemon.tls(), daemon.origin(), drivers)).await
+    }
+
+    async fn dial(
+        endpoint: &Endpoint,
+        tls: Option<&Tls>,
+        origin: Uri,
+        drivers: &Drivers,
+    ) -> io::Result<Self> {
+        let authority = match endpoint {
+            Endpoint::Unix(path) => {
+                return Self::drive(UnixStream::connect(path).await?, endpoint, origin, drivers).await;
+            }
+            Endpoint::Tcp(authority) => authority,
+        };
+        let stream = TcpStream::connect(authority.as_str()).await?;
+        stream.set_nodelay(true)?;
+        match tls {
+            None => Self::drive(stream, endpoint, origin, drivers).await,
+            Some(Tls { connector, name }) => {
+                let stream = connector.connect(name.clone(), stream).await?;
+                Self::drive(stream, endpoint, origin, drivers).await
+            }
+        }
+    }
+
+    async fn drive<S>(stream: S, endpoint: &Endpoint, origin: Uri, drivers: &Drivers) -> io::Result<Self>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
@@ -99,7 +114,7 @@ impl Connection {
             }
         });
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { id, transport: Transport { sender }, origin: endpoint.origin(), closed })
+        Ok(Self { id, transport: Transport { sender }, origin, closed })
     }
 
     /// Not used by any other connection of this process.
@@ -127,6 +142,12 @@ impl Connection {
         RegistryClient::with_origin(self.transport.clone(), self.origin.clone())
             .max_decoding_message_size(kvbm_proto::MESSAGE_BYTES_MAX)
     }
+}
+
+async fn in_time(opening: impl Future<Output = io::Result<Connection>>) -> io::Result<Connection> {
+    tokio::time::timeout(CONNECT_DEADLINE, opening).await.unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_DEADLINE:?}")))
+    })
 }
 
 /// hyper's handle as the service that generated clients want.

@@ -4,6 +4,7 @@
 //! only read views, and can wait for the next one.
 
 mod connection;
+mod daemon;
 mod endpoint;
 mod keeper;
 mod registry;
@@ -20,6 +21,7 @@ use crate::metrics::{Metrics, ModelMetrics};
 use crate::model::Model;
 
 pub use connection::{Connection, Drivers};
+pub use daemon::{Daemon, DaemonFiles, Unusable};
 pub use endpoint::Endpoint;
 pub use keeper::{Means, keep_static};
 pub use registry::watch_registry;

@@ -1,10 +1,9 @@
 //! The daemon's list of workers, followed for ever. While the daemon is away the last list holds.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use kvbm_proto::v1::{RegisterWorker, WatchWorkersRequest, WorkerEntry, WorkerList};
+use kvbm_proto::v1::{RegisterWorker, WatchWorkersRequest, WorkerList};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -12,12 +11,17 @@ use tonic::Streaming;
 use tracing::{info, warn};
 
 use super::keeper::{self, Listing, Means, keep_listed};
-use super::{Connection, Description, Endpoint};
+use super::{Connection, Daemon, Description, Endpoint};
 
-/// Keeps the workers that the daemon at `socket` lists. Ends only by being dropped.
-pub async fn watch_registry(socket: PathBuf, means: Means) {
-    let daemon = Endpoint::Unix(socket);
-    let mut keepers = Keepers { means, listings: HashMap::new(), tasks: JoinSet::new() };
+/// Keeps the workers that the daemon lists. Ends only by being dropped.
+pub async fn watch_registry(daemon: Daemon, means: Means) {
+    let mut keepers = Keepers {
+        daemon: daemon.clone(),
+        means,
+        listings: HashMap::new(),
+        unusable: HashSet::new(),
+        tasks: JoinSet::new(),
+    };
     let mut pause = keeper::BACKOFF_MIN;
     let mut last_reason = String::new();
     loop {
@@ -40,17 +44,21 @@ pub async fn watch_registry(socket: PathBuf, means: Means) {
     }
 }
 
-async fn subscribe(daemon: &Endpoint, means: &Means) -> Result<(Connection, Streaming<WorkerList>), String> {
-    let connection = Connection::open(daemon, &means.drivers).await.map_err(|error| error.to_string())?;
-    let lists = connection.registry().watch_workers(WatchWorkersRequest {}).await;
+async fn subscribe(daemon: &Daemon, means: &Means) -> Result<(Connection, Streaming<WorkerList>), String> {
+    let connection =
+        Connection::open_daemon(daemon, &means.drivers).await.map_err(|error| error.to_string())?;
+    let lists = connection.registry().watch_workers(daemon.request(WatchWorkersRequest {})).await;
     let lists = lists.map_err(|status| status.message().to_owned())?.into_inner();
     Ok((connection, lists))
 }
 
 /// One task per worker that is, or lately was, listed.
 struct Keepers {
+    daemon: Daemon,
     means: Means,
     listings: HashMap<Endpoint, watch::Sender<Listing>>,
+    /// Worker and endpoint of those in the last list that cannot be used; each was warned of once.
+    unusable: HashSet<(String, String)>,
     tasks: JoinSet<Endpoint>,
 }
 
@@ -81,7 +89,23 @@ impl Keepers {
     }
 
     fn apply(&mut self, list: WorkerList) {
-        let listed: HashMap<Endpoint, Listing> = list.workers.into_iter().filter_map(listing).collect();
+        let (mut listed, mut unusable) = (HashMap::new(), HashSet::new());
+        for worker in list.workers.into_iter().filter_map(|entry| entry.worker) {
+            match usable_endpoint(&self.daemon, &worker) {
+                Ok(endpoint) => {
+                    listed.insert(endpoint, listing(worker));
+                }
+                Err(reason) => {
+                    let who = (worker.worker_id, worker.endpoint);
+                    if !self.unusable.contains(&who) {
+                        let (worker, endpoint) = &who;
+                        warn!(worker, endpoint, reason, "worker cannot be used");
+                    }
+                    unusable.insert(who);
+                }
+            }
+        }
+        self.unusable = unusable;
         for (endpoint, listing) in &self.listings {
             if !listed.contains_key(endpoint) {
                 listing.send_if_modified(|listing| match listing {
@@ -127,21 +151,21 @@ impl Keepers {
     }
 }
 
-fn listing(entry: WorkerEntry) -> Option<(Endpoint, Listing)> {
-    let worker: RegisterWorker = entry.worker?;
-    let Some(endpoint) = Endpoint::parse(&worker.endpoint) else {
-        warn!(
-            worker = worker.worker_id,
-            endpoint = worker.endpoint,
-            "worker has an endpoint that cannot be used"
-        );
-        return None;
-    };
+fn usable_endpoint(daemon: &Daemon, worker: &RegisterWorker) -> Result<Endpoint, &'static str> {
+    let endpoint = Endpoint::parse(&worker.endpoint);
+    let endpoint = endpoint.ok_or("its endpoint is neither unix:/path nor http://host:port")?;
+    match daemon.hides(&endpoint) {
+        Some(reason) => Err(reason),
+        None => Ok(endpoint),
+    }
+}
+
+fn listing(worker: RegisterWorker) -> Listing {
     let description = Description {
         worker_id: worker.worker_id,
         model: worker.model,
         model_path: worker.model_path.into(),
         context_length: if worker.context_length == 0 { u32::MAX } else { worker.context_length },
     };
-    Some((endpoint, Listing::Listed { description, draining: worker.state == "draining" }))
+    Listing::Listed { description, draining: worker.state == "draining" }
 }

@@ -52,8 +52,8 @@ pub async fn run(
     for endpoint in config.workers.iter().cloned() {
         keepers.spawn(fleet::keep_static(endpoint, means.clone()));
     }
-    if let Some(socket) = config.socket.clone() {
-        keepers.spawn(fleet::watch_registry(socket, means));
+    if let Some(daemon) = config.daemon.clone() {
+        keepers.spawn(fleet::watch_registry(daemon, means));
     }
     let app = Arc::new(App {
         router: Router::new(fleet.clone(), config.worker_wait),

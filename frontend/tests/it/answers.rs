@@ -21,7 +21,7 @@ async fn a_completion_is_answered_as_a_whole() {
     let answer = send(frontend.address, Method::POST, "/v1/completions", &headers, request.to_string()).await;
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(answer.header("x-request-id"), "mine-1");
-    assert_eq!(answer.header("x-kvbm-cached-tokens"), "device=96,host=64,disk=0");
+    assert_eq!(answer.header("x-kvbm-cached-tokens"), "device=96,host=64,disk=32");
     assert_eq!(answer.header("content-type"), "application/json");
     let body = answer.json();
     assert_eq!((&body["id"], &body["object"]), (&json!("cmpl-mine-1"), &json!("text_completion")));
@@ -34,7 +34,7 @@ async fn a_completion_is_answered_as_a_whole() {
     assert_eq!(
         body["usage"],
         json!({ "prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said,
-            "prompt_tokens_details": { "cached_tokens": 160 } })
+            "prompt_tokens_details": { "cached_tokens": 192 } })
     );
     let request = &worker.requests()[0];
     assert_eq!((&request.prompt, request.prompt[0]), (&prompt, 0));
@@ -53,7 +53,7 @@ async fn a_completion_is_streamed() {
         "stream_options": { "include_usage": true } });
     let answer = post(frontend.address, "/v1/completions", request).await;
     assert_eq!(answer.header("content-type"), "text/event-stream");
-    assert_eq!(answer.header("x-kvbm-cached-tokens"), "device=96,host=64,disk=0");
+    assert_eq!(answer.header("x-kvbm-cached-tokens"), "device=96,host=64,disk=32");
     assert!(!answer.header("x-request-id").is_empty());
     let events = answer.events();
     let (usage, chunks) = events.split_last().unwrap();
@@ -63,7 +63,7 @@ async fn a_completion_is_streamed() {
     assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "length");
     assert_eq!(usage["choices"], json!([]));
     assert_eq!(usage["usage"]["prompt_tokens"], 3);
-    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 160);
+    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 192);
     assert_eq!(worker.requests()[0].prompt, [0, 920, 263]);
 }
 
@@ -176,7 +176,7 @@ async fn models_health_and_metrics_are_told() {
         format!("dynamo_frontend_inter_token_latency_seconds_count{labels} {}", said - 1),
         format!("dynamo_frontend_input_sequence_tokens_sum{labels} {asked}"),
         format!("dynamo_frontend_output_sequence_tokens_sum{labels} {said}"),
-        format!("dynamo_frontend_cached_tokens_sum{labels} 160"),
+        format!("dynamo_frontend_cached_tokens_sum{labels} 192"),
         format!("dynamo_frontend_request_duration_seconds_count{labels} 1"),
         "dynamo_frontend_disconnected_clients 0".to_owned(),
     ] {

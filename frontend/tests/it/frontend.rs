@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvbm_frontend::{Config, Endpoint, FrontendError};
+use kvbm_frontend::{Config, Daemon, Endpoint, FrontendError};
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -21,7 +21,7 @@ pub struct Frontend {
 
 pub fn config() -> Config {
     Config {
-        socket: None,
+        daemon: None,
         workers: Vec::new(),
         model_path: None,
         address: "127.0.0.1:0".parse().unwrap(),
@@ -48,7 +48,7 @@ impl Frontend {
     }
 
     pub async fn of_daemon(socket: PathBuf) -> Self {
-        Self::start(Config { socket: Some(socket), ..config() }).await
+        Self::start(Config { daemon: Some(Daemon::at_socket(socket)), ..config() }).await
     }
 
     /// Returns when so many workers are ready.

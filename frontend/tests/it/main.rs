@@ -8,4 +8,5 @@ mod discovery;
 mod failures;
 mod frontend;
 mod mock;
+mod remote;
 mod text;

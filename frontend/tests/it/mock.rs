@@ -11,11 +11,12 @@ use kvbm_proto::v1::generate_event::Body;
 use kvbm_proto::v1::registry_server::{Registry, RegistryServer};
 use kvbm_proto::v1::worker_server::{Worker, WorkerServer};
 use kvbm_proto::v1::*;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
-use tokio_stream::wrappers::{UnixListenerStream, WatchStream};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream, WatchStream};
 use tokio_stream::{Stream, StreamExt};
+use tonic::transport::ServerTlsConfig;
 use tonic::{Request, Response, Status};
 
 pub fn model_path() -> PathBuf {
@@ -66,6 +67,19 @@ struct State {
     cancelled: watch::Sender<usize>,
 }
 
+impl State {
+    fn new(name: &str, model: &str, model_path: &Path, script: Script) -> Self {
+        Self {
+            name: name.to_owned(),
+            model: model.to_owned(),
+            model_path: model_path.to_owned(),
+            script: Mutex::new(script),
+            requests: Mutex::default(),
+            cancelled: watch::Sender::default(),
+        }
+    }
+}
+
 impl MockWorker {
     pub fn start(folder: &Path, name: &str, model: &str, script: Script) -> Self {
         Self::start_with(folder, name, model, &model_path(), script)
@@ -74,14 +88,7 @@ impl MockWorker {
     pub fn start_with(folder: &Path, name: &str, model: &str, model_path: &Path, script: Script) -> Self {
         let path = folder.join(format!("{name}.sock"));
         let _ = std::fs::remove_file(&path);
-        let state = Arc::new(State {
-            name: name.to_owned(),
-            model: model.to_owned(),
-            model_path: model_path.to_owned(),
-            script: Mutex::new(script),
-            requests: Mutex::default(),
-            cancelled: watch::Sender::default(),
-        });
+        let state = Arc::new(State::new(name, model, model_path, script));
         // Its own runtime, so that it can be killed with all its connections.
         let runtime = runtime();
         let listener = runtime.block_on_here(|| UnixListener::bind(&path).unwrap());
@@ -89,6 +96,18 @@ impl MockWorker {
         let incoming = UnixListenerStream::new(listener);
         runtime.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
         Self { runtime: Some(runtime), endpoint: Endpoint::Unix(path), state }
+    }
+
+    /// One of the tiny model that listens on a port of this machine.
+    pub fn start_tcp(name: &str, script: Script) -> Self {
+        let state = Arc::new(State::new(name, "tiny", &model_path(), script));
+        let runtime = runtime();
+        let listener = runtime.block_on_here(listen);
+        let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
+        let service = WorkerServer::new(Served(state.clone()));
+        let incoming = TcpListenerStream::new(listener);
+        runtime.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        Self { runtime: Some(runtime), endpoint, state }
     }
 
     pub fn set(&self, script: Script) {
@@ -126,6 +145,13 @@ impl Drop for MockWorker {
     }
 }
 
+/// On a free port; the caller is inside a runtime.
+fn listen() -> TcpListener {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    TcpListener::from_std(listener).unwrap()
+}
+
 fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
@@ -154,7 +180,7 @@ impl Worker for Served {
         let mut events = VecDeque::from([Ok(event(Body::Started(Started {
             device_tokens: 96,
             host_tokens: 64,
-            disk_tokens: 0,
+            disk_tokens: 32,
         })))]);
         let mut push = |ids: Vec<u32>| events.push_back(Ok(event(Body::Tokens(Tokens { ids }))));
         let mut hangs = false;
@@ -248,6 +274,29 @@ impl MockDaemon {
         let incoming = UnixListenerStream::new(listener);
         runtime.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
         Self { runtime: Some(runtime), list }
+    }
+
+    /// One over TCP with TLS, for requests with this header only. Also returns its port, and a count of the others.
+    pub fn start_tls(
+        workers: Vec<WorkerEntry>,
+        tls: ServerTlsConfig,
+        authorization: &'static str,
+    ) -> (Self, u16, watch::Receiver<usize>) {
+        let (list, refused) = (watch::Sender::new(WorkerList { workers }), watch::Sender::new(0));
+        let (runtime, refusals) = (runtime(), refused.subscribe());
+        let listener = runtime.block_on_here(listen);
+        let port = listener.local_addr().unwrap().port();
+        let guard = move |request: Request<()>| {
+            if request.metadata().get("authorization").is_some_and(|header| header == authorization) {
+                return Ok(request);
+            }
+            refused.send_modify(|count| *count += 1);
+            Err(Status::unauthenticated("no"))
+        };
+        let service = RegistryServer::with_interceptor(Registered(list.clone()), guard);
+        let server = tonic::transport::Server::builder().tls_config(tls).unwrap().add_service(service);
+        runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        (Self { runtime: Some(runtime), list }, port, refusals)
     }
 
     pub fn set(&self, workers: Vec<WorkerEntry>) {

@@ -4,8 +4,8 @@ use super::load::Environment;
 use super::nearest::nearest;
 use super::settings::SETTINGS;
 
-const DISK: &str = "no disk tier is in service yet";
-const ADMISSION: &str = "the offload filters are not in service yet: every complete block is offloaded";
+const DISK: &str = "O_DIRECT is used where the file system has it, see DYN_KVBM_DISK_DISABLE_O_DIRECT";
+const ADMISSION: &str = "every complete block is offloaded to host memory";
 const BATCHES: &str = "copies are batched by KVBM_BATCH_BLOCKS and queued by KVBM_QUEUE_DEPTH";
 const PINNED: &str = "host memory is not registered with a GPU yet";
 const ZMQ: &str = "engines reach the daemon over a Unix socket (KVBM_SOCKET), not over ZMQ";
@@ -19,11 +19,7 @@ const START: &str = "ports cannot clash: a busy metrics port gives way to the ne
 
 /// Exact names first, prefixes (ending in `_`) after them.
 const WITHOUT_EFFECT: &[(&str, &str)] = &[
-    ("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", DISK),
     ("DYN_KVBM_DISK_ALLOCATOR_TYPE", DISK),
-    ("DYN_KVBM_DISK_DISABLE_O_DIRECT", DISK),
-    ("DYN_KVBM_DISK_ZEROFILL_FALLBACK", DISK),
-    ("DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", DISK),
     ("DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY", ADMISSION),
     ("DYN_KVBM_MAX_CONCURRENT_TRANSFERS", BATCHES),
     ("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", BATCHES),
@@ -42,11 +38,19 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
 ];
 
 /// Variables that belong to other parts of the project, which check them themselves.
-const ELSEWHERE: &[&str] =
-    &["KVBM_WORKER_", "KVBM_FRONTEND_", "KVBM_CONNECTOR_", "KVBM_UP_", "KVBM_BENCH_", "KVBM_TEST_"];
+const ELSEWHERE: &[&str] = &[
+    "KVBM_WORKER_",
+    "KVBM_FRONTEND_",
+    "KVBM_CONNECTOR_",
+    "KVBM_DAEMON_",
+    "KVBM_UP_",
+    "KVBM_BENCH_",
+    "KVBM_TEST_",
+];
 const ELSEWHERE_EXACT: &[&str] = &[
     "KVBM_BLOCK_SIZE",
     "KVBM_CONFIG",
+    "KVBM_DAEMON",
     "KVBM_DETACH_AFTER_MS",
     "KVBM_DEVICE_CACHE_GB",
     "KVBM_DRAIN_SECONDS",

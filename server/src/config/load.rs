@@ -10,6 +10,7 @@ use super::nearest::nearest;
 use super::settings::{Default, SETTINGS, Setting};
 use super::{Config, foreign, memory};
 use crate::DaemonArgs;
+use crate::remote::{Credentials, Misfit};
 
 /// Name of the file that is read when no other is named.
 const FILE: &str = "kvbm.toml";
@@ -152,14 +153,15 @@ impl Loaded {
 
 /// Reads and checks everything.
 pub fn load(args: &DaemonArgs, environment: &Environment) -> Result<Loaded, ConfigError> {
-    load_within(args, environment, memory::available_bytes())
+    load_within(args, environment, memory::available_bytes(), memory::shared_bytes())
 }
 
-/// `available` is the memory that can be had, bytes, if that is known.
+/// `available` is the memory that can be had, bytes, if that is known; `shared` that which processes share now.
 pub(super) fn load_within(
     args: &DaemonArgs,
     environment: &Environment,
     available: Option<u64>,
+    shared: u64,
 ) -> Result<Loaded, ConfigError> {
     let file = read_file(args, environment)?;
     let mut config = Config::blank();
@@ -178,8 +180,14 @@ pub(super) fn load_within(
         }
         sources.push((setting, source));
     }
-    let loaded = Loaded { config, warnings: foreign::warnings(environment), sources };
-    check_host_memory(&loaded, available)?;
+    let mut warnings = foreign::warnings(environment);
+    warnings.extend(without_effect(&config));
+    warnings.extend(idle_disk(&config).map(str::to_owned));
+    let loaded = Loaded { config, warnings, sources };
+    // What a holder keeps for this daemon is in use, and still to be had.
+    let held = if loaded.config.holder.is_some() { shared } else { 0 };
+    check_host_memory(&loaded, available.map(|available| available.saturating_add(held)))?;
+    check_remote(&loaded)?;
     Ok(loaded)
 }
 
@@ -260,6 +268,49 @@ fn text_of(value: &toml::Value) -> String {
         toml::Value::Array(items) => items.iter().map(text_of).collect::<Vec<_>>().join(","),
         other => other.to_string(),
     }
+}
+
+/// Settings of a disk tier that will not write anything.
+fn idle_disk(config: &Config) -> Option<&'static str> {
+    let off = |gigabytes: f64, blocks: Option<u64>| blocks.map_or(gigabytes == 0.0, |blocks| blocks == 0);
+    if off(config.disk_cache_gb, config.disk_cache_blocks) {
+        return config.reset_disk.then_some("reset_disk has no effect: the disk tier is turned off");
+    }
+    if off(config.cpu_cache_gb, config.cpu_cache_blocks) {
+        return Some(
+            "nothing will be written to disk: blocks get there from host memory, which is turned off",
+        );
+    }
+    (config.disk_priority_min > 35).then_some(
+        "only blocks whose requests ask for more than the default priority of 35 will be written to disk \
+         (disk_priority_min)",
+    )
+}
+
+/// What protects a port that nobody opens.
+fn without_effect(config: &Config) -> Option<String> {
+    let set = [
+        ("grpc_tls_cert", &config.grpc_tls_cert),
+        ("grpc_tls_key", &config.grpc_tls_key),
+        ("grpc_tls_client_ca", &config.grpc_tls_client_ca),
+        ("grpc_token_file", &config.grpc_token_file),
+    ];
+    let set: Vec<&str> = set.iter().filter(|(_, path)| path.is_some()).map(|(key, _)| *key).collect();
+    let idle = config.grpc_listen.is_none() && !set.is_empty();
+    idle.then(|| format!("without grpc_listen these settings have no effect: {}", set.join(", ")))
+}
+
+/// A port that would not be protected as it was meant to be is not opened.
+fn check_remote(loaded: &Loaded) -> Result<(), ConfigError> {
+    let Err(Misfit { key, permitted }) = Credentials::read(&loaded.config) else { return Ok(()) };
+    let setting = loaded.sources.iter().find(|(setting, _)| setting.key == key);
+    let (setting, source) = setting.expect("misfits are named by keys of the table");
+    let value = match setting.read(&loaded.config) {
+        Some(toml::Value::String(text)) => text,
+        Some(other) => other.to_string(),
+        None => String::new(),
+    };
+    Err(ConfigError::Value { setting: source.clone(), value, permitted })
 }
 
 /// Memory that is not there would be found missing only while serving.

@@ -7,6 +7,12 @@ pub(crate) fn available_bytes() -> Option<u64> {
     available_below(Path::new("/"))
 }
 
+/// Memory that processes share, in use now.
+pub(crate) fn shared_bytes() -> u64 {
+    let kernel = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    field(&kernel, "Shmem:").map_or(0, |kibibytes| kibibytes * 1024)
+}
+
 fn available_below(root: &Path) -> Option<u64> {
     let kernel = std::fs::read_to_string(root.join("proc/meminfo")).ok();
     let kernel = kernel.and_then(|text| field(&text, "MemAvailable:")).map(|kibibytes| kibibytes * 1024);

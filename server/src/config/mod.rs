@@ -14,7 +14,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvbm::{HostCapacity, ManagerConfig};
+use kvbm::disk_io::IoKind;
+use kvbm::ledger::Millis;
+use kvbm::{AdmissionRules, DiskCapacity, DiskTierConfig, HostCapacity, ManagerConfig};
 
 pub use load::{ConfigError, Environment, Loaded, Source, load};
 pub use settings::{SETTINGS, Setting};
@@ -25,13 +27,30 @@ pub use settings::{SETTINGS, Setting};
 pub struct Config {
     pub state_dir: PathBuf,
     pub socket: PathBuf,
+    pub holder: Option<PathBuf>,
     pub cpu_cache_gb: f64,
     pub cpu_cache_blocks: Option<u64>,
     pub disk_cache_gb: f64,
-    pub disk_cache_dir: PathBuf,
+    pub disk_cache_blocks: Option<u64>,
+    pub disk_cache_dir: Vec<PathBuf>,
+    pub disk_io: String,
+    pub disk_disable_o_direct: bool,
+    pub disk_zerofill_fallback: bool,
+    pub disable_disk_offload_filter: bool,
+    pub disk_priority_min: u64,
+    pub disk_write_budget_gb_per_day: f64,
+    pub disk_idle_ms: u64,
+    pub disk_deadline_ms: u64,
+    pub disk_scrub_mb_per_s: u64,
+    pub reset_disk: bool,
     pub metrics: bool,
     pub metrics_host: IpAddr,
     pub metrics_port: u64,
+    pub grpc_listen: Option<SocketAddr>,
+    pub grpc_tls_cert: Option<PathBuf>,
+    pub grpc_tls_key: Option<PathBuf>,
+    pub grpc_tls_client_ca: Option<PathBuf>,
+    pub grpc_token_file: Option<PathBuf>,
     pub init_timeout_secs: u64,
     pub queue_depth: u64,
     pub batch_blocks: u64,
@@ -55,13 +74,30 @@ impl Config {
         Self {
             state_dir: PathBuf::new(),
             socket: PathBuf::new(),
+            holder: None,
             cpu_cache_gb: 0.0,
             cpu_cache_blocks: None,
             disk_cache_gb: 0.0,
-            disk_cache_dir: PathBuf::new(),
+            disk_cache_blocks: None,
+            disk_cache_dir: Vec::new(),
+            disk_io: String::new(),
+            disk_disable_o_direct: false,
+            disk_zerofill_fallback: false,
+            disable_disk_offload_filter: false,
+            disk_priority_min: 0,
+            disk_write_budget_gb_per_day: 0.0,
+            disk_idle_ms: 0,
+            disk_deadline_ms: 0,
+            disk_scrub_mb_per_s: 0,
+            reset_disk: false,
             metrics: false,
             metrics_host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             metrics_port: 0,
+            grpc_listen: None,
+            grpc_tls_cert: None,
+            grpc_tls_key: None,
+            grpc_tls_client_ca: None,
+            grpc_token_file: None,
             init_timeout_secs: 0,
             queue_depth: 0,
             batch_blocks: 0,
@@ -97,6 +133,7 @@ impl Config {
         let blocks = self.cpu_cache_blocks.map(|blocks| u32::try_from(blocks).expect("as above"));
         ManagerConfig {
             host: blocks.map_or(HostCapacity::Bytes(self.cpu_cache_bytes()), HostCapacity::Blocks),
+            disk: self.disk(),
             queue_depth: bounded(self.queue_depth),
             batch_blocks: bounded(self.batch_blocks),
             lease: Duration::from_millis(self.lease_ms),
@@ -106,6 +143,37 @@ impl Config {
             copy_delay: Duration::from_micros(self.copy_delay_us),
             secret,
         }
+    }
+
+    /// What the disk tier is to be; `None`: there is to be none.
+    fn disk(&self) -> Option<DiskTierConfig> {
+        let capacity = match self.disk_cache_blocks {
+            Some(blocks) => {
+                DiskCapacity::Blocks(u32::try_from(blocks).expect("the table of settings bounds it"))
+            }
+            None => DiskCapacity::Bytes(gigabytes(self.disk_cache_gb)),
+        };
+        if capacity.is_zero() {
+            return None;
+        }
+        let mut disk = DiskTierConfig::new(self.disk_cache_dir.clone(), capacity);
+        disk.direct = !self.disk_disable_o_direct;
+        disk.zerofill = self.disk_zerofill_fallback;
+        disk.reset = self.reset_disk;
+        disk.io.deadline = Duration::from_millis(self.disk_deadline_ms);
+        disk.io.kind = match self.disk_io.as_str() {
+            "io_uring" => IoKind::Uring,
+            "pread" => IoKind::Pread,
+            _ => IoKind::Auto,
+        };
+        disk.scrub_bytes_per_second = self.disk_scrub_mb_per_s * 1_000_000;
+        disk.rules.idle = Millis(self.disk_idle_ms);
+        disk.rules.admission = AdmissionRules {
+            frequency_filter: !self.disable_disk_offload_filter,
+            priority_min: u8::try_from(self.disk_priority_min).expect("the table of settings bounds it"),
+            bytes_per_day: Some(gigabytes(self.disk_write_budget_gb_per_day)).filter(|bytes| *bytes > 0),
+        };
+        Some(disk)
     }
 
     /// The side channel's path: the socket's with `.fd` behind it.

@@ -1,6 +1,6 @@
 //! The table of settings: the one place where a setting is named, bounded, defaulted and explained.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -42,10 +42,17 @@ pub(super) enum Kind {
     OptionalCount { range: RangeInclusive<u64>, field: fn(&mut Config) -> &mut Option<u64> },
     Switch { field: fn(&mut Config) -> &mut bool },
     Path { bytes_max: usize, field: fn(&mut Config) -> &mut PathBuf },
+    Paths { count_max: usize, bytes_max: usize, field: fn(&mut Config) -> &mut Vec<PathBuf> },
+    Choice { words: &'static [&'static str], field: fn(&mut Config) -> &mut String },
+    OptionalPath { bytes_max: usize, field: fn(&mut Config) -> &mut Option<PathBuf> },
     Address { field: fn(&mut Config) -> &mut IpAddr },
+    OptionalListen { field: fn(&mut Config) -> &mut Option<SocketAddr> },
     Users { field: fn(&mut Config) -> &mut Vec<u32> },
     Filter { field: fn(&mut Config) -> &mut String },
 }
+
+/// The kernel takes no longer ones.
+const PATH_BYTES_MAX: usize = 4095;
 
 /// Rows are resolved in this order; a default may refer to rows above it.
 pub static SETTINGS: &[Setting] = &[
@@ -53,7 +60,7 @@ pub static SETTINGS: &[Setting] = &[
         key: "state_dir",
         env: &["KVBM_STATE_DIR"],
         default: Default::StateHome,
-        kind: Kind::Path { bytes_max: 4095, field: |c| &mut c.state_dir },
+        kind: Kind::Path { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.state_dir },
         help: "Directory of everything the daemon keeps",
     },
     Setting {
@@ -63,6 +70,14 @@ pub static SETTINGS: &[Setting] = &[
         // sun_path has 108 bytes, and the longest name beside the socket adds ".lock" (a file) or ".fd" (a socket).
         kind: Kind::Path { bytes_max: 104, field: |c| &mut c.socket },
         help: "Unix socket of the daemon; the side channel is beside it with .fd behind its name",
+    },
+    Setting {
+        key: "holder",
+        env: &["KVBM_HOLDER"],
+        default: Default::Unset,
+        // All that sun_path has room for.
+        kind: Kind::OptionalPath { bytes_max: 107, field: |c| &mut c.holder },
+        help: "Unix socket of `kvbm hold`, which keeps host memory warm while no daemon runs; empty turns that off",
     },
     Setting {
         key: "cpu_cache_gb",
@@ -83,14 +98,91 @@ pub static SETTINGS: &[Setting] = &[
         env: &["DYN_KVBM_DISK_CACHE_GB"],
         default: Default::Text("0"),
         kind: Kind::Number { range: 0.0..=1_048_576.0, field: |c| &mut c.disk_cache_gb },
-        help: "Disk space for KV blocks, GB of 10^9 bytes; accepted, but no disk tier is in service yet",
+        help: "Disk space for KV blocks, GB of 10^9 bytes, in all directories together; 0 turns the disk tier off",
+    },
+    Setting {
+        key: "disk_cache_blocks",
+        env: &["DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS"],
+        default: Default::Unset,
+        kind: Kind::OptionalCount { range: 0..=u32::MAX as u64, field: |c| &mut c.disk_cache_blocks },
+        help: "Disk space for that many blocks of the first pool's size; wins over disk_cache_gb",
     },
     Setting {
         key: "disk_cache_dir",
         env: &["DYN_KVBM_DISK_CACHE_DIR"],
         default: Default::InStateDir("disk"),
-        kind: Kind::Path { bytes_max: 4095, field: |c| &mut c.disk_cache_dir },
-        help: "Directory of the disk tier",
+        kind: Kind::Paths { count_max: 64, bytes_max: 4095, field: |c| &mut c.disk_cache_dir },
+        help: "Directories of the disk tier, separated by commas, one per drive: blocks are striped over them",
+    },
+    Setting {
+        key: "disk_io",
+        env: &["KVBM_DISK_IO"],
+        default: Default::Text("auto"),
+        kind: Kind::Choice { words: &["auto", "io_uring", "pread"], field: |c| &mut c.disk_io },
+        help: "How the disk is read and written; auto is io_uring where the kernel permits it, else a few threads",
+    },
+    Setting {
+        key: "disk_disable_o_direct",
+        env: &["DYN_KVBM_DISK_DISABLE_O_DIRECT"],
+        default: Default::Text("false"),
+        kind: Kind::Switch { field: |c| &mut c.disk_disable_o_direct },
+        help: "Go through the page cache, for file systems on which O_DIRECT misbehaves",
+    },
+    Setting {
+        key: "disk_zerofill_fallback",
+        env: &["DYN_KVBM_DISK_ZEROFILL_FALLBACK"],
+        default: Default::Text("false"),
+        kind: Kind::Switch { field: |c| &mut c.disk_zerofill_fallback },
+        help: "Write zeros to reserve space where the file system has no fallocate",
+    },
+    Setting {
+        key: "disable_disk_offload_filter",
+        env: &["DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER"],
+        default: Default::Text("false"),
+        kind: Kind::Switch { field: |c| &mut c.disable_disk_offload_filter },
+        help: "Write every block to disk, not only those that were used twice; wears drives out",
+    },
+    Setting {
+        key: "disk_priority_min",
+        env: &["KVBM_DISK_PRIORITY_MIN"],
+        default: Default::Text("0"),
+        kind: Kind::Count { range: 0..=100, field: |c| &mut c.disk_priority_min },
+        help: "Only blocks of this retention priority or more are written to disk",
+    },
+    Setting {
+        key: "disk_write_budget_gb_per_day",
+        env: &["KVBM_DISK_WRITE_BUDGET_GB_PER_DAY"],
+        default: Default::Text("0"),
+        kind: Kind::Number { range: 0.0..=10_000_000.0, field: |c| &mut c.disk_write_budget_gb_per_day },
+        help: "GB of 10^9 bytes that are written to disk per day at most; 0 is no limit",
+    },
+    Setting {
+        key: "disk_idle_ms",
+        env: &["KVBM_DISK_IDLE_MS"],
+        default: Default::Text("1000"),
+        kind: Kind::Count { range: 0..=600_000, field: |c| &mut c.disk_idle_ms },
+        help: "Blocks are written when nothing was read from disk for so long, or host memory is 80 % full, milliseconds",
+    },
+    Setting {
+        key: "disk_deadline_ms",
+        env: &["KVBM_DISK_DEADLINE_MS"],
+        default: Default::Text("5000"),
+        kind: Kind::Count { range: 10..=600_000, field: |c| &mut c.disk_deadline_ms },
+        help: "A drive that does not answer a request for so long is out of service until it does, milliseconds",
+    },
+    Setting {
+        key: "disk_scrub_mb_per_s",
+        env: &["KVBM_DISK_SCRUB_MB_PER_S"],
+        default: Default::Text("16"),
+        kind: Kind::Count { range: 0..=100_000, field: |c| &mut c.disk_scrub_mb_per_s },
+        help: "MB that are read from disk per second to find damage early; 0 turns it off",
+    },
+    Setting {
+        key: "reset_disk",
+        env: &["KVBM_RESET_DISK"],
+        default: Default::Text("false"),
+        kind: Kind::Switch { field: |c| &mut c.reset_disk },
+        help: "Discard what is in the disk cache's files, whatever it is",
     },
     Setting {
         key: "metrics",
@@ -112,6 +204,41 @@ pub static SETTINGS: &[Setting] = &[
         default: Default::Text("6880"),
         kind: Kind::Count { range: 0..=65535, field: |c| &mut c.metrics_port },
         help: "Port of the admin HTTP server; 0 is any free one, a busy one gives way to the next free one",
+    },
+    Setting {
+        key: "grpc_listen",
+        env: &["KVBM_GRPC_LISTEN"],
+        default: Default::Unset,
+        kind: Kind::OptionalListen { field: |c| &mut c.grpc_listen },
+        help: "Serve the registry (workers, KV events, snapshots) over TCP here; port 0 is any free one",
+    },
+    Setting {
+        key: "grpc_tls_cert",
+        env: &["KVBM_GRPC_TLS_CERT"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.grpc_tls_cert },
+        help: "PEM file with the certificate that is shown there, and those that lead to its authority",
+    },
+    Setting {
+        key: "grpc_tls_key",
+        env: &["KVBM_GRPC_TLS_KEY"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.grpc_tls_key },
+        help: "PEM file with its private key",
+    },
+    Setting {
+        key: "grpc_tls_client_ca",
+        env: &["KVBM_GRPC_TLS_CLIENT_CA"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.grpc_tls_client_ca },
+        help: "PEM file with the authorities one of which must have signed a client's certificate",
+    },
+    Setting {
+        key: "grpc_token_file",
+        env: &["KVBM_GRPC_TOKEN_FILE"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.grpc_token_file },
+        help: "File with the token that each request over TCP must carry; only its owner may read it",
     },
     Setting {
         key: "init_timeout_secs",
@@ -188,7 +315,8 @@ pub static SETTINGS: &[Setting] = &[
         env: &["KVBM_BIND_TIMEOUT_MS"],
         default: Default::Text("10000"),
         kind: Kind::Count { range: 10..=600_000, field: |c| &mut c.bind_timeout_ms },
-        help: "How long an engine may take for each step of attaching, milliseconds",
+        help: "How long an engine may take for each step of attaching, and a client over TCP for its first \
+               permitted request, milliseconds",
     },
     Setting {
         key: "allowed_uids",
@@ -251,7 +379,17 @@ impl Setting {
             }
             Kind::Switch { .. } => "true or false".to_owned(),
             Kind::Path { bytes_max, .. } => format!("a path of 1 to {bytes_max} bytes"),
+            Kind::Paths { count_max, bytes_max, .. } => {
+                format!("1 to {count_max} different paths of 1 to {bytes_max} bytes, separated by commas")
+            }
+            Kind::Choice { words, .. } => words.join(", "),
+            Kind::OptionalPath { bytes_max, .. } => {
+                format!("a path of at most {bytes_max} bytes, or nothing")
+            }
             Kind::Address { .. } => "an IP address".to_owned(),
+            Kind::OptionalListen { .. } => {
+                "an IP address and a port, as in 127.0.0.1:6881 or [::]:6881".to_owned()
+            }
             Kind::Users { .. } => "user ids from 0 to 4294967294, separated by commas".to_owned(),
             Kind::Filter { .. } => {
                 "levels error, warn, info, debug, trace or off, or target=level".to_owned()
@@ -275,7 +413,18 @@ impl Setting {
             Kind::Path { bytes_max, field } => {
                 put(field(config), (1..=*bytes_max).contains(&text.len()).then(|| text.into()))
             }
+            Kind::Paths { count_max, bytes_max, field } => {
+                put(field(config), paths(text, *count_max, *bytes_max))
+            }
+            Kind::Choice { words, field } => {
+                put(field(config), words.contains(&text).then(|| text.to_owned()))
+            }
+            Kind::OptionalPath { bytes_max, field } => {
+                let path = (!text.is_empty()).then(|| text.into());
+                put(field(config), (text.len() <= *bytes_max).then_some(path))
+            }
             Kind::Address { field } => put(field(config), text.parse().ok()),
+            Kind::OptionalListen { field } => put(field(config), text.parse().ok().map(Some)),
             Kind::Users { field } => put(field(config), users(text)),
             Kind::Filter { field } => put(field(config), filter(text)),
         }
@@ -291,7 +440,18 @@ impl Setting {
             Kind::OptionalCount { field, .. } => field(config).map(whole),
             Kind::Switch { field } => Some(toml::Value::Boolean(*field(config))),
             Kind::Path { field, .. } => Some(toml::Value::String(field(config).display().to_string())),
+            Kind::Paths { field, .. } => {
+                let path = |path: &PathBuf| toml::Value::String(path.display().to_string());
+                Some(toml::Value::Array(field(config).iter().map(path).collect()))
+            }
+            Kind::Choice { field, .. } => Some(toml::Value::String(field(config).clone())),
+            Kind::OptionalPath { field, .. } => {
+                field(config).as_ref().map(|path| toml::Value::String(path.display().to_string()))
+            }
             Kind::Address { field } => Some(toml::Value::String(field(config).to_string())),
+            Kind::OptionalListen { field } => {
+                field(config).map(|address| toml::Value::String(address.to_string()))
+            }
             Kind::Users { field } => {
                 Some(toml::Value::Array(field(config).iter().map(|uid| whole((*uid).into())).collect()))
             }
@@ -310,6 +470,14 @@ fn switch(text: &str) -> Option<bool> {
         "0" | "false" | "off" | "no" => Some(false),
         _ => None,
     }
+}
+
+fn paths(text: &str, count_max: usize, bytes_max: usize) -> Option<Vec<PathBuf>> {
+    let paths: Vec<&str> = text.split(',').map(str::trim).collect();
+    let different: std::collections::BTreeSet<_> = paths.iter().collect();
+    let fit = paths.iter().all(|path| (1..=bytes_max).contains(&path.len()));
+    let usable = fit && paths.len() <= count_max && different.len() == paths.len();
+    usable.then(|| paths.into_iter().map(PathBuf::from).collect())
 }
 
 fn users(text: &str) -> Option<Vec<u32>> {

@@ -1,5 +1,6 @@
 //! What Prometheus scrapes. Nothing is counted here: the block manager counts completions, this only writes them down.
 
+mod disk;
 mod text;
 
 use kvbm::{Counters, Histogram, Refused, Route, Tier};
@@ -20,6 +21,7 @@ pub(crate) fn render(core: &Core) -> String {
     found(&mut text, counters);
     moved(&mut text, counters);
     held(&mut text, core, &status);
+    disk::render(&mut text, core);
     refused(&mut text, core, counters);
     text.finish()
 }
@@ -30,12 +32,18 @@ fn found(text: &mut Text, counters: &Counters) {
     let help = "Share of the blocks asked for behind those on the device that host memory had, over the last 1000 \
                 requests.";
     text.gauge("kvbm_host_cache_hit_rate", help, counters.hit_rate(Tier::Host));
+    let help = "Share of those blocks that were on disk and not in host memory.";
+    text.gauge("kvbm_disk_cache_hit_rate", help, counters.hit_rate(Tier::Disk));
 }
 
 fn moved(text: &mut Text, counters: &Counters) {
     let (offload, onboard) = (counters.blocks(Route::DeviceToHost), counters.blocks(Route::HostToDevice));
     text.counter("kvbm_offload_blocks_d2h", "Blocks that arrived in host memory from a device.", offload);
     text.counter("kvbm_onboard_blocks_h2d", "Blocks that arrived on a device from host memory.", onboard);
+    let (demote, promote) = (counters.blocks(Route::HostToDisk), counters.blocks(Route::DiskToHost));
+    text.counter("kvbm_offload_blocks_h2d", "Blocks that arrived on disk from host memory.", demote);
+    let help = "Blocks that arrived from disk, checked, in host memory, on their way to a device.";
+    text.counter("kvbm_onboard_blocks_d2d", help, promote);
     let mut bytes = text.family("kvbm_transfer_bytes_total", "counter", "Bytes that arrived, by route.");
     Route::ALL.iter().for_each(|route| bytes.value(&[("route", route.name())], counters.bytes(*route)));
     let mut failed = text.family(
@@ -80,7 +88,7 @@ fn held(text: &mut Text, core: &Core, status: &Status) {
     let mut family = text.family("kvbm_evictions_total", "counter", help);
     status.tiers.iter().for_each(|tier| family.value(&[("tier", &tier.tier)], tier.evictions));
     let quarantined: u64 = status.tiers.iter().map(|tier| tier.slots.quarantined).sum();
-    let help = "Blocks that cannot be reused because their holder is silent but alive.";
+    let help = "Slots that are not used: their holder is silent but alive, or they did not give back what was stored in them.";
     text.gauge("kvbm_quarantined_blocks", help, quarantined);
     text.gauge("kvbm_leases", "Leases alive.", status.leases);
     text.gauge("kvbm_sessions", "Sessions, silent ones included.", core.sessions.count());
@@ -104,6 +112,10 @@ fn refused(text: &mut Text, core: &Core, counters: &Counters) {
     let mut busy = text.family("kvbm_busy_total", "counter", help);
     counters.busy().for_each(|(queue, count)| busy.value(&[("queue", queue)], count));
     core.refusals.each(|queue, count| busy.value(&[("queue", queue)], count));
+    let help = "Requests and connections over TCP that were not let in, by reason.";
+    let mut rejected = text.family("kvbm_grpc_rejected_total", "counter", help);
+    core.door.rejections().for_each(|(reason, count)| rejected.value(&[("reason", reason)], count));
+    text.gauge("kvbm_grpc_connections", "Connections over TCP.", core.door.connections());
     let tally = core.manager.inspect(|ledger| ledger.tally());
     for (name, help, count) in [
         (

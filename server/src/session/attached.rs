@@ -1,12 +1,16 @@
 //! What an attached engine may ask.
 
+mod waits;
+
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvbm::ledger::PoolEntry;
-use kvbm::{AdoptPool, Error, LeaseId, NamespaceId, OpenPool, OpenedPool, PoolId, Refused, SessionId};
+use kvbm::{
+    AdoptPool, Error, LeaseId, NamespaceId, OpenPool, OpenedPool, PoolId, Prefetched, Refused, SessionId,
+};
 use kvbm_proto::v1::{self, ClientMessage, client_message::Body as Ask, server_message::Body};
 use kvbm_proto::{SideMessage, digest, uuid};
 use kvbm_shm::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
@@ -19,6 +23,7 @@ use super::side::{Side, pool_memory};
 use crate::core::Core;
 use crate::random;
 use crate::wire::{self, invalid, malformed};
+use waits::Waits;
 
 /// Descriptors that came ahead of their adoption, per session.
 const DESCRIPTORS_MAX: usize = 16;
@@ -31,6 +36,8 @@ pub(super) struct Attached {
     core: Arc<Core>,
     id: SessionId,
     outbound: Outbound,
+    /// Questions that wait for a drive.
+    waits: Waits,
     side: Side,
     /// Memory of pools that the client will ask to have adopted.
     descriptors: HashMap<[u8; 16], OwnedFd>,
@@ -40,7 +47,8 @@ pub(super) struct Attached {
 
 impl Attached {
     pub fn new(core: Arc<Core>, id: SessionId, outbound: Outbound, side: Side, limit: Duration) -> Self {
-        Self { core, id, outbound, side, descriptors: HashMap::new(), limit }
+        let waits = Waits::new(usize::try_from(core.config.session_queue_depth).unwrap_or(1));
+        Self { core, id, outbound, waits, side, descriptors: HashMap::new(), limit }
     }
 
     pub fn into_side(self) -> Side {
@@ -60,6 +68,7 @@ impl Attached {
                     None => return End::SideClosed,
                 },
                 () = self.outbound.closed() => return End::StreamClosed,
+                unsendable = self.waits.unsendable() => return unsendable.into(),
                 message = super::next(inbound) => message,
             };
             let handled = match message {
@@ -98,6 +107,11 @@ impl Attached {
         match (done, body) {
             (Err(refused), _) => self.outbound.reserve(id).await?.refuse(&refused),
             (Ok(()), None | Some(Ask::Commit(_) | Ask::Release(_) | Ask::ReleaseLease(_))) => {}
+            (Ok(()), Some(Ask::Prefetch(message))) if message.wait => {
+                if let Err(refused) = self.prefetch_and_wait(id, &message) {
+                    self.outbound.reserve(id).await?.refuse(&refused);
+                }
+            }
             (Ok(()), Some(body)) => self.answer(self.outbound.reserve(id).await?, body).await?,
         }
         Ok(())
@@ -169,10 +183,7 @@ impl Attached {
     fn prefetch(&self, message: &v1::Prefetch) -> Result<Body, Refused> {
         let keys = wire::hashes("keys", &message.keys)?;
         let found = self.core.manager.prefetch(self.id, NamespaceId(message.namespace_id), &keys)?;
-        Ok(Body::Prefetch(v1::PrefetchReply {
-            host_blocks: wire::count(found.host_blocks),
-            promoting_blocks: wire::count(found.promoting_blocks),
-        }))
+        Ok(wire::prefetched(&found))
     }
 
     fn register_worker(&self, message: v1::RegisterWorker) -> Result<Body, Refused> {
@@ -200,6 +211,20 @@ impl Attached {
             let done = Box::new(move |outcome: kvbm::Outcome| done(wire::transfer_done(&outcome)));
             self.core.manager.offload(self.id, PoolId(message.pool_id), &blocks, done)
         });
+    }
+
+    // ---- answered when a drive has done its part ----------------------------------------------------------------------
+
+    fn prefetch_and_wait(&mut self, id: u64, message: &v1::Prefetch) -> Result<(), Refused> {
+        let keys = wire::hashes("keys", &message.keys)?;
+        let Some(answering) = self.waits.begin(&self.outbound, id) else {
+            let busy = Refused::Busy { queue: "session_answers" };
+            self.core.refusals.note(&busy);
+            return Err(busy);
+        };
+        let done = Box::new(move |found: Prefetched| answering(wire::prefetched(&found)));
+        let namespace = NamespaceId(message.namespace_id);
+        self.core.manager.prefetch_and_wait(self.id, namespace, &keys, done)
     }
 
     // ---- pools ----------------------------------------------------------------------------------------------------

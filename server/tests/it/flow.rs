@@ -1,6 +1,7 @@
 //! Blocks out and back: offload, match, onboard, with the bytes looked at and the metrics reconciled.
 
-use kvbm_proto::v1::{self, Refusal, client_message::Body as Ask};
+use kvbm_proto::pack_keys;
+use kvbm_proto::v1::{self, Refusal, client_message::Body as Ask, server_message::Body};
 
 use crate::client::{BLOCK_BYTES, Client, Pool, TOKENS_PER_BLOCK, commit, content, keys};
 use crate::rig::Rig;
@@ -82,6 +83,25 @@ async fn everything_works_with_every_queue_at_length_one() {
     let other_namespace = other.namespace().await;
     let small = other.pool(4).await;
     onboard(&mut other, other_namespace, &small, &four).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefetch_is_answered_at_once_or_when_it_has_arrived() {
+    // Waiting takes no place from other answers, so the order of answers is open: each is asked alone.
+    let rig = Rig::start(&[("session_queue_depth", "1")]).await;
+    let mut client = Client::attach(rig.socket()).await;
+    let (namespace_id, pool) = (client.namespace().await, client.pool(8).await);
+    client.store(namespace_id, &pool, &keys(0, 3)).await;
+    for wait in [false, true, true] {
+        let prefetch = v1::Prefetch { namespace_id, keys: pack_keys(&keys(0, 4)), wait };
+        let reply = v1::PrefetchReply { host_blocks: 3, promoting_blocks: 0 };
+        assert_eq!(client.ask(Ask::Prefetch(prefetch)).await, Body::Prefetch(reply));
+        client.sync().await;
+        let unknown = v1::Prefetch { namespace_id: 99, keys: vec![0; 16], wait };
+        assert_eq!(client.refused(Ask::Prefetch(unknown)).await.0, Refusal::Unknown);
+        let malformed = v1::Prefetch { namespace_id, keys: vec![0; 15], wait };
+        assert_eq!(client.refused(Ask::Prefetch(malformed)).await.0, Refusal::Invalid);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

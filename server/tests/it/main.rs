@@ -3,9 +3,11 @@
 
 mod admin;
 mod attach;
+mod authority;
 mod client;
 mod death;
 mod events;
 mod flow;
+mod remote;
 mod rig;
 mod stop;
