@@ -206,14 +206,25 @@ impl Client {
         answer!(self.ask(Question::Offload(v1::Offload { pool_id, blocks })).await?, TransferDone)
     }
 
-    /// Has blocks on disk brought to host memory.
+    /// Has blocks on disk brought to host memory. Answered at once, with what is there and what is on its way.
     pub async fn prefetch(
         &self,
         namespace_id: u32,
         keys: &[SequenceHash],
     ) -> Result<v1::PrefetchReply, ClientError> {
-        let keys = pack_keys(keys.iter().map(|key| &key.0));
-        answer!(self.ask(Question::Prefetch(v1::Prefetch { namespace_id, keys })).await?, Prefetch)
+        let question = prefetch_message(namespace_id, keys, PrefetchAnswer::AtOnce);
+        answer!(self.ask(Question::Prefetch(question)).await?, Prefetch)
+    }
+
+    /// As [`Client::prefetch`], answered when what is on its way has arrived or failed. That takes as long as a drive
+    /// does: give it a deadline of its own, [`Client::with_deadline`]. After it the blocks are still brought.
+    pub async fn prefetch_and_wait(
+        &self,
+        namespace_id: u32,
+        keys: &[SequenceHash],
+    ) -> Result<v1::PrefetchReply, ClientError> {
+        let question = prefetch_message(namespace_id, keys, PrefetchAnswer::Arrived);
+        answer!(self.ask(Question::Prefetch(question)).await?, Prefetch)
     }
 
     /// Lists this session in the registry, or changes how it is listed.
@@ -291,6 +302,23 @@ fn give_back(returns: &Returns, pool_id: u32, answer: Answer) {
     if lease_id != 0 {
         returns.send(Question::ReleaseLease(v1::ReleaseLease { lease_id }));
     }
+}
+
+/// When a prefetch is to be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PrefetchAnswer {
+    AtOnce,
+    /// When what is being promoted has arrived or failed.
+    Arrived,
+}
+
+pub(crate) fn prefetch_message(
+    namespace_id: u32,
+    keys: &[SequenceHash],
+    answer: PrefetchAnswer,
+) -> v1::Prefetch {
+    let keys = pack_keys(keys.iter().map(|key| &key.0));
+    v1::Prefetch { namespace_id, keys, wait: answer == PrefetchAnswer::Arrived }
 }
 
 pub(crate) fn commit_message(namespace_id: u32, pool_id: u32, committed: Committed) -> v1::Commit {

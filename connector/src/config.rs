@@ -31,6 +31,15 @@ pub struct Config {
     pub detach_after: Duration,
     /// What a copy may take besides, for each MiB it moves.
     pub onboard_per_mib: Duration,
+    /// How long a lookup waits for blocks that are on disk, and what it waits besides for each MiB of them.
+    pub disk_wait_base: Duration,
+    /// See `disk_wait_base`.
+    pub disk_wait_per_mib: Duration,
+    /// The longest such wait; zero: lookups do not wait for the disk.
+    pub disk_wait_max: Duration,
+    /// How long after such a wait the daemon may still owe the answer before the engine goes on alone: it answers when
+    /// a drive has delivered or failed, and drives take their time.
+    pub disk_fail_after: Duration,
     /// How long connecting, or handing the pool over, may take.
     pub attach_deadline: Duration,
     /// First and longest pause between attempts to connect.
@@ -68,13 +77,18 @@ impl Config {
             match_deadline: Duration::from_millis(20),
             detach_after: Duration::from_millis(250),
             onboard_per_mib: Duration::from_millis(1),
+            disk_wait_base: Duration::from_millis(250),
+            disk_wait_per_mib: Duration::from_millis(2),
+            disk_wait_max: Duration::from_secs(10),
+            disk_fail_after: Duration::from_secs(60),
             attach_deadline: Duration::from_secs(1),
             reconnect_pause: (Duration::from_millis(20), Duration::from_millis(250)),
             stash_blocks_max: 32,
         }
     }
 
-    /// Takes `KVBM_MATCH_DEADLINE_MS` and `KVBM_DETACH_AFTER_MS` from `variable`, where they are set.
+    /// Takes `KVBM_MATCH_DEADLINE_MS`, `KVBM_DETACH_AFTER_MS`, `KVBM_CONNECTOR_DISK_WAIT_BASE_MS`, `KVBM_CONNECTOR_DISK_WAIT_PER_MIB_MS` and
+    /// `KVBM_CONNECTOR_DISK_WAIT_MAX_MS` from `variable`, where they are set.
     pub fn with_environment(
         mut self,
         variable: impl Fn(&str) -> Option<String>,
@@ -92,7 +106,23 @@ impl Config {
         if let Some(patience) = read("KVBM_DETACH_AFTER_MS", 10..=600_000)? {
             self.detach_after = patience;
         }
+        for (name, setting) in [
+            ("KVBM_CONNECTOR_DISK_WAIT_BASE_MS", &mut self.disk_wait_base),
+            ("KVBM_CONNECTOR_DISK_WAIT_PER_MIB_MS", &mut self.disk_wait_per_mib),
+            ("KVBM_CONNECTOR_DISK_WAIT_MAX_MS", &mut self.disk_wait_max),
+        ] {
+            if let Some(wait) = read(name, 0..=600_000)? {
+                *setting = wait;
+            }
+        }
         Ok(self)
+    }
+
+    /// How long a lookup waits for so many bytes from disk.
+    pub(crate) fn disk_wait(&self, bytes: usize) -> Duration {
+        let mebibytes = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+        let wait = self.disk_wait_base.saturating_add(self.disk_wait_per_mib.saturating_mul(mebibytes));
+        wait.min(self.disk_wait_max)
     }
 }
 
@@ -148,5 +178,15 @@ mod tests {
         assert_eq!(config.detach_after, Duration::from_millis(250));
         let wrong = Config::new("s").with_environment(set("0")).unwrap_err();
         assert!(wrong.to_string().contains("KVBM_MATCH_DEADLINE_MS=0"));
+        let off = |name: &str| (name == "KVBM_CONNECTOR_DISK_WAIT_MAX_MS").then(|| "0".to_owned());
+        assert_eq!(Config::new("s").with_environment(off).unwrap().disk_wait(1 << 30), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_wait_for_the_disk_grows_with_what_is_on_it_up_to_a_limit() {
+        let config = Config::new("s");
+        assert_eq!(config.disk_wait(1), Duration::from_millis(252));
+        assert_eq!(config.disk_wait(100 << 20), Duration::from_millis(450));
+        assert_eq!(config.disk_wait(usize::MAX), Duration::from_secs(10));
     }
 }

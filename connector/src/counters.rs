@@ -32,6 +32,12 @@ pub struct Counters {
     pub match_timeouts: Counter,
     /// Matched blocks that were in the pool.
     pub device_blocks_matched: Counter,
+    /// Times a lookup waited for blocks to come from disk.
+    pub disk_waits: Counter,
+    /// Such waits that ended before the blocks had come.
+    pub disk_wait_timeouts: Counter,
+    /// Host blocks that were found after such a wait, because of it.
+    pub promoted_blocks: Counter,
     /// Times the engine stopped listening to the daemon.
     pub detaches: Counter,
     /// Times the daemon took the pool back.

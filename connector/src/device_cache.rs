@@ -20,11 +20,14 @@ use crate::pool_table::{BlockRef, Content, DaemonId, PoolTable, Release};
 use crate::{Config, Counters, DetachReason, WorkerRegistration};
 
 mod arrivals;
+mod promotion;
 mod start;
 #[cfg(test)]
 mod tests;
 
 pub use start::{StartError, Startup};
+
+use promotion::Stage;
 
 /// Open questions, at most; more are answered locally.
 const QUESTIONS_MAX: usize = 512;
@@ -57,10 +60,19 @@ pub enum CacheEvent {
         /// Blocks behind them that are in host memory and may be onboarded: leases, onboards under way and quarantine
         /// together are at most half of the pool.
         host_blocks: u32,
-        /// Blocks behind those that are on disk; none while more are in host memory.
+        /// How many of the host blocks were on disk when the lookup began and were waited for.
+        promoted_blocks: u32,
+        /// Blocks behind the host blocks that are on disk still; none while more are in host memory. They are not
+        /// waited for.
         disk_blocks: u32,
         /// What to onboard the host blocks with.
         lease: Option<LeaseId>,
+    },
+    /// A lookup found blocks on disk and waits for them to come to host memory, `disk_wait_max` at most. Its `Looked`
+    /// follows. Until then it holds nothing.
+    Promoting {
+        /// The caller's name for it.
+        ticket: u64,
     },
     /// An allocation that was pending may succeed now.
     Granted,
@@ -109,6 +121,7 @@ struct Lookup {
     ticket: u64,
     namespace: Namespace,
     keys: Vec<SequenceHash>,
+    stage: Stage,
     abandoned: bool,
 }
 
@@ -121,6 +134,7 @@ struct Lease {
 #[derive(Debug)]
 struct Onboard {
     ticket: u64,
+    lease_id: u64,
     targets: Vec<u32>,
     contents: Vec<Content>,
     abandoned: bool,
@@ -222,9 +236,12 @@ impl DeviceCache {
     }
 
     /// Finds the longest prefix of `keys`, which begin with the first block of a sequence. Answered by
-    /// [`CacheEvent::Looked`].
+    /// [`CacheEvent::Looked`]; before that, perhaps, [`CacheEvent::Promoting`].
     pub fn lookup(&mut self, ticket: u64, namespace: Namespace, keys: Vec<SequenceHash>) {
-        let lookup = Lookup { ticket, namespace, keys, abandoned: false };
+        self.ask_match(Lookup { ticket, namespace, keys, stage: Stage::Asked, abandoned: false });
+    }
+
+    fn ask_match(&mut self, lookup: Lookup) {
         if lookup.keys.is_empty() || !self.may_ask() {
             return self.answer_locally(lookup);
         }
@@ -272,14 +289,15 @@ impl DeviceCache {
         lease.contents.truncate(targets.len());
         let question = self.number();
         let refs = targets.iter().map(|&block| self.table.block_ref(block)).collect();
-        let onboard = Onboard { ticket, targets, contents: lease.contents, abandoned: false };
+        let lease_id = lease.lease_id;
+        let onboard = Onboard { ticket, lease_id, targets, contents: lease.contents, abandoned: false };
         self.onboards.insert(question, onboard);
         // Copies queue behind each other.
         let blocks: usize = self.onboards.values().map(|onboard| onboard.targets.len()).sum();
         let mebibytes = (blocks * self.memory.layout().block_bytes).div_ceil(1 << 20);
         let fail = self.config.detach_after
             + self.config.onboard_per_mib.saturating_mul(u32::try_from(mebibytes).unwrap_or(u32::MAX));
-        let command = Command::Onboard { question, lease_id: lease.lease_id, targets: refs };
+        let command = Command::Onboard { question, lease_id, targets: refs };
         self.ask(question, None, fail, command);
     }
 
@@ -334,6 +352,7 @@ impl DeviceCache {
                     self.release(&device);
                     lease.into_iter().for_each(|lease| self.abandon_lease(lease));
                 }
+                CacheEvent::Promoting { ticket: of } if of == ticket => {}
                 CacheEvent::Onboarded { ticket: of, .. } if of == ticket => self.release(&targets),
                 event => self.events.push_back(Queued { event, targets }),
             }
@@ -380,7 +399,8 @@ impl DeviceCache {
         self.counters.local_matches.add(1);
         let device = self.table.find(&lookup.keys);
         let (ticket, lease) = (lookup.ticket, None);
-        self.push(CacheEvent::Looked { ticket, device, host_blocks: 0, disk_blocks: 0, lease });
+        let (host_blocks, promoted_blocks, disk_blocks) = (0, 0, 0);
+        self.push(CacheEvent::Looked { ticket, device, host_blocks, promoted_blocks, disk_blocks, lease });
     }
 
     /// The daemon never wrote to `targets`, or has ended.

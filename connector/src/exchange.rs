@@ -44,6 +44,12 @@ pub(crate) enum Command {
         question: QuestionId,
         count: u32,
     },
+    /// Answered when what is being promoted has arrived or failed.
+    Prefetch {
+        question: QuestionId,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+    },
     Notes(Vec<Note>),
     ReleaseLease(u64),
 }
@@ -84,7 +90,9 @@ pub(crate) enum Arrival {
     Down { reason: DetachReason, daemon_dead: bool },
     /// The answer to a match.
     Matched { question: QuestionId, result: Result<v1::MatchReply, ClientError> },
-    /// The deadline of a match passed.
+    /// What is promoted has arrived or failed.
+    Prefetched { question: QuestionId, result: Result<v1::PrefetchReply, ClientError> },
+    /// The deadline of a match, or of a promotion, passed.
     Missed { question: QuestionId },
     /// The outcome of an onboard.
     Onboarded { question: QuestionId, result: Result<v1::TransferDone, ClientError> },

@@ -87,6 +87,19 @@ impl LinkHandle {
         Ok(Self { commands, hangup, worker, desk, inbox, task, runtime })
     }
 
+    /// The engine's end of a link that nobody runs, and what the engine commands.
+    #[cfg(test)]
+    pub fn unserved(
+        desk: Arc<Desk>,
+        inbox: Arc<Inbox>,
+        handle: &Handle,
+    ) -> (Self, mpsc::Receiver<(Attempt, Command)>) {
+        let (commands, orders) = mpsc::channel(COMMANDS_MAX);
+        let task = handle.spawn(std::future::ready(())).abort_handle();
+        let (hangup, worker) = (watch::Sender::new(0), watch::Sender::new(None));
+        (Self { commands, hangup, worker, desk, inbox, task, runtime: None }, orders)
+    }
+
     /// Hands a command over, unless the queue is full.
     pub fn send(&self, attempt: Attempt, command: Command) -> Result<(), DetachReason> {
         self.commands.try_send((attempt, command)).map_err(|_| DetachReason::QueueFull)

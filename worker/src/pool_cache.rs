@@ -89,15 +89,17 @@ impl Cache for PoolCache {
 impl PoolCache {
     fn translate(&mut self, event: Reported) -> Option<CacheEvent> {
         match event {
-            Reported::Looked { ticket, device, host_blocks, disk_blocks, lease } => {
+            // What is on disk still is computed: it was waited for once, or could not be used.
+            Reported::Looked { ticket, device, host_blocks, promoted_blocks, disk_blocks: _, lease } => {
                 Some(CacheEvent::Looked {
                     ticket: Ticket(ticket),
                     device: device.into_iter().map(BlockId).collect(),
                     host_blocks: host_blocks as usize,
-                    disk_blocks: disk_blocks as usize,
+                    promoted_blocks: promoted_blocks as usize,
                     lease: lease.map(|lease| self.leases.add(lease)),
                 })
             }
+            Reported::Promoting { ticket } => Some(CacheEvent::Promoting { ticket: Ticket(ticket) }),
             Reported::Granted => Some(CacheEvent::Granted),
             Reported::Onboarded { ticket, ok } => {
                 let outcome = if ok { Onboard::Done } else { Onboard::Failed };
@@ -161,7 +163,7 @@ mod tests {
             ticket,
             device: blocks[..2].to_vec(),
             host_blocks: 0,
-            disk_blocks: 0,
+            promoted_blocks: 0,
             lease: None,
         };
         assert_eq!(cache.poll(), [found(Ticket(1))]);

@@ -2,6 +2,7 @@
 
 use kvbm_proto::v1::{self, Refusal};
 
+use super::promotion::{Stage, promoted_blocks};
 use super::{
     BlockRef, CacheEvent, Content, DeviceCache, Lease, LeaseId, Lookup, Mode, Onboard, Queued, Shortage,
 };
@@ -41,6 +42,7 @@ impl DeviceCache {
             Arrival::Opened(opened) => self.opened(*opened),
             Arrival::Down { reason, daemon_dead } => self.detach(reason, daemon_dead),
             Arrival::Matched { question, result } => self.matched(question, result),
+            Arrival::Prefetched { question, result } => self.prefetched(question, result),
             Arrival::Missed { question } => self.missed(question),
             Arrival::Onboarded { question, result } => self.onboarded(question, result),
             Arrival::Granted { question, result } => self.granted(question, result),
@@ -92,35 +94,49 @@ impl DeviceCache {
             }
             return self.release_lease(reply.lease_id);
         };
-        self.counters.matches.add(1);
         let (accepted, doubted) = self.table.matched(lookup.namespace, &lookup.keys, &device);
         let believed = doubted.is_empty();
         if !believed {
             tracing::warn!(blocks = ?doubted, "the daemon matched blocks that are not known to hold that");
             self.counters.contradictions.add(1);
             doubted.into_iter().for_each(|release| self.note_release(release));
+        } else if let Some(on_disk) = self.worth_waiting(&lookup, accepted.len(), &reply) {
+            self.release(&accepted);
+            self.release_lease(reply.lease_id);
+            return self.promote(lookup, on_disk);
         }
+        self.found(&lookup, accepted, believed, &reply);
+    }
+
+    /// Reports what the daemon matched, as far as it may be used.
+    fn found(&mut self, lookup: &Lookup, accepted: Vec<u32>, believed: bool, reply: &v1::MatchReply) {
+        self.counters.matches.add(1);
         self.counters.device_blocks_matched.add(accepted.len() as u64);
         let leased = believed && reply.lease_id != 0;
         let most = if leased { reply.host_blocks.min(self.onboardable()) } else { 0 };
-        let contents = host_contents(&lookup, accepted.len(), most);
-        let (host_blocks, disk_blocks, lease) = if !contents.is_empty() {
-            let host_blocks = u32::try_from(contents.len()).expect("no more than host_blocks");
+        let contents = host_contents(lookup, accepted.len(), most);
+        let host_end = accepted.len() + contents.len();
+        let promoted_blocks = promoted_blocks(lookup, accepted.len()..host_end);
+        self.counters.promoted_blocks.add(promoted_blocks.into());
+        let host_blocks = u32::try_from(contents.len()).expect("no more than host_blocks");
+        let lease = if contents.is_empty() {
+            self.release_lease(reply.lease_id);
+            None
+        } else {
             let lease = LeaseId(self.number());
             self.leases.insert(lease, Lease { lease_id: reply.lease_id, contents });
-            let disk_blocks = if host_blocks == reply.host_blocks { reply.disk_blocks } else { 0 };
-            (host_blocks, disk_blocks, Some(lease))
-        } else {
-            self.release_lease(reply.lease_id);
-            (0, if believed && reply.host_blocks == 0 { reply.disk_blocks } else { 0 }, None)
+            Some(lease)
         };
-        let ticket = lookup.ticket;
-        self.push(CacheEvent::Looked { ticket, device: accepted, host_blocks, disk_blocks, lease });
+        let rest = u32::try_from(lookup.keys.len() - host_end).unwrap_or(u32::MAX);
+        let all_host = believed && host_blocks == reply.host_blocks;
+        let disk_blocks = if all_host { reply.disk_blocks.min(rest) } else { 0 };
+        let (ticket, device) = (lookup.ticket, accepted);
+        self.push(CacheEvent::Looked { ticket, device, host_blocks, promoted_blocks, disk_blocks, lease });
     }
 
     /// How many blocks more may be promised. Those a daemon may be writing to are lost for a while when it stops, and
     /// then there must be others left to compute in: they are half of the pool at most, leases counted as if used.
-    fn onboardable(&self) -> u32 {
+    pub(super) fn onboardable(&self) -> u32 {
         let leased = self.leases.values().map(|lease| lease.contents.len()).sum::<usize>();
         let targets = self.onboards.values().map(|onboard| onboard.targets.len()).sum::<usize>();
         let bound = leased + targets + self.table.quarantined_count();
@@ -129,10 +145,17 @@ impl DeviceCache {
 
     fn missed(&mut self, question: QuestionId) {
         // Unless its answer overtook the deadline in the queue.
-        if let Some(lookup) = self.lookups.remove(&question) {
-            self.counters.match_timeouts.add(1);
-            self.breaker_open = true;
-            self.answer_locally(lookup);
+        let Some(lookup) = self.lookups.remove(&question) else { return };
+        match lookup.stage {
+            Stage::Asked | Stage::AskedAgain(_) => {
+                self.counters.match_timeouts.add(1);
+                self.breaker_open = true;
+                self.answer_locally(lookup);
+            }
+            Stage::Promoting(_) => {
+                self.counters.disk_wait_timeouts.add(1);
+                self.look_again(lookup);
+            }
         }
     }
 
@@ -142,7 +165,11 @@ impl DeviceCache {
             return self.contradicted(detail);
         }
         let Some(onboard) = self.onboards.remove(&question) else { return };
-        let Onboard { ticket, targets, contents, abandoned } = onboard;
+        let Onboard { ticket, lease_id, targets, contents, abandoned } = onboard;
+        if matches!(result, Err(ClientError::Refused { .. })) {
+            // Only an onboard that was begun ends its lease.
+            self.release_lease(lease_id);
+        }
         let expected = targets.len();
         let ok =
             matches!(&result, Ok(done) if done.blocks_failed == 0 && done.blocks_done as usize == expected);
@@ -215,7 +242,7 @@ impl DeviceCache {
     }
 
     /// The daemon is wrong about the pool. A new session with our table sets it right.
-    fn contradicted(&mut self, detail: String) {
+    pub(super) fn contradicted(&mut self, detail: String) {
         self.counters.contradictions.add(1);
         self.give_up(DetachReason::Contradiction(detail));
     }

@@ -2,17 +2,20 @@
 
 use std::sync::Arc;
 
-use kvbm_hash::{BaseNamespace, Namespace, SequenceHash};
+use kvbm_hash::{Namespace, SequenceHash};
 use kvbm_proto::v1::{self, Refusal};
 use kvbm_shm::{PoolLayout, PoolMemory};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::mpsc::Receiver;
 
 use super::start::Beginning;
 use super::*;
 use crate::ClientError;
 use crate::desk::Desk;
 use crate::exchange::{Arrival, Inbox};
-use crate::link::LinkParts;
+
+mod disk;
+mod walk;
 
 const ATTEMPT: Attempt = 1;
 const DAEMON: DaemonId = DaemonId(1);
@@ -20,6 +23,7 @@ const NAMESPACE: Namespace = Namespace([7; 32]);
 
 struct Engine {
     cache: DeviceCache,
+    commands: Receiver<(Attempt, Command)>,
     generation: u32,
     _idle: Runtime,
 }
@@ -36,16 +40,19 @@ impl Engine {
     fn attached(block_count: u32) -> Self {
         let idle = Builder::new_current_thread().build().unwrap();
         let layout = PoolLayout { block_bytes: 64, block_count };
-        let (config, base) = (Config::new("none"), BaseNamespace([3; 32]));
         let (desk, inbox) = (Arc::new(Desk::default()), Arc::new(Inbox::new(Arc::new(|| {}))));
-        let parts = LinkParts { config: config.clone(), layout, base, desk, inbox };
-        let link = LinkHandle::start(parts, None, Some(idle.handle().clone())).unwrap();
+        let (link, commands) = LinkHandle::unserved(desk, inbox, idle.handle());
         let beginning = Beginning {
             table: PoolTable::new_granted(block_count),
             memory: PoolMemory::create([5; 16], layout).unwrap(),
             mode: Mode::Attached { attempt: ATTEMPT, daemon: DAEMON },
         };
-        Self { cache: DeviceCache::begin(config, Some(link), beginning), generation: 0, _idle: idle }
+        let cache = DeviceCache::begin(Config::new("none"), Some(link), beginning);
+        Self { cache, commands, generation: 0, _idle: idle }
+    }
+
+    fn generation_of(&self, block: u32) -> u32 {
+        self.cache.table.block_ref(block).generation
     }
 
     fn link(&self) -> &LinkHandle {
@@ -204,7 +211,8 @@ fn a_question_that_cannot_be_asked_is_answered_by_the_question_itself() {
     let mut engine = Engine::holding(4, &[0]);
     engine.cache.give_up(DetachReason::HungUp);
     engine.turn([]);
-    let lookup = Lookup { ticket: 3, namespace: NAMESPACE, keys: keys(1), abandoned: false };
+    let stage = Stage::Asked;
+    let lookup = Lookup { ticket: 3, namespace: NAMESPACE, keys: keys(1), stage, abandoned: false };
     engine.cache.lookups.insert(99, lookup);
     let (question, namespace) = (99, NAMESPACE);
     let command = Command::Match { question, namespace, keys: keys(1) };
@@ -250,6 +258,24 @@ fn other_refusals_and_those_of_a_lease_keep_the_session() {
     let busy = Arrival::Matched { question, result: Err(refused(Refusal::Busy)) };
     assert!(matches!(engine.turn([busy])[..], [CacheEvent::Looked { ticket: 3, .. }]));
     assert_eq!(engine.cache.state(), CacheState::Attached { breaker_open: false });
+}
+
+/// A daemon whose queue is full keeps the lease: the blocks would stay pinned until its deadline.
+#[test]
+fn the_lease_of_a_refused_onboard_is_given_back() {
+    let mut engine = Engine::holding(4, &[0, 1]);
+    let (_, lease) = engine.look(1, 1, 1);
+    engine.cache.onboard(2, lease.unwrap(), vec![1]);
+    let question = *engine.cache.onboards.keys().next().unwrap();
+    let busy = Arrival::Onboarded { question, result: Err(refused(Refusal::Busy)) };
+    assert_eq!(engine.turn([busy]), [CacheEvent::Onboarded { ticket: 2, ok: false }]);
+    let mut returned = Vec::new();
+    while let Ok((_, command)) = engine.commands.try_recv() {
+        if let Command::ReleaseLease(lease) = command {
+            returned.push(lease);
+        }
+    }
+    assert_eq!(returned, [11]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use kvbm_hash::Namespace;
 use kvbm_proto::{pack_keys, v1};
 
 use super::{Connection, End, Link, LinkParts, watched};
-use crate::client::{Committed, answer, commit_message, release_message};
+use crate::client::{Committed, PrefetchAnswer, answer, commit_message, prefetch_message, release_message};
 use crate::desk::SENDING;
 use crate::exchange::{Arrival, Attempt, Command, Note, QuestionId};
 use crate::session::{Answer, Question};
@@ -49,13 +49,9 @@ impl Sender<'_> {
             // The attempt is open already.
             Command::Open(_) => {}
             Command::Match { question, namespace, keys } => {
-                let namespace_id = match self.namespace(namespace).await {
-                    Ok(namespace_id) => namespace_id,
-                    Err(error @ ClientError::Refused { .. }) => {
-                        self.answered(question)(Arrival::Matched { question, result: Err(error) });
-                        return Ok(());
-                    }
-                    Err(error) => return Err(error),
+                let refused = |error| Arrival::Matched { question, result: Err(error) };
+                let Some(namespace_id) = self.namespace_for(question, namespace, refused).await? else {
+                    return Ok(());
                 };
                 let keys = pack_keys(keys.iter().map(|key| &key.0));
                 let body = Question::Match(v1::Match { namespace_id, keys, pool_id });
@@ -76,6 +72,16 @@ impl Sender<'_> {
                     Ok(grants.blocks.into_iter().map(Into::into).collect())
                 };
                 self.ask(question, body, of, |question, result| Arrival::Granted { question, result }).await;
+            }
+            Command::Prefetch { question, namespace, keys } => {
+                let refused = |error| Arrival::Prefetched { question, result: Err(error) };
+                let Some(namespace_id) = self.namespace_for(question, namespace, refused).await? else {
+                    return Ok(());
+                };
+                let body = Question::Prefetch(prefetch_message(namespace_id, &keys, PrefetchAnswer::Arrived));
+                let of = |answer| answer!(answer, Prefetch);
+                self.ask(question, body, of, |question, result| Arrival::Prefetched { question, result })
+                    .await;
             }
             Command::Notes(notes) => self.notes(notes).await?,
             Command::ReleaseLease(lease_id) => {
@@ -132,6 +138,23 @@ impl Sender<'_> {
 
     async fn tell(&self, message: Question) -> Result<(), ClientError> {
         self.connection.client.session().tell(message).await
+    }
+
+    /// The namespace of a question. When the daemon does not take it, that is the answer to the question.
+    async fn namespace_for(
+        &mut self,
+        question: QuestionId,
+        namespace: Namespace,
+        refused: impl FnOnce(ClientError) -> Arrival,
+    ) -> Result<Option<u32>, ClientError> {
+        match self.namespace(namespace).await {
+            Ok(namespace_id) => Ok(Some(namespace_id)),
+            Err(error @ ClientError::Refused { .. }) => {
+                self.answered(question)(refused(error));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn namespace(&mut self, namespace: Namespace) -> Result<u32, ClientError> {

@@ -4,6 +4,7 @@
 mod cache;
 mod client;
 mod detached;
+mod disk;
 mod engine;
 mod mock;
 mod process;

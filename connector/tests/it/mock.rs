@@ -1,5 +1,5 @@
 //! A daemon that fits on a page: one pool, no eviction of what is pinned, everything in host memory that was ever
-//! committed. A script may hold back its answers.
+//! committed, and a disk. A script may hold back its answers.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -26,6 +26,10 @@ pub struct Hold {
     pub matches: bool,
     pub grants: bool,
     pub onboards: bool,
+    /// Promotions, those that nobody waits for included.
+    pub promotions: bool,
+    /// Refuse to wait for promotions.
+    pub busy: bool,
     /// Answer nothing but `Hello`.
     pub everything: bool,
     pub refuse_pool: bool,
@@ -54,6 +58,8 @@ pub struct State {
     pub adoptions: Vec<v1::Adoption>,
     /// Keys in host memory; each block there is filled with the first byte of its key.
     pub host: HashSet<Vec<u8>>,
+    /// Keys on disk. They come to host memory when they are waited for.
+    pub disk: HashSet<Vec<u8>>,
     leases: HashMap<u64, Vec<Vec<u8>>>,
     next_lease: u64,
     sessions: HashMap<u64, mpsc::Sender<Result<ServerMessage, Status>>>,
@@ -239,6 +245,7 @@ impl State {
             Question::Match(_) => self.hold.matches,
             Question::RequestGrants(_) => self.hold.grants,
             Question::Onboard(_) => self.hold.onboards,
+            Question::Prefetch(_) => self.hold.promotions,
             _ => false,
         };
         if held || (self.hold.everything && message.id != 0) {
@@ -257,6 +264,8 @@ impl State {
             Question::Match(request) => Some(self.find(&request)),
             Question::RequestGrants(request) => Some(self.grant(request.count)),
             Question::Onboard(request) => Some(self.onboard(&request)),
+            Question::Prefetch(_) if self.hold.busy => Some(refused(Refusal::Busy, "promotions")),
+            Question::Prefetch(request) => Some(self.prefetch(&request)),
             Question::Commit(commit) => {
                 for (block, key) in commit.blocks.iter().zip(commit.keys.chunks(16)) {
                     assert_eq!(self.blocks[block.block as usize].generation, block.generation);
@@ -352,8 +361,11 @@ impl State {
             reply.device.push(v1::BlockRef { block: number, generation: block.generation });
             keys.next();
         }
-        let host: Vec<Vec<u8>> =
-            keys.take_while(|key| self.host.contains(*key)).map(<[u8]>::to_vec).collect();
+        let mut host: Vec<Vec<u8>> = Vec::new();
+        while let Some(key) = keys.next_if(|key| self.host.contains(*key)) {
+            host.push(key.to_vec());
+        }
+        reply.disk_blocks = keys.take_while(|key| self.disk.contains(*key)).count() as u32;
         if !host.is_empty() {
             self.next_lease += 1;
             (reply.host_blocks, reply.lease_id, reply.lease_ms) = (host.len() as u32, self.next_lease, 1000);
@@ -375,6 +387,19 @@ impl State {
         }
         let blocks_done = request.targets.len() as u32;
         Answer::TransferDone(v1::TransferDone { blocks_done, bytes: 64, ..Default::default() })
+    }
+
+    fn prefetch(&mut self, request: &v1::Prefetch) -> Answer {
+        let keys = || request.keys.chunks(16).map(<[u8]>::to_vec);
+        let mut reply = v1::PrefetchReply::default();
+        if request.wait {
+            self.host.extend(keys().filter(|key| self.disk.contains(key)));
+        } else {
+            reply.promoting_blocks =
+                keys().skip_while(|key| self.host.contains(key)).count().try_into().unwrap();
+        }
+        reply.host_blocks = keys().take_while(|key| self.host.contains(key)).count().try_into().unwrap();
+        Answer::Prefetch(reply)
     }
 
     pub fn forget_leases(&mut self) {

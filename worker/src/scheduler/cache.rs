@@ -17,7 +17,8 @@ pub struct LeaseId(pub u64);
 /// Blocks are counted references: [`Cache::allocate`] and a lookup give one for each block that they name,
 /// [`Cache::release`] takes one back. A cache that has lost its daemon goes on answering, with fewer hits.
 pub trait Cache {
-    /// Asks for the longest prefix of `keys` that is held. [`CacheEvent::Looked`] will come, whatever happens.
+    /// Asks for the longest prefix of `keys` that is held. [`CacheEvent::Looked`] will come, whatever happens; before
+    /// it, if blocks have to come from disk, [`CacheEvent::Promoting`].
     fn lookup(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>);
 
     /// Takes `count` free blocks, all or none.
@@ -67,8 +68,7 @@ pub enum Allocate {
 /// What a cache reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CacheEvent {
-    /// Answer to a lookup: the blocks `[0, device)` are in the pool, the `host_blocks` behind them in host memory, the
-    /// `disk_blocks` behind those on disk.
+    /// Answer to a lookup: the blocks `[0, device)` are in the pool, the `host_blocks` behind them in host memory.
     Looked {
         /// The lookup's.
         ticket: Ticket,
@@ -76,10 +76,15 @@ pub enum CacheEvent {
         device: Vec<BlockId>,
         /// Blocks that the lease pins.
         host_blocks: usize,
-        /// Blocks on disk; not pinned, on their way to host memory.
-        disk_blocks: usize,
+        /// How many of these were on disk when the lookup began: it waited for them.
+        promoted_blocks: usize,
         /// There if `host_blocks` is not 0.
         lease: Option<LeaseId>,
+    },
+    /// A lookup waits for a drive, for a bounded time. It holds nothing until its answer comes.
+    Promoting {
+        /// The lookup's.
+        ticket: Ticket,
     },
     /// Blocks may have become free.
     Granted,

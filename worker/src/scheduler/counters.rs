@@ -25,7 +25,7 @@ pub struct Counters {
     pub generated_tokens: u64,
     /// Tokens whose KV was computed, those of preempted sequences again.
     pub computed_tokens: u64,
-    /// Sequences that lost their blocks to older ones.
+    /// Sequences that lost their blocks to others.
     pub preemptions: u64,
     /// Onboards that failed, after which the blocks were computed.
     pub failed_onboards: u64,

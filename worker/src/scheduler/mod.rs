@@ -10,8 +10,12 @@
 //!
 //! **Blocks.** Taken when a step needs them. When there are none, the youngest of the younger sequences gives up its own
 //! and goes back to the queue; what it generated is kept, what it committed is usually found again. A sequence with no
-//! younger one to rob waits. The oldest is never robbed, so something always gets done. Once blocks have run out, nothing
+//! younger one to rob waits. The oldest with a seat is never robbed, so something always gets done. Once blocks have run out, nothing
 //! is admitted until a sequence has ended.
+//!
+//! **Seats.** At most `max_batch` sequences have one, and only they are computed. A lookup that waits for a drive gives
+//! its seat to the next in the queue, and gets the first free one back when it is answered. Until then it is the first to
+//! be robbed, whatever its age: those with a seat cannot wait for one that waits for a seat. It gives way only once.
 //!
 //! **Invariant.** The queue is in order of arrival, and every reference to a block that the cache gave is in exactly one
 //! sequence.
@@ -29,7 +33,7 @@ pub use plan::Plan;
 
 use crate::request::{CachedTokens, Event, FinishReason, Limits, Refusal, Request, RequestId};
 use crate::{BlockId, Chunk, Logits};
-use sequence::{Phase, Sequence, Start};
+use sequence::{Leased, Phase, Seat, Sequence, Start};
 
 /// How a [`Scheduler`] works.
 #[derive(Debug, Clone)]
@@ -40,7 +44,7 @@ pub struct SchedulerOptions {
     pub eos_token_ids: Vec<u32>,
     /// Most tokens of a step.
     pub max_batch_tokens: usize,
-    /// Most sequences that are active, and so in a step.
+    /// Most sequences that have a seat, and so are in a step.
     pub max_batch: usize,
     /// Most requests in the queue.
     pub max_waiting: usize,
@@ -146,9 +150,18 @@ impl Scheduler {
     /// Takes in what the cache reported.
     pub fn cache_event(&mut self, event: CacheEvent, cache: &mut impl Cache) {
         match event {
-            CacheEvent::Looked { ticket, device, host_blocks, disk_blocks: _, lease } => {
-                self.looked(ticket, device, host_blocks, lease, cache);
+            CacheEvent::Looked { ticket, device, host_blocks, promoted_blocks, lease } => {
+                let leased = match lease {
+                    Some(lease) if host_blocks > 0 => Some(Leased { lease, host_blocks, promoted_blocks }),
+                    Some(lease) => {
+                        cache.abandon_lease(lease);
+                        None
+                    }
+                    None => None,
+                };
+                self.looked(ticket, device, leased);
             }
+            CacheEvent::Promoting { ticket } => self.promoting(ticket),
             // Every turn asks again anyway.
             CacheEvent::Granted => {}
             CacheEvent::Onboarded { ticket, outcome } => self.onboarded(ticket, outcome),
@@ -225,34 +238,39 @@ impl Scheduler {
         self.counters.max_decode_batch = self.counters.max_decode_batch.max(decodes);
     }
 
-    fn looked(
-        &mut self,
-        ticket: Ticket,
-        device: Vec<BlockId>,
-        host_blocks: usize,
-        lease: Option<LeaseId>,
-        cache: &mut impl Cache,
-    ) {
-        let found = self.active.values_mut().find(|sequence| sequence.phase == Phase::Looking(ticket));
-        let Some(sequence) = found else {
-            tracing::warn!(?ticket, "the cache answered a lookup that nobody waits for");
-            return;
-        };
+    fn promoting(&mut self, ticket: Ticket) {
+        let Some(sequence) = self.waiting_for(ticket) else { return };
+        sequence.phase = Phase::Promoting(ticket);
+        if !sequence.gave_way {
+            (sequence.gave_way, sequence.seat) = (true, Seat::None);
+        }
+    }
+
+    /// The sequence whose lookup this is.
+    fn waiting_for(&mut self, ticket: Ticket) -> Option<&mut Sequence> {
+        let of_lookup = [Phase::Looking(ticket), Phase::Promoting(ticket)];
+        let found = self.active.values_mut().find(|sequence| of_lookup.contains(&sequence.phase));
+        if found.is_none() {
+            tracing::warn!(?ticket, "the cache spoke of a lookup that nobody waits for");
+        }
+        found
+    }
+
+    fn looked(&mut self, ticket: Ticket, device: Vec<BlockId>, leased: Option<Leased>) {
         let per_block = self.options.limits.tokens_per_block;
+        let Some(sequence) = self.waiting_for(ticket) else { return };
         let most = (sequence.tokens.len() - 1) / per_block;
+        let host_blocks = leased.map_or(0, |leased| leased.host_blocks);
         assert!(device.len() + host_blocks <= most, "a cache finds at most the blocks it was asked for");
         if sequence.start == Start::Unreported {
-            sequence.cached.device = device.len() * per_block;
+            // What an earlier lookup brought was given back.
+            sequence.cached = CachedTokens { device: device.len() * per_block, ..CachedTokens::default() };
         }
         sequence.adopt(device);
-        sequence.phase = match lease {
-            Some(lease) if host_blocks > 0 => Phase::Matched { lease, host_blocks },
-            Some(lease) => {
-                cache.abandon_lease(lease);
-                Phase::Running
-            }
-            None => Phase::Running,
-        };
+        match sequence.seat {
+            Seat::Taken => sequence.go_on(leased),
+            Seat::None => sequence.phase = Phase::Found(leased),
+        }
     }
 
     fn onboarded(&mut self, ticket: Ticket, outcome: Onboard) {
@@ -263,13 +281,17 @@ impl Scheduler {
             tracing::warn!(?ticket, "the cache ended an onboard that nobody waits for");
             return;
         };
-        let Phase::Onboarding { targets, .. } = std::mem::replace(&mut sequence.phase, Phase::Running) else {
+        let Phase::Onboarding { targets, promoted_blocks, .. } =
+            std::mem::replace(&mut sequence.phase, Phase::Running)
+        else {
             unreachable!("the phase was compared just now");
         };
         match outcome {
             Onboard::Done => {
                 if sequence.start == Start::Unreported {
-                    sequence.cached.host = targets.len() * self.options.limits.tokens_per_block;
+                    let per_block = self.options.limits.tokens_per_block;
+                    sequence.cached.disk = promoted_blocks * per_block;
+                    sequence.cached.host = (targets.len() - promoted_blocks) * per_block;
                 }
                 sequence.adopt(targets);
             }

@@ -2,11 +2,15 @@
 
 use std::ops::Bound;
 
-use super::{Admission, Arrival, Event, Phase, Scheduler, Sequence, Ticket};
+use super::{Admission, Arrival, Event, Leased, Phase, Scheduler, Seat, Sequence, Ticket};
 use crate::{Allocate, BlockId, Cache};
 
 /// Each step that passes a prompt over makes it count as so many tokens shorter.
 const AGE_TOKENS: usize = 64;
+
+/// With so many sequences without a seat (their lookups wait for a drive, or did), or as many as there are seats, none
+/// is admitted: more would only push each other's blocks out of host memory again.
+const SEATLESS_MAX: usize = 16;
 
 /// What a step computes. To be applied before anything else is done with the scheduler.
 #[derive(Debug)]
@@ -42,6 +46,7 @@ impl Plan {
 impl Scheduler {
     /// Starts onboards, and chooses what to compute.
     pub fn plan(&mut self, cache: &mut impl Cache) -> Plan {
+        self.seat_found();
         self.start_onboards(cache);
         let mut plan = Plan { entries: Vec::new() };
         let mut left = self.options.max_batch_tokens;
@@ -64,11 +69,19 @@ impl Scheduler {
 
     /// Lets sequences out of the queue and asks the cache for their prefixes.
     pub fn admit(&mut self, cache: &mut impl Cache) {
-        if self.active.is_empty() {
+        if self.seated() == 0 {
             self.admission = Admission::Open;
         }
-        while self.admission == Admission::Open && self.active.len() < self.options.max_batch {
+        self.seat_found();
+        let mut free = self.options.max_batch - self.seated();
+        let seatless_max = self.options.max_batch.max(SEATLESS_MAX);
+        if self.active.len() - self.seated() >= seatless_max {
+            return;
+        }
+        while self.admission == Admission::Open && free > 0 {
             let Some((arrival, mut sequence)) = self.queue.pop_front() else { return };
+            sequence.seat = Seat::Taken;
+            free -= 1;
             let keys = sequence.lookup_keys();
             if !keys.is_empty() {
                 let ticket = self.ticket();
@@ -77,6 +90,23 @@ impl Scheduler {
             }
             self.active.insert(arrival, sequence);
         }
+    }
+
+    fn seated(&self) -> usize {
+        self.active.values().filter(|sequence| sequence.seat == Seat::Taken).count()
+    }
+
+    /// Gives free seats to sequences that have waited for the disk, the oldest first.
+    fn seat_found(&mut self) {
+        if self.admission == Admission::Closed {
+            return;
+        }
+        let free = self.options.max_batch - self.seated();
+        let found = self.active.values_mut().filter_map(|sequence| {
+            let Phase::Found(leased) = sequence.phase else { return None };
+            Some((sequence, leased))
+        });
+        found.take(free).for_each(|(sequence, leased)| sequence.go_on(leased));
     }
 
     /// An answer that the cache owes may change what is computed next: a lookup is under way while prompts are computed.
@@ -92,13 +122,13 @@ impl Scheduler {
         let matched: Vec<Arrival> = self
             .active
             .iter()
-            .filter(|(_, sequence)| matches!(sequence.phase, Phase::Matched { .. }))
+            .filter(|(_, sequence)| matches!(sequence.phase, Phase::Matched(_)))
             .map(|(arrival, _)| *arrival)
             .collect();
         let mut nothing = Plan { entries: Vec::new() };
         for arrival in matched {
             // One that was preempted on behalf of another is not there any more.
-            let Some(Phase::Matched { lease, host_blocks }) =
+            let Some(Phase::Matched(Leased { lease, host_blocks, promoted_blocks })) =
                 self.active.get(&arrival).map(|sequence| sequence.phase.clone())
             else {
                 continue;
@@ -107,7 +137,7 @@ impl Scheduler {
             let ticket = self.ticket();
             cache.onboard(ticket, lease, targets.clone());
             if let Some(sequence) = self.active.get_mut(&arrival) {
-                sequence.phase = Phase::Onboarding { ticket, targets };
+                sequence.phase = Phase::Onboarding { ticket, targets, promoted_blocks };
             }
         }
     }
@@ -146,7 +176,8 @@ impl Scheduler {
         wanted.min(sequence.blocks.len() * per_block - sequence.computed)
     }
 
-    /// Takes blocks for a sequence. While there are none, the youngest sequence that is younger gives up its own.
+    /// Takes blocks for a sequence. While there are none, one without a seat gives up its own, then the youngest that is
+    /// younger.
     fn allocate(
         &mut self,
         arrival: Arrival,
@@ -168,13 +199,7 @@ impl Scheduler {
             }
             // Newcomers would only take what is missing.
             self.admission = Admission::Closed;
-            let youngest = self
-                .active
-                .range((Bound::Excluded(arrival), Bound::Unbounded))
-                .rev()
-                .find(|(_, s)| !s.blocks.is_empty() && !matches!(s.phase, Phase::Onboarding { .. }))
-                .map(|(victim, _)| *victim);
-            let Some(victim) = youngest else {
+            let Some(victim) = self.victim(arrival) else {
                 // Older ones will end, and rob this one if they need to. Copies will end too.
                 if !self.others_hold_blocks(arrival) {
                     self.starve(arrival, cache);
@@ -184,6 +209,15 @@ impl Scheduler {
             plan.entries.retain(|entry| entry.arrival != victim);
             self.preempt(victim, cache);
         }
+    }
+
+    /// Who gives up its blocks to a sequence.
+    fn victim(&self, robber: Arrival) -> Option<Arrival> {
+        let seatless = self.active.iter().rev().find(|(_, s)| s.seat == Seat::None && !s.blocks.is_empty());
+        let mut younger = self.active.range((Bound::Excluded(robber), Bound::Unbounded)).rev();
+        let youngest =
+            younger.find(|(_, s)| !s.blocks.is_empty() && !matches!(s.phase, Phase::Onboarding { .. }));
+        seatless.or(youngest).map(|(victim, _)| *victim)
     }
 
     fn others_hold_blocks(&self, arrival: Arrival) -> bool {

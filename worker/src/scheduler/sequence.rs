@@ -9,20 +9,42 @@ use crate::{BlockId, Cache};
 /// Where a sequence stands.
 ///
 /// ```text
-/// queue -> Looking -> Matched -> Onboarding -> Running -> done
-///   ^          \________ (no host blocks) _______/ |
-///   |___________________ preempted ________________|
+/// queue -> Looking ----------------> Matched -> Onboarding -> Running -> done
+///   ^         |  \______________ (no host blocks) ____________/ |
+///   |         +-> Promoting -> Found -> as from Looking         |
+///   |_________________________ preempted _______________________|
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Phase {
     /// The cache was asked for its prefix.
     Looking(Ticket),
+    /// The cache waits for a drive before it answers.
+    Promoting(Ticket),
+    /// It has answered; a seat is still wanted.
+    Found(Option<Leased>),
     /// Host blocks are leased; blocks to copy them into are still wanted.
-    Matched { lease: LeaseId, host_blocks: usize },
-    /// Host blocks are being copied into `targets`.
-    Onboarding { ticket: Ticket, targets: Vec<BlockId> },
+    Matched(Leased),
+    /// Host blocks are being copied into `targets`; so many of them had been on disk.
+    Onboarding { ticket: Ticket, targets: Vec<BlockId>, promoted_blocks: usize },
     /// It is computed.
     Running,
+}
+
+/// Host blocks that the cache pins for a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Leased {
+    pub(super) lease: LeaseId,
+    pub(super) host_blocks: usize,
+    /// How many of them had been on disk.
+    pub(super) promoted_blocks: usize,
+}
+
+/// A place among the sequences that may be in one step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Seat {
+    /// It waits in the queue, or for the disk or what comes after that.
+    None,
+    Taken,
 }
 
 /// A request and how far it is.
@@ -44,6 +66,9 @@ pub(super) struct Sequence {
     committed: usize,
     pub(super) blocks: Vec<BlockId>,
     pub(super) phase: Phase,
+    pub(super) seat: Seat,
+    /// It gave its seat away once while it waited for the disk. It does not do so again, lest it never runs.
+    pub(super) gave_way: bool,
     /// Steps in which it waited although it could have run.
     pub(super) skipped: usize,
     /// Turns in a row in which no block could be had though nobody else held any.
@@ -72,6 +97,8 @@ impl Sequence {
             committed: 0,
             blocks: Vec::new(),
             phase: Phase::Running,
+            seat: Seat::None,
+            gave_way: false,
             skipped: 0,
             starved_turns: 0,
             cached: CachedTokens::default(),
@@ -107,6 +134,12 @@ impl Sequence {
         self.computed = self.blocks.len() * self.tokens_per_block;
     }
 
+    /// Goes on with what the cache answered, given a seat.
+    pub(super) fn go_on(&mut self, leased: Option<Leased>) {
+        self.seat = Seat::Taken;
+        self.phase = leased.map_or(Phase::Running, Phase::Matched);
+    }
+
     /// Tells the cache of blocks that became complete.
     pub(super) fn commit_complete(&mut self, cache: &mut impl Cache) {
         let complete = self.computed / self.tokens_per_block;
@@ -122,11 +155,12 @@ impl Sequence {
     /// Gives everything back to the cache. What was generated is kept.
     pub(super) fn let_go(&mut self, cache: &mut impl Cache) {
         match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Looking(ticket) => cache.abandon(ticket),
-            Phase::Matched { lease, .. } => cache.abandon_lease(lease),
+            Phase::Looking(ticket) | Phase::Promoting(ticket) => cache.abandon(ticket),
+            Phase::Found(Some(leased)) | Phase::Matched(leased) => cache.abandon_lease(leased.lease),
             Phase::Onboarding { ticket, .. } => cache.abandon(ticket),
-            Phase::Running => {}
+            Phase::Found(None) | Phase::Running => {}
         }
+        self.seat = Seat::None;
         if !self.blocks.is_empty() {
             cache.release(std::mem::take(&mut self.blocks));
         }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bits;
+mod disk;
 mod loading;
 mod reference;
 mod scheduling;

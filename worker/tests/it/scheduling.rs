@@ -11,12 +11,19 @@ use kvbm_worker::{
 use crate::support::{Random, engine, run};
 use crate::test_cache::{Behaviour, TestCache, TestModel, VOCAB, expected};
 
-const EASY: Behaviour =
-    Behaviour { blocks: 400, tokens_per_block: 16, host_blocks: 0, delay: 0, pending_in: 0, failing_in: 0 };
+pub const EASY: Behaviour = Behaviour {
+    blocks: 400,
+    tokens_per_block: 16,
+    host_blocks: 0,
+    delay: 0,
+    pending_in: 0,
+    failing_in: 0,
+    disk: None,
+};
 
 const EOS: u32 = 5;
 
-fn scheduler(behaviour: Behaviour, change: impl FnOnce(&mut SchedulerOptions)) -> Scheduler {
+pub fn scheduler(behaviour: Behaviour, change: impl FnOnce(&mut SchedulerOptions)) -> Scheduler {
     let limits = Limits {
         context_length: 6000,
         vocab_size: VOCAB,
@@ -28,7 +35,7 @@ fn scheduler(behaviour: Behaviour, change: impl FnOnce(&mut SchedulerOptions)) -
     Scheduler::new(options)
 }
 
-fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
+pub fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request {
         id: RequestId(id),
         namespace: Namespace([3; 32]),
@@ -41,7 +48,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
 }
 
 /// One turn, as `Loop` does it. Returns whether something was computed.
-fn turn(scheduler: &mut Scheduler, cache: &mut TestCache, model: &mut impl Model) -> usize {
+pub fn turn(scheduler: &mut Scheduler, cache: &mut TestCache, model: &mut impl Model) -> usize {
     let mut logits = Logits::default();
     for event in cache.poll() {
         scheduler.cache_event(event, cache);
@@ -80,6 +87,7 @@ fn alone(request: &Request, limit: usize, next: impl Fn(&[u32]) -> Vec<f32>) -> 
 #[derive(Default, Debug)]
 struct Outcome {
     started: usize,
+    cached: usize,
     tokens: Vec<u32>,
     end: Option<Event>,
 }
@@ -89,7 +97,10 @@ fn collect(outcomes: &mut BTreeMap<RequestId, Outcome>, scheduler: &mut Schedule
         let outcome = outcomes.entry(id).or_default();
         assert_eq!(outcome.end, None, "nothing after the end");
         match event {
-            Event::Started(_) => outcome.started += 1,
+            Event::Started(cached) => {
+                outcome.started += 1;
+                outcome.cached = cached.device + cached.host + cached.disk;
+            }
             Event::Tokens(tokens) => {
                 assert_eq!(outcome.started, 1);
                 outcome.tokens.extend(tokens);
@@ -128,11 +139,13 @@ fn random_workload(seed: u64) -> (Counters, usize, usize) {
         delay: random.below(4),
         pending_in: [0, 3, 10][random.below(3)],
         failing_in: [0, 2, 5][random.below(3)],
+        disk: [None, Some(0), Some(30)][random.below(3)],
     };
     let (mut cache, contents) = TestCache::new(behaviour, seed);
     let mut model = TestModel { contents, tokens_per_block };
+    let max_batch = 1 + random.below(10);
     let mut scheduler = scheduler(behaviour, |options| {
-        options.max_batch = 1 + random.below(10);
+        options.max_batch = max_batch;
         options.max_batch_tokens = 10 + random.below(300);
     });
     let texts: Vec<Vec<u32>> =
@@ -163,6 +176,7 @@ fn random_workload(seed: u64) -> (Counters, usize, usize) {
     }
     for request in &requests {
         let outcome = &outcomes[&request.id];
+        assert!(outcome.cached < request.prompt.len(), "seed {seed}: no token counts twice");
         let (want, reason) = alone(request, request.max_tokens, expected);
         match outcome.end.as_ref().expect("every request ends") {
             Event::Finished { reason: FinishReason::Cancelled, completion_tokens, .. } => {
@@ -181,7 +195,9 @@ fn random_workload(seed: u64) -> (Counters, usize, usize) {
         }
     }
     cache.assert_nothing_held();
-    (scheduler.counters(), cache.evictions, cache.onboards)
+    let counters = scheduler.counters();
+    assert!(counters.max_decode_batch as usize <= max_batch, "seed {seed}");
+    (counters, cache.evictions, cache.onboards)
 }
 
 #[test]
@@ -195,6 +211,7 @@ fn random_workloads_give_the_outputs_of_runs_alone() {
         total.cancelled += counters.cancelled;
         total.device_tokens += counters.device_tokens;
         total.host_tokens += counters.host_tokens;
+        total.disk_tokens += counters.disk_tokens;
         total.max_decode_batch = total.max_decode_batch.max(counters.max_decode_batch);
         assert_eq!(counters.requests, counters.finished + counters.cancelled, "seed {seed}");
         (evictions, onboards) = (evictions + evicted, onboards + onboarded);
@@ -202,6 +219,7 @@ fn random_workloads_give_the_outputs_of_runs_alone() {
     println!("{total:?}, {evictions} evictions, {onboards} onboards");
     assert!(total.preemptions > 100 && total.failed_onboards > 50 && total.cancelled > 500);
     assert!(total.device_tokens > 10_000 && total.host_tokens > 10_000 && total.max_decode_batch > 4);
+    assert!(total.disk_tokens > 10_000, "{}", total.disk_tokens);
     assert!(evictions > 1000 && onboards > 500);
 }
 

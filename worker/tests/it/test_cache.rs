@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 
 use kvbm_hash::{Namespace, SequenceHash};
@@ -29,6 +30,8 @@ pub struct Behaviour {
     pub pending_in: usize,
     /// One of so many onboards fails; 0: none.
     pub failing_in: usize,
+    /// Most polls until blocks have come from disk; `None`: no disk.
+    pub disk: Option<usize>,
 }
 
 #[derive(Default, Clone)]
@@ -39,8 +42,24 @@ struct Slot {
 }
 
 enum Job {
-    Look { ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash> },
-    Onboard { ticket: Ticket, contents: Vec<(Key, Vec<u64>)>, targets: Vec<BlockId> },
+    Look {
+        ticket: Ticket,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+    },
+    /// Blocks from `begin` on are on their way from disk.
+    Promote {
+        ticket: Ticket,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+        begin: usize,
+        end: usize,
+    },
+    Onboard {
+        ticket: Ticket,
+        contents: Vec<(Key, Vec<u64>)>,
+        targets: Vec<BlockId>,
+    },
     Grant,
 }
 
@@ -52,6 +71,12 @@ pub struct TestCache {
     resident: HashMap<Key, BlockId>,
     host: HashMap<Key, Vec<u64>>,
     host_order: VecDeque<Key>,
+    /// What was ever in host memory.
+    disk: HashMap<Key, Vec<u64>>,
+    /// The drive hangs.
+    pub drive_hangs: bool,
+    /// All of them.
+    pub onboards_fail: bool,
     leases: HashMap<LeaseId, Vec<(Key, Vec<u64>)>>,
     jobs: Vec<(usize, Job)>,
     abandoned: Vec<Ticket>,
@@ -73,6 +98,9 @@ impl TestCache {
             resident: HashMap::new(),
             host: HashMap::new(),
             host_order: VecDeque::new(),
+            disk: HashMap::new(),
+            drive_hangs: false,
+            onboards_fail: false,
             leases: HashMap::new(),
             jobs: Vec::new(),
             abandoned: Vec::new(),
@@ -86,6 +114,7 @@ impl TestCache {
 
     /// Nothing is referenced, leased or under way.
     pub fn assert_nothing_held(&mut self) {
+        self.drive_hangs = false;
         while !self.jobs.is_empty() {
             let unanswered = self.poll().into_iter().filter(|event| *event != CacheEvent::Granted).count();
             assert_eq!(unanswered, 0, "all tickets were abandoned or answered");
@@ -109,25 +138,92 @@ impl TestCache {
         self.abandoned.len() < before
     }
 
-    fn look(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>) -> CacheEvent {
+    /// The blocks of these keys that are in the pool, then in host memory, then on disk.
+    fn count(&self, namespace: Namespace, keys: &[SequenceHash]) -> (Vec<BlockId>, usize, usize) {
         let mut device = Vec::new();
         while let Some(block) = keys.get(device.len()).and_then(|key| self.resident.get(&(namespace, *key))) {
             device.push(*block);
         }
+        let behind = &keys[device.len()..];
+        let host = behind.iter().take_while(|key| self.host.contains_key(&(namespace, **key))).count();
+        let on_disk = behind[host..].iter().take_while(|key| self.disk.contains_key(&(namespace, **key)));
+        let disk = if self.behaviour.disk.is_some() { on_disk.count() } else { 0 };
+        (device, host, disk)
+    }
+
+    /// A lookup either waits for the disk or is answered.
+    fn look(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>) -> CacheEvent {
+        let (device, host, disk) = self.count(namespace, &keys);
+        if disk == 0 {
+            return self.answer(ticket, namespace, &keys, 0..0);
+        }
+        let delay = self.random.below(self.behaviour.disk.unwrap_or(0) + 1);
+        let begin = device.len() + host;
+        self.jobs.push((delay, Job::Promote { ticket, namespace, keys, begin, end: begin + disk }));
+        CacheEvent::Promoting { ticket }
+    }
+
+    /// The blocks have come, or where things fail, some of them.
+    fn promote(&mut self, namespace: Namespace, keys: &[SequenceHash]) {
+        let failing = self.behaviour.failing_in > 0;
+        let come = if failing { self.random.below(keys.len() + 1) } else { keys.len() };
+        for key in &keys[..come] {
+            let content = self.disk[&(namespace, *key)].clone();
+            self.keep_in_host((namespace, *key), content);
+        }
+    }
+
+    fn answer(
+        &mut self,
+        ticket: Ticket,
+        namespace: Namespace,
+        keys: &[SequenceHash],
+        waited: Range<usize>,
+    ) -> CacheEvent {
+        let (device, host_blocks, _) = self.count(namespace, keys);
         for block in &device {
             self.slots[block.0 as usize].references += 1;
         }
-        let held: Vec<(Key, Vec<u64>)> = keys[device.len()..]
+        let host = device.len()..device.len() + host_blocks;
+        let held: Vec<(Key, Vec<u64>)> = keys[host.clone()]
             .iter()
-            .map_while(|key| self.host.get(&(namespace, *key)).map(|c| ((namespace, *key), c.clone())))
+            .map(|key| ((namespace, *key), self.host[&(namespace, *key)].clone()))
             .collect();
-        let host_blocks = held.len();
+        let promoted_blocks = host.filter(|at| waited.contains(at)).count();
         let lease = (host_blocks > 0).then(|| {
             self.next_lease += 1;
             self.leases.insert(LeaseId(self.next_lease), held);
             LeaseId(self.next_lease)
         });
-        CacheEvent::Looked { ticket, device, host_blocks, disk_blocks: 0, lease }
+        CacheEvent::Looked { ticket, device, host_blocks, promoted_blocks, lease }
+    }
+
+    fn keep_in_host(&mut self, key: Key, content: Vec<u64>) {
+        if self.behaviour.host_blocks == 0 || self.host.contains_key(&key) {
+            return;
+        }
+        self.disk.insert(key, content.clone());
+        self.host.insert(key, content);
+        self.host_order.push_back(key);
+        if self.host.len() > self.behaviour.host_blocks {
+            let oldest = self.host_order.pop_front().expect("as many as in the map");
+            self.host.remove(&oldest);
+        }
+    }
+
+    /// Everything leaves the pool and host memory for the disk.
+    pub fn only_the_disk_remembers(&mut self) {
+        for (key, block) in std::mem::take(&mut self.resident) {
+            assert_eq!(self.slots[block.0 as usize].references, 0, "{key:?} is in use");
+            self.slots[block.0 as usize].key = None;
+        }
+        self.host_forgets();
+    }
+
+    /// Everything leaves host memory.
+    pub fn host_forgets(&mut self) {
+        self.host.clear();
+        self.host_order.clear();
     }
 
     fn finish_onboard(
@@ -137,7 +233,7 @@ impl TestCache {
         targets: Vec<BlockId>,
     ) -> CacheEvent {
         self.onboards += 1;
-        if self.one_in(self.behaviour.failing_in) {
+        if self.onboards_fail || self.one_in(self.behaviour.failing_in) {
             self.release(targets);
             return CacheEvent::Onboarded { ticket, outcome: Onboard::Failed };
         }
@@ -164,7 +260,8 @@ impl TestCache {
                 }
             }
             CacheEvent::Onboarded { outcome: Onboard::Done, .. } => self.release(targets),
-            CacheEvent::Onboarded { outcome: Onboard::Failed, .. } | CacheEvent::Granted => {}
+            CacheEvent::Onboarded { outcome: Onboard::Failed, .. } => {}
+            CacheEvent::Promoting { .. } | CacheEvent::Granted => {}
         }
     }
 }
@@ -215,14 +312,7 @@ impl Cache for TestCache {
         assert_ne!(Some(key), parent);
         let content = self.contents.borrow()[block.0 as usize].clone();
         self.register(block, (namespace, key));
-        if self.behaviour.host_blocks > 0 && !self.host.contains_key(&(namespace, key)) {
-            self.host.insert((namespace, key), content);
-            self.host_order.push_back((namespace, key));
-            if self.host.len() > self.behaviour.host_blocks {
-                let oldest = self.host_order.pop_front().expect("as many as in the map");
-                self.host.remove(&oldest);
-            }
-        }
+        self.keep_in_host((namespace, key), content);
     }
 
     fn release(&mut self, blocks: Vec<BlockId>) {
@@ -246,8 +336,8 @@ impl Cache for TestCache {
         let mut events = Vec::new();
         let jobs = std::mem::take(&mut self.jobs);
         for (delay, job) in jobs {
-            if delay > 0 {
-                self.jobs.push((delay - 1, job));
+            if delay > 0 || (self.drive_hangs && matches!(job, Job::Promote { .. })) {
+                self.jobs.push((delay.saturating_sub(1), job));
                 continue;
             }
             let (ticket, event, targets) = match job {
@@ -255,7 +345,14 @@ impl Cache for TestCache {
                     events.push(CacheEvent::Granted);
                     continue;
                 }
+                Job::Look { ticket, .. } | Job::Promote { ticket, .. } if self.take_abandoned(ticket) => {
+                    continue;
+                }
                 Job::Look { ticket, namespace, keys } => (ticket, self.look(ticket, namespace, keys), vec![]),
+                Job::Promote { ticket, namespace, keys, begin, end } => {
+                    self.promote(namespace, &keys[begin..end]);
+                    (ticket, self.answer(ticket, namespace, &keys, begin..end), vec![])
+                }
                 Job::Onboard { ticket, contents, targets } => {
                     (ticket, self.finish_onboard(ticket, contents, targets.clone()), targets)
                 }

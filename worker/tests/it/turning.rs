@@ -21,6 +21,7 @@ fn test_loop() -> (Handle, Loop<TestCache, TestModel>) {
         delay: 1,
         pending_in: 4,
         failing_in: 0,
+        disk: None,
     };
     let (cache, contents) = TestCache::new(behaviour, 3);
     let model = TestModel { contents, tokens_per_block: 16 };
@@ -83,6 +84,7 @@ fn a_lookup_that_answers_late_still_lets_a_short_prompt_overtake() {
         delay: 1,
         pending_in: 0,
         failing_in: 0,
+        disk: None,
     };
     let (cache, contents) = TestCache::new(behaviour, 3);
     let model = TestModel { contents, tokens_per_block: 16 };
