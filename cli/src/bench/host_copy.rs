@@ -172,7 +172,7 @@ fn holds(engine: &BenchEngine, block: &BlockRef, key: SequenceHash) -> bool {
 fn memcpy(from: &SharedMemory, to: &SharedMemory, block_bytes: usize, order: &[usize]) -> f64 {
     let started = Instant::now();
     for (i, block) in order.iter().enumerate() {
-        from.copy_to(block * block_bytes, to, order[order.len() - 1 - i] * block_bytes, block_bytes);
+        from.memcpy_to(block * block_bytes, to, order[order.len() - 1 - i] * block_bytes, block_bytes);
     }
     started.elapsed().as_secs_f64()
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvbm::ledger::{Ledger, LedgerConfig, Millis, PoolIdentity, SegmentId};
+use kvbm::ledger::{DiskRules, Ledger, LedgerConfig, Millis, PoolIdentity, SegmentId, SlotsIn};
 use kvbm::{BlockRef, CommitBlock, Held, NamespaceId, SessionId, TrustDomain};
 use kvbm_hash::SequenceHash;
 use kvbm_shm::PoolLayout;
@@ -66,12 +66,13 @@ impl Catalog {
         const STRIDE: usize = 4096;
         const SEGMENT: usize = STRIDE << 16;
         let mut ledger = Ledger::new(LedgerConfig {
-            segment_bytes: SEGMENT,
+            disk: DiskRules::default(),
             lease: Duration::from_secs(30),
             orphan_pools_max: 0,
             orphan_pool_ttl: Duration::ZERO,
             secret: 0x9E37_79B9_7F4A_7C15,
         });
+        ledger.set_segments(Some(SlotsIn::bytes(SEGMENT)));
         let segments = (chains * CHAIN * STRIDE).div_ceil(SEGMENT) as u32;
         (0..segments).for_each(|segment| ledger.add_segment(SegmentId(segment)));
         let session = ledger.open_session(TrustDomain(0));
@@ -95,7 +96,7 @@ impl Catalog {
                     parent: depth.checked_sub(1).map(|before| hash(chain, before)),
                 })
                 .collect();
-            ledger.commit(session, namespace, pool, &commits).expect("it is its pool");
+            ledger.commit(session, namespace, pool, &commits, 35).expect("it is its pool");
             while let Some(batch) = ledger.next_offload(256) {
                 ledger.finish_offload(batch, true);
             }

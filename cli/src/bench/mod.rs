@@ -1,6 +1,7 @@
 //! `kvbm bench`: what this machine gives, beside the ceiling measured in the same run.
 
 mod daemon;
+mod disk;
 mod grpc;
 mod hash;
 mod host_copy;
@@ -33,6 +34,8 @@ enum What {
     Grpc,
     /// Blocks between an engine's pool and host memory, across processes, verified, against memcpy
     HostCopy,
+    /// Reads and writes of a drive, past the page cache, against fio with the same sizes on the same file
+    Disk(disk::DiskArgs),
     /// Requests per second and latency of frontend and worker, with an engine that only echoes
     Serve,
     /// What the cache costs when it never hits: a worker with a daemon against one without, interleaved
@@ -41,11 +44,12 @@ enum What {
 
 /// Exit code 0 when measured, whatever the figures.
 pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
-    let rows = match args.what {
+    let rows = match &args.what {
         What::Hash => hash::measure(),
         What::Match => matching::measure(),
         What::Grpc => grpc::measure()?,
         What::HostCopy => host_copy::measure()?,
+        What::Disk(args) => disk::measure(args)?,
         What::Serve => serve::measure()?,
         What::Overhead => overhead::measure()?,
     };

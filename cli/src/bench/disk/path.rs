@@ -1,0 +1,227 @@
+//! The whole path of a block: host memory, disk, host memory, with checksums, tables and accounts, through the block
+//! manager as the daemon runs it.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use kvbm::ledger::Millis;
+use kvbm::{
+    BlockRef, CommitBlock, DiskCapacity, DiskState, DiskTierConfig, Held, HostCapacity, Manager,
+    ManagerConfig, NamespaceId, OpenPool, OpenedPool, Retention, Route, SessionId, TrustDomain,
+};
+use kvbm_hash::SequenceHash;
+use kvbm_shm::PoolLayout;
+
+use super::engine::{fill_with_noise, process_cpu_seconds};
+use super::{Direction, Figure};
+
+/// Sets that the file has room for.
+const SETS_ON_DISK: u64 = 9;
+/// Sets that host memory has room for: a set is gone when so many others came after it.
+const SETS_IN_HOST: u64 = 3;
+/// Blocks of one sequence.
+const CHAIN: usize = 128;
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One set of blocks: sequences.
+type Set = Vec<Vec<SequenceHash>>;
+
+/// See the header.
+pub(super) struct WholePath {
+    manager: Manager,
+    session: SessionId,
+    namespace: NamespaceId,
+    pool: OpenedPool,
+    block_bytes: usize,
+    blocks: usize,
+    sets: Vec<Set>,
+    reads: usize,
+    _directory: tempfile::TempDir,
+}
+
+impl WholePath {
+    /// A cache of `bytes` on disk that is full, so that every write replaces a block.
+    pub fn start(dir: &Path, bytes: u64, block_bytes: usize) -> Result<Self, String> {
+        let told = |error: &dyn std::fmt::Display| format!("measure the whole path: {error}");
+        let directory = tempfile::tempdir_in(dir).map_err(|error| told(&error))?;
+        let blocks =
+            (bytes / (SETS_ON_DISK + 1) / block_bytes as u64) as usize / CHAIN.min(32) * CHAIN.min(32);
+        let set_bytes = (blocks * block_bytes) as u64;
+        let mut disk = DiskTierConfig::new(vec![directory.path().to_owned()], DiskCapacity::Bytes(bytes));
+        // Blocks go to disk when this asks for them again, which is when the clock starts.
+        disk.rules.admission.frequency_filter = true;
+        disk.rules.idle = Millis(0);
+        disk.scrub_bytes_per_second = 0;
+        let manager = Manager::start(ManagerConfig {
+            host: HostCapacity::Bytes(set_bytes * SETS_IN_HOST * 21 / 20),
+            disk: Some(disk),
+            queue_depth: 1024,
+            ..ManagerConfig::default()
+        })
+        .map_err(|error| told(&error))?;
+        let session = manager.open_session(TrustDomain(0));
+        let namespace = manager
+            .register_namespace(session, [1; 32], [2; 32], "", "bench")
+            .map_err(|error| told(&error))?;
+        let open = OpenPool {
+            base: [2; 32],
+            layout: PoolLayout { block_bytes, block_count: blocks as u32 },
+            tokens_per_block: 32,
+            device: "cpu:0".into(),
+            fresh: true,
+            uuid: [3; 16],
+        };
+        let pool = manager.open_pool(session, open).map_err(|error| told(&error))?;
+        // Behind the pool's header.
+        fill_with_noise(pool.memory.memory(), pool.memory.layout().offset(0));
+        let (sets, reads, _directory) = (Vec::new(), 0, directory);
+        let mut path =
+            Self { manager, session, namespace, pool, block_bytes, blocks, sets, reads, _directory };
+        path.wait("the tiers are ready", |path| {
+            let (planned, there) = path.manager.host_bytes();
+            let disk = path.manager.disk().map(|disk| disk.state);
+            planned == there && disk == Some(DiskState::On)
+        })?;
+        for _ in 0..SETS_ON_DISK + 1 {
+            path.write()?;
+        }
+        Ok(path)
+    }
+
+    /// One turn.
+    pub fn run(&mut self, direction: Direction) -> Result<Figure, String> {
+        match direction {
+            Direction::Write => self.write(),
+            Direction::Read => self.read(),
+        }
+    }
+
+    /// Puts a new set into host memory, then measures its way to disk.
+    fn write(&mut self) -> Result<Figure, String> {
+        let set = self.fill()?;
+        // A few may have gone ahead: the filter takes a key for another one now and then.
+        let all = (self.sets.len() as u64 + 1) * self.blocks as u64;
+        let figure = self.measured(Route::HostToDisk, || {
+            for chain in &set {
+                self.manager
+                    .prefetch(self.session, self.namespace, chain)
+                    .map_err(|error| error.to_string())?;
+            }
+            self.wait("all blocks are on disk", |path| {
+                path.manager.counters().blocks(Route::HostToDisk) >= all
+            })
+        })?;
+        self.sets.push(set);
+        Ok(figure)
+    }
+
+    /// Measures the way of a set back that host memory has given up.
+    fn read(&mut self) -> Result<Figure, String> {
+        // From the oldest on disk, round and round: what was read or written before the last few is not in host memory.
+        let oldest = self.sets.len() - SETS_ON_DISK as usize;
+        let set = self.sets[oldest + self.reads % SETS_ON_DISK as usize].clone();
+        self.reads += 1;
+        self.measured(Route::DiskToHost, || {
+            let (send, receive) = mpsc::channel();
+            for chain in &set {
+                let send = send.clone();
+                let done = Box::new(move |found| {
+                    // Whoever waited may have given up.
+                    let _ = send.send(found);
+                });
+                let asked = self.manager.prefetch_and_wait(self.session, self.namespace, chain, done);
+                asked.map_err(|error| error.to_string())?;
+            }
+            for _ in &set {
+                receive
+                    .recv_timeout(PATIENCE)
+                    .map_err(|_| "blocks did not come back from disk".to_owned())?;
+            }
+            Ok(())
+        })
+    }
+
+    fn measured(&self, route: Route, ask: impl FnOnce() -> Result<(), String>) -> Result<Figure, String> {
+        let (blocks, cpu) = (self.manager.counters().blocks(route), process_cpu_seconds());
+        let started = Instant::now();
+        ask()?;
+        let seconds = started.elapsed().as_secs_f64();
+        let bytes = (self.manager.counters().blocks(route) - blocks) * self.block_bytes as u64;
+        Ok(Figure { bytes, seconds, cpu_seconds: process_cpu_seconds() - cpu })
+    }
+
+    /// Computes, as it were, a new set, and waits until it is in host memory.
+    fn fill(&self) -> Result<Set, String> {
+        let failed = |error: kvbm::Refused| error.to_string();
+        let number = self.sets.len() as u64;
+        let mut set = Set::new();
+        let mut left = self.blocks;
+        while left > 0 {
+            let chain: Vec<SequenceHash> =
+                (0..left.min(CHAIN)).map(|i| key(number, set.len() as u64, i as u64)).collect();
+            left -= chain.len();
+            let mut targets: Vec<BlockRef> = Vec::new();
+            self.wait("blocks of the pool are free", |path| {
+                let wanted = chain.len() - targets.len();
+                let granted = path.manager.request_grants(path.session, path.pool.pool_id, wanted);
+                targets.extend(granted.unwrap_or_default());
+                targets.len() == chain.len()
+            })?;
+            let commit = |(i, block): (usize, &BlockRef)| CommitBlock {
+                block: *block,
+                hash: chain[i],
+                parent: i.checked_sub(1).map(|before| chain[before]),
+            };
+            let commits: Vec<CommitBlock> = targets.iter().enumerate().map(commit).collect();
+            let (session, namespace, pool) = (self.session, self.namespace, self.pool.pool_id);
+            self.manager.commit(session, namespace, pool, &commits, Retention::default()).map_err(failed)?;
+            let (send, receive) = mpsc::channel();
+            let done = Box::new(move |outcome| {
+                let _ = send.send(outcome);
+            });
+            self.manager.offload(session, pool, &targets, done).map_err(failed)?;
+            let outcome =
+                receive.recv_timeout(PATIENCE).map_err(|_| "blocks did not reach host memory".to_owned())?;
+            if outcome.blocks_failed > 0 {
+                return Err(format!("blocks did not reach host memory: {:?}", outcome.error));
+            }
+            let held: Vec<Held> = targets.iter().map(|block| Held { block: *block, pins: 1 }).collect();
+            self.manager.release(session, pool, &held).map_err(failed)?;
+            set.push(chain);
+        }
+        Ok(set)
+    }
+
+    fn wait(&self, what: &str, mut until: impl FnMut(&Self) -> bool) -> Result<(), String> {
+        let started = Instant::now();
+        while !until(self) {
+            if started.elapsed() > PATIENCE {
+                let (turned_away, backlog) =
+                    self.manager.inspect(|ledger| (ledger.disk_turned_away(), ledger.demote_backlog()));
+                let moved = [Route::DeviceToHost, Route::HostToDisk, Route::DiskToHost]
+                    .map(|route| self.manager.counters().blocks(route));
+                return Err(format!(
+                    "waited in vain until {what}: moved {moved:?}, turned away {turned_away:?}, waiting {backlog}"
+                ));
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for WholePath {
+    fn drop(&mut self) {
+        self.manager.stop();
+    }
+}
+
+fn key(set: u64, chain: u64, block: u64) -> SequenceHash {
+    let mut hash = [0; 16];
+    let spread = (set << 40 | chain << 20 | block).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    hash[..8].copy_from_slice(&spread.to_le_bytes());
+    hash[8..].copy_from_slice(&(set << 40 | chain << 20 | block).to_le_bytes());
+    SequenceHash(hash)
+}
