@@ -4,7 +4,7 @@ PROFILE := ci
 KVBM := target/$(PROFILE)/kvbm
 VENV := .venv
 
-.PHONY: up build test check test-rust test-python drill bench clean
+.PHONY: up build test check test-rust test-python drill drill-disk bench clean
 
 up: build
 	$(KVBM) up $(ARGS)
@@ -32,12 +32,18 @@ $(VENV)/installed: tests/python/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/python/requirements.txt
 	touch $@
 
-# The drills at full length: 100 seeds each.
-drill: build
-	KVBM_DRILL_SEEDS=100 $(CARGO) test --locked --profile $(PROFILE) -p kvbm-tests --test it -- --nocapture drill
+# The drills at full length: 100 seeds each, and 200 crashes of the disk tier, four at a time.
+DRILL := $(CARGO) test --locked --profile $(PROFILE) -p kvbm-tests --test it -- --nocapture
+
+drill: build drill-disk
+	KVBM_DRILL_SEEDS=100 $(DRILL) drill --skip drill_disk_
+
+drill-disk: build
+	KVBM_DRILL_SEEDS=200 $(DRILL) drill_disk_crash
+	KVBM_DRILL_SEEDS=100 $(DRILL) drill_disk_ --skip drill_disk_crash
 
 bench: build
-	for what in hash match grpc host-copy serve; do $(KVBM) bench $$what || exit 1; done
+	for what in hash match grpc host-copy disk serve; do $(KVBM) bench $$what || exit 1; done
 
 clean:
 	$(CARGO) clean

@@ -4,16 +4,22 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a harness fails by panicking")]
 
 mod conversation;
+mod disk_file;
+mod keyed_engine;
 mod node;
 mod process;
 mod random;
+mod up;
 mod wait;
 mod worker_client;
 
 pub use conversation::{Conversation, Turn, conversations};
-pub use node::{DaemonOptions, Node, WorkerOptions, get, metric_in};
+pub use disk_file::{disk_file, flip_entry, flip_header, flip_payload, set_version};
+pub use keyed_engine::{KeyedChain, KeyedEngine, KeyedModel};
+pub use node::{DaemonOptions, Node, WorkerOptions, get, get_any, metric_in};
 pub use process::{Process, program};
 pub use random::Random;
+pub use up::Up;
 pub use wait::{eventually, eventually_within};
 pub use worker_client::{Answer, WorkerClient};
 

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use kvbm_server::status::Status;
 use tempfile::TempDir;
@@ -24,6 +25,22 @@ pub struct DaemonOptions {
 impl Default for DaemonOptions {
     fn default() -> Self {
         Self { host_mb: 256.0, arguments: vec![] }
+    }
+}
+
+impl DaemonOptions {
+    /// With a disk tier of so many MB to which each block goes as soon as it can.
+    pub fn with_disk(host_mb: f64, disk_mb: f64) -> Self {
+        let gb = (disk_mb / 1000.0).to_string();
+        let eager = ["--disable-disk-offload-filter", "--disk-idle-ms", "0", "--disk-cache-gb", &gb];
+        Self { host_mb, arguments: eager.map(String::from).to_vec() }
+    }
+
+    /// With further arguments.
+    #[must_use]
+    pub fn and(mut self, arguments: &[&str]) -> Self {
+        self.arguments.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
     }
 }
 
@@ -52,10 +69,10 @@ impl Default for WorkerOptions {
 /// See the module.
 #[derive(Debug)]
 pub struct Node {
+    /// The daemon, while there is one. It ends before its folder does.
+    pub daemon: Option<Process>,
     /// Its folder.
     pub dir: TempDir,
-    /// The daemon, while there is one.
-    pub daemon: Option<Process>,
     daemon_options: DaemonOptions,
     metrics: String,
 }
@@ -65,6 +82,11 @@ impl Node {
     pub fn empty() -> Self {
         let dir = tempfile::Builder::new().prefix("kvbm").tempdir().unwrap();
         Self { dir, daemon: None, daemon_options: DaemonOptions::default(), metrics: String::new() }
+    }
+
+    /// How the daemon is started from now on.
+    pub fn configure(&mut self, options: DaemonOptions) {
+        self.daemon_options = options;
     }
 
     /// A running daemon whose host memory is populated.
@@ -79,20 +101,33 @@ impl Node {
         self.dir.path().join("kvbm.sock")
     }
 
-    /// Starts the daemon (again).
-    pub fn start_daemon(&mut self) {
+    /// Directory of the disk tier, unless the daemon is told another.
+    pub fn disk_dir(&self) -> PathBuf {
+        self.dir.path().join("disk")
+    }
+
+    /// What a daemon that serves at `socket` is started with.
+    pub fn daemon_arguments(&self, socket: &Path) -> Vec<String> {
         let mut arguments: Vec<String> = vec!["daemon".into(), "--socket".into()];
-        arguments.push(self.socket().display().to_string());
+        arguments.push(socket.display().to_string());
+        arguments.extend(["--state-dir".into(), self.dir.path().display().to_string()]);
         let gb = self.daemon_options.host_mb / 1000.0;
         arguments.extend(["--metrics-port".into(), "0".into(), "--cpu-cache-gb".into(), gb.to_string()]);
         arguments.extend(self.daemon_options.arguments.clone());
-        let mut daemon = Process::start(self.dir.path(), "daemon", &arguments, &[]);
+        arguments
+    }
+
+    /// Starts the daemon (again).
+    pub fn start_daemon(&mut self) {
+        let mut daemon =
+            Process::start(self.dir.path(), "daemon", &self.daemon_arguments(&self.socket()), &[]);
         let ready = daemon.wait_ready();
         self.metrics = ready["metrics"].as_str().unwrap().to_owned();
         self.daemon = Some(daemon);
-        eventually("host memory is populated", || {
+        eventually("host memory is populated and the disk is open", || {
             let status = self.status();
-            status.tiers.iter().all(|tier| tier.state != "populating").then_some(())
+            let coming = |state: &str| matches!(state, "populating" | "opening");
+            (!status.tiers.iter().any(|tier| coming(&tier.state))).then_some(())
         });
     }
 
@@ -131,6 +166,11 @@ impl Node {
         serde_json::from_str(&get(&format!("{address}/status"))).unwrap()
     }
 
+    /// Status code and body of a page of the admin server, `/ready` for example.
+    pub fn admin(&self, path: &str) -> (u16, String) {
+        get_any(&format!("{}{path}", self.metrics.trim_end_matches("/metrics")))
+    }
+
     /// Sum of a metric over its labels, or over those lines that contain `label`.
     pub fn metric(&self, name: &str, label: &str) -> f64 {
         metric_in(&get(&self.metrics), name, label)
@@ -164,22 +204,37 @@ impl Node {
         panic!("no host segment of the daemon holds a block");
     }
 
-    /// Fails unless nothing is held: no lease, pin, quarantine, transfer.
+    /// Fails unless nothing is held: no lease, pin, quarantine, slot of host or disk being filled, transfer.
     pub fn assert_idle(&self) {
-        eventually("everything held is given back", || {
+        let given_back = || {
             let status = self.status();
             let held = |slots: kvbm_server::status::SlotStatus| slots.pinned + slots.quarantined;
             let pools: u64 = status.pools.iter().map(|pool| held(pool.slots)).sum();
             let tiers: u64 = status.tiers.iter().map(|tier| held(tier.slots)).sum();
-            let idle = status.leases + status.transfers_in_flight + pools + tiers == 0;
-            idle.then_some(())
-        });
+            // Those of a device are granted in advance.
+            let shared = status.tiers.iter().filter(|tier| tier.tier != "device");
+            let filling: u64 = shared.map(|tier| tier.slots.filling).sum();
+            status.leases + status.transfers_in_flight + pools + tiers + filling == 0
+        };
+        // Sooner than a lease that nobody gave back ends by itself.
+        let deadline = Instant::now() + Duration::from_secs(15);
+        while !given_back() {
+            assert!(Instant::now() < deadline, "something is held: {:#?}", self.status());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
 /// The text at a URL.
 pub fn get(url: &str) -> String {
     ureq::get(url).call().unwrap().body_mut().read_to_string().unwrap()
+}
+
+/// Status code and text at a URL.
+pub fn get_any(url: &str) -> (u16, String) {
+    let config = ureq::Agent::config_builder().http_status_as_error(false).build();
+    let mut response = ureq::Agent::new_with_config(config).get(url).call().unwrap();
+    (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
 }
 
 /// Sum of the samples of a metric whose line contains `label`.

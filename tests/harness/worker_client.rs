@@ -18,6 +18,8 @@ pub struct Answer {
     pub device: u32,
     /// Prompt tokens found in host memory.
     pub host: u32,
+    /// Prompt tokens found on disk.
+    pub disk: u32,
 }
 
 /// Blocking client; clones share the connection.
@@ -67,6 +69,7 @@ impl WorkerClient {
                 match event.body {
                     Some(Body::Started(started)) => {
                         (answer.device, answer.host) = (started.device_tokens, started.host_tokens);
+                        answer.disk = started.disk_tokens;
                     }
                     Some(Body::Tokens(tokens)) => answer.tokens.extend(tokens.ids),
                     Some(Body::Finished(_)) => finished = true,

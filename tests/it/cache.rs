@@ -12,7 +12,7 @@ const POOL_TOKENS: usize = 1536;
 
 /// All answers of all conversations, `concurrent` at a time. Conversations take turns, so that between two turns of one
 /// others have used the pool.
-fn talk(
+pub fn talk(
     client: &WorkerClient,
     conversations: &[Conversation],
     concurrent: usize,
@@ -50,18 +50,18 @@ fn talk(
     answers.into_iter().map(|answers| answers.into_inner().unwrap()).collect()
 }
 
-fn alone(conversations: &[Conversation]) -> Vec<Vec<(usize, Answer)>> {
+pub fn alone(conversations: &[Conversation]) -> Vec<Vec<(usize, Answer)>> {
     let node = Node::empty();
     let (_worker, client) =
         node.worker("alone", &WorkerOptions { alone: true, pool_blocks: 2048, ..WorkerOptions::default() });
     talk(&client, conversations, 2)
 }
 
-fn tokens(answers: &[Vec<(usize, Answer)>]) -> Vec<Vec<&[u32]>> {
+pub fn tokens(answers: &[Vec<(usize, Answer)>]) -> Vec<Vec<&[u32]>> {
     answers.iter().map(|turns| turns.iter().map(|(_, answer)| answer.tokens.as_slice()).collect()).collect()
 }
 
-fn small_pool(tokens_per_block: usize) -> WorkerOptions {
+pub fn small_pool(tokens_per_block: usize) -> WorkerOptions {
     WorkerOptions {
         tokens_per_block,
         pool_blocks: POOL_TOKENS / tokens_per_block,

@@ -27,7 +27,7 @@ fn prompts() -> Vec<Vec<u32>> {
 }
 
 /// What an undisturbed worker says.
-fn expected() -> Vec<Vec<u32>> {
+pub fn expected() -> Vec<Vec<u32>> {
     let node = Node::empty();
     let (_worker, client) = node.worker("alone", &WorkerOptions { alone: true, ..WorkerOptions::default() });
     prompts().iter().map(|prompt| client.generate(prompt, 12).tokens).collect()
@@ -63,7 +63,7 @@ fn traffic(client: &WorkerClient, seed: u64, expected: &[Vec<u32>], stop: &Atomi
 }
 
 /// Runs traffic from three clients while `blow` falls; returns answered and failed requests.
-fn under_traffic(
+pub fn under_traffic(
     client: &WorkerClient,
     seed: u64,
     expected: &[Vec<u32>],
@@ -93,7 +93,7 @@ impl Drop for StopOnDrop<'_> {
 }
 
 /// A moment somewhere in the traffic.
-fn moment(random: &mut Random) {
+pub fn moment(random: &mut Random) {
     std::thread::sleep(Duration::from_millis(random.below(150) + 20));
 }
 
@@ -107,7 +107,7 @@ fn middle_of_a_copy(node: &Node, host: bool, random: &mut Random) {
     }
 }
 
-fn all_right(client: &WorkerClient, expected: &[Vec<u32>]) -> Vec<Answer> {
+pub fn all_right(client: &WorkerClient, expected: &[Vec<u32>]) -> Vec<Answer> {
     let answers: Vec<Answer> = prompts().iter().map(|prompt| client.generate(prompt, 12)).collect();
     for (i, (answer, expected)) in answers.iter().zip(expected).enumerate() {
         assert_eq!(&answer.tokens, expected, "prompt {i}");

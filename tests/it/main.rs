@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::type_complexity, reason = "tests fail by panicking")]
 
 mod cache;
+mod disk;
 mod drills;
 mod keys;
 mod serve;

@@ -1,78 +1,11 @@
 //! `kvbm up` as a user meets it.
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use kvbm_tests::{eventually, eventually_within, get, metric_in, program};
+use kvbm_tests::{Up, eventually, eventually_within, get, metric_in, program};
 use serde_json::{Value, json};
-
-struct Up {
-    child: Child,
-    ready: Value,
-    _dir: tempfile::TempDir,
-}
-
-impl Up {
-    fn start(arguments: &[&str]) -> Self {
-        let dir = tempfile::Builder::new().prefix("kvbm").tempdir().unwrap();
-        let log = std::fs::File::create(dir.path().join("log")).unwrap();
-        let mut child = Command::new(program())
-            .args(["up", "--json", "--metrics-port", "0", "--cpu-cache-gb", "0.1", "--state-dir"])
-            .arg(dir.path())
-            .args(if arguments.contains(&"--http-port") { &[][..] } else { &["--http-port", "0"] })
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::from(log))
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let ready = serde_json::from_str(&line).unwrap_or_else(|_| {
-            panic!("not ready: {}", std::fs::read_to_string(dir.path().join("log")).unwrap())
-        });
-        Self { child, ready, _dir: dir }
-    }
-
-    fn pids(&self) -> Vec<u64> {
-        let pids = &self.ready["pids"];
-        let workers = pids["workers"].as_array().unwrap().iter().map(|pid| pid.as_u64().unwrap());
-        [&pids["daemon"], &pids["frontend"]]
-            .map(|pid| pid.as_u64().unwrap())
-            .into_iter()
-            .chain(workers)
-            .collect()
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.ready["http"].as_str().unwrap())
-    }
-
-    fn post(&self, path: &str, body: &Value) -> (u16, String, Value) {
-        self.try_post(path, body).unwrap()
-    }
-
-    /// Status, cached tokens, answer.
-    fn try_post(&self, path: &str, body: &Value) -> Result<(u16, String, Value), ureq::Error> {
-        let agent =
-            ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).build());
-        let request = agent.post(self.url(path)).header("content-type", "application/json");
-        let mut response = request.send(body.to_string())?;
-        let cached =
-            response.headers().get("x-kvbm-cached-tokens").map_or("", |v| v.to_str().unwrap()).to_owned();
-        let status = response.status().as_u16();
-        let text = response.body_mut().read_to_string()?;
-        Ok((status, cached, serde_json::from_str(&text).unwrap_or(Value::Null)))
-    }
-}
-
-impl Drop for Up {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn gone(pid: u64) -> bool {
     let Ok(status) = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")) else {
@@ -130,7 +63,7 @@ fn a_part_that_dies_is_started_again_and_requests_go_on() {
     let up = Up::start(&[]);
     let body = json!({"model": "tiny", "prompt": "First Citizen:", "max_tokens": 8, "temperature": 0});
     let (_, _, first) = up.post("/v1/completions", &body);
-    for part in ["daemon", "frontend"] {
+    for part in ["holder", "daemon", "frontend"] {
         let pid = up.ready["pids"][part].as_u64().unwrap();
         rustix::process::kill_process(
             rustix::process::Pid::from_raw(pid as i32).unwrap(),
@@ -145,11 +78,25 @@ fn a_part_that_dies_is_started_again_and_requests_go_on() {
 }
 
 #[test]
+fn a_holder_runs_beside_the_daemon_unless_it_is_not_wanted() {
+    let up = Up::start(&[]);
+    let holder = up.dir.path().join("kvbm.sock.hold");
+    assert!(holder.exists());
+    let pid = rustix::process::Pid::from_raw(up.ready["pids"]["holder"].as_u64().unwrap() as i32).unwrap();
+    std::fs::remove_file(&holder).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    eventually("the holder is started again", || holder.exists().then_some(()));
+    let cold = Up::start(&["--no-warm-host"]);
+    assert_eq!(cold.ready["pids"]["holder"], Value::Null);
+    assert!(!cold.dir.path().join("kvbm.sock.hold").exists());
+}
+
+#[test]
 fn children_end_when_up_ends_however_it_ends() {
     for signal in [rustix::process::Signal::INT, rustix::process::Signal::KILL] {
         let mut up = Up::start(&[]);
         let pids = up.pids();
-        assert_eq!(pids.len(), 3);
+        assert_eq!(pids.len(), 4);
         assert!(pids.iter().all(|pid| !gone(*pid)));
         let own = rustix::process::Pid::from_raw(up.child.id() as i32).unwrap();
         rustix::process::kill_process(own, signal).unwrap();

@@ -1,0 +1,126 @@
+//! `kvbm up` with a disk: a long prompt is not computed again, whatever was killed meanwhile.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvbm_tests::{Random, Up, eventually, eventually_within};
+use serde_json::{Value, json};
+
+/// Of 4,096 that the bundled model takes.
+const PROMPT_TOKENS: usize = 3_990;
+/// Whole blocks of 32 of them.
+const CACHED_TOKENS: u64 = 3_968;
+const BLOCKS: f64 = 124.0;
+
+fn with_disk(dir: Option<Arc<tempfile::TempDir>>) -> Up {
+    let arguments = ["--disk-cache-gb", "0.2"];
+    // This is not about deadlines, and other tests share the processors.
+    let patience = [
+        ("KVBM_MATCH_DEADLINE_MS", "5000"),
+        ("KVBM_DETACH_AFTER_MS", "20000"),
+        ("KVBM_CONNECTOR_DISK_WAIT_BASE_MS", "10000"),
+    ];
+    let dir = dir.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
+    Up::start_in(dir, &arguments, &patience)
+}
+
+fn prompt() -> Value {
+    let tokens = Random::new(21).tokens(PROMPT_TOKENS);
+    json!({"model": "tiny", "prompt": tokens, "max_tokens": 16, "temperature": 0, "ignore_eos": true})
+}
+
+/// An answer, as far as it matters here.
+struct Answered {
+    text: String,
+    cached: [u64; 3],
+    took: Duration,
+}
+
+/// Asks until there is an answer: parts may be on their way.
+fn ask(up: &Up) -> Answered {
+    eventually_within(Duration::from_secs(60), "it answers", || {
+        let started = Instant::now();
+        let (status, cached, answer) = up.try_post("/v1/completions", &prompt()).ok()?;
+        let took = started.elapsed();
+        (status == 200).then(|| Answered {
+            text: answer["choices"][0]["text"].as_str().unwrap().to_owned(),
+            cached: parse(&cached),
+            took,
+        })
+    })
+}
+
+/// Tokens from device, host and disk.
+fn parse(header: &str) -> [u64; 3] {
+    let mut parts = header.split(',').map(|part| part.split('=').nth(1).unwrap().parse().unwrap());
+    [(); 3].map(|()| parts.next().unwrap())
+}
+
+/// Asks twice, the second time being what makes blocks worth writing, and waits until all of them are on disk.
+fn ask_until_on_disk(up: &Up) -> Answered {
+    let cold = ask(up);
+    assert_eq!(cold.cached, [0; 3]);
+    let again = ask(up);
+    assert_eq!((again.cached, &again.text), ([CACHED_TOKENS, 0, 0], &cold.text));
+    eventually("the prompt is on disk", || {
+        (up.metric("kvbm_offload_blocks_h2d", "") >= BLOCKS).then_some(())
+    });
+    cold
+}
+
+/// Waits until a worker is attached to a daemon whose disk is in service.
+fn attached(up: &Up) {
+    eventually_within(Duration::from_secs(60), "worker and disk are back", || {
+        let back = up.try_metric("kvbm_disk_in_service", "")? + up.try_metric("kvbm_workers", "")?;
+        (back == 2.0).then_some(())
+    });
+}
+
+#[test]
+fn a_prompt_survives_the_death_of_everything_that_knew_it() {
+    let up = with_disk(None);
+    let cold = ask_until_on_disk(&up);
+    // The frontend is all that is left.
+    up.kill(&["workers", "daemon", "holder"]);
+    let killed = up.pids();
+    eventually("they are gone", || {
+        let alive = |pid: &&u64| std::path::Path::new(&format!("/proc/{pid}/root")).exists();
+        (killed.iter().filter(alive).count() <= 1).then_some(())
+    });
+    attached(&up);
+    let warm = ask(&up);
+    println!("computed in {:?}, from disk in {:?}", cold.took, warm.took);
+    assert_eq!((warm.cached, &warm.text), ([0, 0, CACHED_TOKENS], &cold.text));
+    assert_eq!(up.metric("kvbm_onboard_blocks_d2d", ""), BLOCKS);
+    assert!(warm.took < cold.took, "from disk {:?}, computed {:?}", warm.took, cold.took);
+}
+
+#[test]
+fn with_the_holder_alive_the_prompt_is_still_in_host_memory() {
+    let up = with_disk(None);
+    let cold = ask_until_on_disk(&up);
+    let daemon = up.try_metric("kvbm_uptime_seconds", "").unwrap();
+    up.kill(&["workers", "daemon"]);
+    eventually_within(Duration::from_secs(60), "another daemon serves", || {
+        up.try_metric("kvbm_uptime_seconds", "").filter(|age| *age < daemon)
+    });
+    attached(&up);
+    let warm = ask(&up);
+    println!("computed in {:?}, from host in {:?}", cold.took, warm.took);
+    assert_eq!((warm.cached, &warm.text), ([0, CACHED_TOKENS, 0], &cold.text));
+    assert!(warm.took < cold.took, "from host {:?}, computed {:?}", warm.took, cold.took);
+}
+
+#[test]
+fn a_prompt_is_found_on_disk_after_an_orderly_end() {
+    let mut first = with_disk(None);
+    let cold = ask_until_on_disk(&first);
+    assert!(first.terminate().success());
+    assert!(first.log().contains("disk cache closed"), "it was closed cleanly");
+    let second = with_disk(Some(Arc::clone(&first.dir)));
+    attached(&second);
+    assert_eq!(second.metric("kvbm_disk_recovered_blocks", ""), BLOCKS);
+    assert_eq!(second.metric("kvbm_disk_recovery_damaged_entries", ""), 0.0);
+    let warm = ask(&second);
+    assert_eq!((warm.cached, &warm.text), ([0, 0, CACHED_TOKENS], &cold.text));
+}
