@@ -48,12 +48,13 @@ async fn a_busy_port_gives_way_to_the_next_and_metrics_can_be_off() {
     let settings = [
         ("metrics_port", port.to_string()),
         ("metrics", "false".to_owned()),
-        ("disk_cache_gb", "1".to_owned()),
+        ("disk_cache_gb", "0.05".to_owned()),
     ];
     let settings = settings.each_ref().map(|(key, value)| (*key, value.as_str()));
     let other = Rig { daemon: Daemon::start(config(dir.path(), &settings)).await.unwrap(), dir };
     assert!(other.daemon.addresses().admin.port() > port);
     assert_eq!(other.get("/metrics").await.0, 404);
     assert_eq!(other.get("/live").await.0, 200);
-    assert!(other.daemon.status().tiers[2].reason.starts_with("1 GB are configured"));
+    let disk = other.daemon.status().tiers[2].clone();
+    assert!(["opening", "on"].contains(&disk.state.as_str()), "{disk:?}");
 }
