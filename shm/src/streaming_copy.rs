@@ -3,7 +3,7 @@
 //! An ordinary store first reads the line it is about to overwrite, and then keeps it: a block that is copied costs
 //! three times its size in memory traffic, and its size in cache that the engine had better use for. Streaming stores
 //! write full lines straight to memory. They pay from a few pages on; short copies stay with the C library, and so does
-//! every processor without such stores.
+//! every processor without such stores, or with a C library that does as well.
 //!
 //! ```text
 //!   to:  [head .. 64)  [ whole strides of 256 bytes, streamed )  [tail)
@@ -34,10 +34,11 @@ pub(crate) unsafe fn streaming_copy(from: *const u8, to: *mut u8, len: usize) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256i, __m512i, _MM_HINT_NTA, _mm_prefetch, _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256,
-        _mm512_loadu_si512, _mm512_stream_si512,
+        __cpuid, __m256i, __m512i, _MM_HINT_NTA, _mm_prefetch, _mm_sfence, _mm256_loadu_si256,
+        _mm256_stream_si256, _mm512_loadu_si512, _mm512_stream_si512,
     };
     use std::ptr;
+    use std::sync::OnceLock;
 
     const LINE: usize = 64;
     /// Bytes in one step of a kernel: four lines in flight at once.
@@ -48,8 +49,23 @@ mod x86 {
     /// Streams `len` bytes, a multiple of [`STRIDE`], to an address that is a multiple of [`LINE`].
     pub(super) type Kernel = unsafe fn(from: *const u8, to: *mut u8, len: usize);
 
-    /// The widest that this processor has.
+    /// What long copies are done with; `None`: the C library's copy is as fast.
     pub(super) fn kernel() -> Option<Kernel> {
+        // Asking the processor is slow where a hypervisor answers.
+        static KERNEL: OnceLock<Option<Kernel>> = OnceLock::new();
+        *KERNEL.get_or_init(|| widest().filter(|_| streaming_pays()))
+    }
+
+    /// On AMD's processors (Zen 4: 1.2 to 1.35 times the C library's copy). On Intel's (Sapphire Rapids) the C library's
+    /// `rep movsb` writes full lines as well, and streaming stores reach 0.84 to 1.0 of it.
+    fn streaming_pays() -> bool {
+        let vendor = __cpuid(0);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat();
+        [&b"AuthenticAMD"[..], b"HygonGenuine"].contains(&name.as_slice())
+    }
+
+    /// The widest that this processor has.
+    fn widest() -> Option<Kernel> {
         if is_x86_feature_detected!("avx512f") {
             Some(stream_avx512)
         } else if is_x86_feature_detected!("avx2") {
