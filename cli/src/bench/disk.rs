@@ -22,7 +22,7 @@ const SIZES: [(&str, usize); 3] = [("64KiB", 64 << 10), ("1MiB", 1 << 20), ("4Mi
 const DEPTH: usize = 32;
 /// Turns of each of the two.
 const ALTERNATIONS: usize = 7;
-const TURN: Duration = Duration::from_millis(700);
+const TURN: Duration = Duration::from_millis(600);
 /// Shares of fio's figure that the project demands: of the engine alone, and of a block's whole path.
 const ENGINE_LIMIT: f64 = 0.95;
 const PATH_LIMIT: f64 = 0.90;

@@ -71,8 +71,10 @@ fn ask_until_on_disk(up: &Up) -> Answered {
 /// Waits until a worker is attached to a daemon whose disk is in service.
 fn attached(up: &Up) {
     eventually_within(Duration::from_secs(60), "worker and disk are back", || {
-        let back = up.try_metric("kvbm_disk_in_service", "")? + up.try_metric("kvbm_workers", "")?;
-        (back == 2.0).then_some(())
+        // Ready: there is host memory into which blocks can be read.
+        let back = ["kvbm_ready", "kvbm_disk_in_service", "kvbm_workers"];
+        let back: Option<f64> = back.iter().map(|name| up.try_metric(name, "")).sum();
+        (back? == 3.0).then_some(())
     });
 }
 

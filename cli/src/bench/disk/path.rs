@@ -19,7 +19,9 @@ use super::{Direction, Figure};
 /// Sets that the file has room for.
 const SETS_ON_DISK: u64 = 9;
 /// Sets that host memory has room for: a set is gone when so many others came after it.
-const SETS_IN_HOST: u64 = 3;
+const SETS_IN_HOST: u64 = 5;
+/// Sets that are moved in a turn: more than what starting and ending take.
+const SETS_PER_TURN: usize = 2;
 /// Blocks of one sequence.
 const CHAIN: usize = 128;
 /// How long anything may take.
@@ -84,7 +86,7 @@ impl WholePath {
             let disk = path.manager.disk().map(|disk| disk.state);
             planned == there && disk == Some(DiskState::On)
         })?;
-        for _ in 0..SETS_ON_DISK + 1 {
+        for _ in 0..(SETS_ON_DISK as usize + 1).div_ceil(SETS_PER_TURN) {
             path.write()?;
         }
         Ok(path)
@@ -98,13 +100,17 @@ impl WholePath {
         }
     }
 
-    /// Puts a new set into host memory, then measures its way to disk.
+    /// Puts new sets into host memory, then measures their way to disk.
     fn write(&mut self) -> Result<Figure, String> {
-        let set = self.fill()?;
+        let first = self.sets.len();
+        for _ in 0..SETS_PER_TURN {
+            let set = self.fill()?;
+            self.sets.push(set);
+        }
         // A few may have gone ahead: the filter takes a key for another one now and then.
-        let all = (self.sets.len() as u64 + 1) * self.blocks as u64;
-        let figure = self.measured(Route::HostToDisk, || {
-            for chain in &set {
+        let all = self.sets.len() as u64 * self.blocks as u64;
+        self.measured(Route::HostToDisk, || {
+            for chain in self.sets[first..].iter().flatten() {
                 self.manager
                     .prefetch(self.session, self.namespace, chain)
                     .map_err(|error| error.to_string())?;
@@ -112,20 +118,20 @@ impl WholePath {
             self.wait("all blocks are on disk", |path| {
                 path.manager.counters().blocks(Route::HostToDisk) >= all
             })
-        })?;
-        self.sets.push(set);
-        Ok(figure)
+        })
     }
 
-    /// Measures the way of a set back that host memory has given up.
+    /// Measures the way of sets back that host memory has given up.
     fn read(&mut self) -> Result<Figure, String> {
         // From the oldest on disk, round and round: what was read or written before the last few is not in host memory.
         let oldest = self.sets.len() - SETS_ON_DISK as usize;
-        let set = self.sets[oldest + self.reads % SETS_ON_DISK as usize].clone();
-        self.reads += 1;
+        let turn: Vec<usize> =
+            (0..SETS_PER_TURN).map(|i| oldest + (self.reads + i) % SETS_ON_DISK as usize).collect();
+        self.reads += SETS_PER_TURN;
         self.measured(Route::DiskToHost, || {
             let (send, receive) = mpsc::channel();
-            for chain in &set {
+            let chains = || turn.iter().flat_map(|set| &self.sets[*set]);
+            for chain in chains() {
                 let send = send.clone();
                 let done = Box::new(move |found| {
                     // Whoever waited may have given up.
@@ -134,7 +140,7 @@ impl WholePath {
                 let asked = self.manager.prefetch_and_wait(self.session, self.namespace, chain, done);
                 asked.map_err(|error| error.to_string())?;
             }
-            for _ in &set {
+            for _ in chains() {
                 receive
                     .recv_timeout(PATIENCE)
                     .map_err(|_| "blocks did not come back from disk".to_owned())?;
