@@ -150,20 +150,26 @@ fn cancel(ledger: &mut Ledger, batch: PromoteBatch, now: Millis) {
     ledger.finish_promote(batch, &none, now);
 }
 
-/// A batch ends, whatever happens: others wait for its turn.
-fn survive<T>(shared: &Shared, tier: &DiskTier, otherwise: T, work: impl FnOnce() -> T) -> T {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        shared.disk_fault(tier, "a thread of the disk tier panicked");
-        otherwise
-    })
+/// A thread that panics here may leave I/O under way into slots that nobody waits for any more, and batches that wait for
+/// the turn of one that never ends. The process ends instead: engines go on without it, and the next daemon finds what
+/// was stored.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a thread of the disk tier panicked: the process ends");
+            std::process::abort();
+        }
+    }
 }
 
 /// Writes batches until the queue is closed.
 pub(super) fn run_demotes(shared: &Shared, tier: &DiskTier) {
+    let _crash = AbortOnPanic;
     while let Some(DemoteJob { number, batch, store }) = tier.demotes.next() {
         let started = Instant::now();
-        let none = vec![false; batch.copies().len()];
-        let written = survive(shared, tier, none, || write(shared, tier, &store, &batch));
+        let written = write(shared, tier, &store, &batch);
         let end = DemoteEnd { batch, written, took: started.elapsed() };
         tier.demoted.ended(number, end, |end| shared.settle_demote(tier, end));
         tier.demotes.finished();
@@ -202,10 +208,10 @@ fn write(shared: &Shared, tier: &DiskTier, store: &DiskStore, batch: &DemoteBatc
 
 /// Reads batches until the queue is closed.
 pub(super) fn run_promotes(shared: &Shared, tier: &DiskTier) {
+    let _crash = AbortOnPanic;
     while let Some(PromoteJob { number, batch, store }) = tier.promotes.next() {
         let started = Instant::now();
-        let none = vec![Promoted::Failed; batch.copies().len()];
-        let outcomes = survive(shared, tier, none, || read(shared, tier, &store, &batch));
+        let outcomes = read(shared, tier, &store, &batch);
         let end = PromoteEnd { batch, outcomes, took: started.elapsed() };
         tier.promoted.ended(number, end, |end| shared.settle_promote(tier, end));
         tier.promotes.finished();
@@ -246,9 +252,10 @@ impl Shared {
         reads: &[DiskRead],
         results: &[Result<(), ReadFailure>],
     ) -> Vec<Promoted> {
-        if results.iter().any(|result| !matches!(result, Err(ReadFailure::Io(_)))) {
+        let in_vain = |result: &Result<(), ReadFailure>| matches!(result, Err(ReadFailure::Io(_)));
+        if !results.iter().all(in_vain) {
             tier.reads_in_vain.store(0, Relaxed);
-        } else {
+        } else if !results.is_empty() {
             tier.reads_in_vain.fetch_add(1, Relaxed);
         }
         let judge = |(result, read): (&Result<(), ReadFailure>, &DiskRead)| match *result {

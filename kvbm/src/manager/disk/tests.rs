@@ -265,6 +265,8 @@ enum Mood {
     Fails(IoFailure),
     /// Takes requests and does not answer.
     Stalls,
+    /// Cannot read what the first request of the next batch with reads asks for; well again after that.
+    HasABadPlace,
 }
 
 /// A drive whose mood can be changed.
@@ -287,9 +289,30 @@ impl Moody {
     }
 }
 
+impl Moody {
+    fn spoil(&self, mut batch: IoBatch) -> Result<(), IoBatch> {
+        if !matches!(batch.ios[0], disk_io::Io::Read { .. }) {
+            return self.drive.submit(batch);
+        }
+        *self.mood.lock() = Mood::Well;
+        batch.ios.remove(0);
+        let finished = batch.finished;
+        let with_failure = move |mut results: Vec<_>| {
+            results.insert(0, Err(IoFailure::Os(5)));
+            finished(results);
+        };
+        if batch.ios.is_empty() {
+            with_failure(Vec::new());
+            return Ok(());
+        }
+        self.drive.submit(IoBatch { ios: batch.ios, finished: Box::new(with_failure) })
+    }
+}
+
 impl DiskIo for Moody {
     fn submit(&self, batch: IoBatch) -> Result<(), IoBatch> {
-        match *self.mood.lock() {
+        let mood = *self.mood.lock();
+        match mood {
             Mood::Well => self.drive.submit(batch),
             Mood::Fails(failure) => {
                 (batch.finished)(vec![Err(failure); batch.ios.len()]);
@@ -299,6 +322,7 @@ impl DiskIo for Moody {
                 self.stalled.lock().push(batch);
                 Ok(())
             }
+            Mood::HasABadPlace => self.spoil(batch),
         }
     }
 
@@ -326,18 +350,24 @@ impl DiskIo for Moody {
 }
 
 fn start_moody(config: ManagerConfig) -> (Manager, Arc<Moody>) {
+    let (manager, moody) = begin_moody(config, Mood::Well);
+    serving(&manager);
+    (manager, moody)
+}
+
+/// Not serving yet, and perhaps not soon.
+fn begin_moody(config: ManagerConfig, mood: Mood) -> (Manager, Arc<Moody>) {
     let made = Arc::new(Mutex::new(None));
     let keep = Arc::clone(&made);
     let io = config.disk.as_ref().unwrap().io;
     let engine = move |files| {
         let drive = disk_io::start(files, io)?;
-        let (mood, stalled, closed) = (Mutex::new(Mood::Well), Mutex::default(), AtomicBool::new(false));
+        let (mood, stalled, closed) = (Mutex::new(mood), Mutex::default(), AtomicBool::new(false));
         let moody = Arc::new(Moody { drive, mood, stalled, closed });
         *keep.lock() = Some(Arc::clone(&moody));
         Ok(moody as Arc<dyn DiskIo>)
     };
     let manager = Manager::start_with(config, None, Box::new(engine)).unwrap();
-    serving(&manager);
     let moody = made.lock().take().unwrap();
     (manager, moody)
 }
@@ -423,5 +453,77 @@ fn stopping_does_not_wait_for_a_dead_drive() {
     manager.stop();
     let refused = manager.match_prefix(engine.session, engine.namespace, &engine.keys(&[5; 4]), None);
     assert!(!matches!(refused, Err(Refused::Closed)), "what is known can still be asked");
+    drive.set(Mood::Well);
+}
+
+/// A bad place is not a bad drive: only what lay there is lost.
+#[test]
+fn a_place_that_cannot_be_read_is_a_miss_and_the_tier_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = start(config(&[directory.path()]));
+    let keys = sink(&Engine::attach(&first, true), 0..32);
+    first.stop();
+    drop(first);
+    let (manager, drive) = start_moody(config(&[directory.path()]));
+    let engine = Engine::attach(&manager, true);
+    drive.set(Mood::HasABadPlace);
+    assert!(fetch(&engine, &keys) < 8);
+    let figures = manager.disk().unwrap();
+    assert_eq!((figures.state, figures.outages, figures.corrupt), (DiskState::On, 0, 1));
+    // Computed again, it is stored again, elsewhere.
+    sink(&Engine::attach(&manager, true), 0..32);
+    manager.stop();
+    manager.inspect(Ledger::check_integrity);
+}
+
+#[test]
+fn having_nothing_to_read_says_nothing_about_a_drive() {
+    let directory = tempfile::tempdir().unwrap();
+    let (manager, _drive) = start_moody(config(&[directory.path()]));
+    let tier = manager.shared.disk.as_ref().unwrap();
+    let store = tier.store().unwrap();
+    (0..10).for_each(|_| assert!(manager.shared.judge(tier, &store, &[], &[]).is_empty()));
+    assert_eq!(tier.reads_in_vain.load(Relaxed), 0);
+    drop(store);
+    manager.stop();
+}
+
+/// Tables that cannot be read now are not an empty cache.
+#[test]
+fn what_cannot_be_read_at_the_start_is_found_when_the_drive_answers() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = start(config(&[directory.path()]));
+    let keys = sink(&Engine::attach(&first, true), 0..32);
+    first.stop();
+    drop(first);
+    // Each attempt has an engine of its own: those after the first are well.
+    let attempts = AtomicU32::new(0);
+    let io = config(&[directory.path()]).disk.unwrap().io;
+    let engine = move |files| {
+        let drive = disk_io::start(files, io)?;
+        let broken = attempts.fetch_add(1, Relaxed) == 0;
+        let mood = Mutex::new(if broken { Mood::HasABadPlace } else { Mood::Well });
+        let (stalled, closed) = (Mutex::default(), AtomicBool::new(false));
+        Ok(Arc::new(Moody { drive, mood, stalled, closed }) as Arc<dyn DiskIo>)
+    };
+    let manager = Manager::start_with(config(&[directory.path()]), None, Box::new(engine)).unwrap();
+    until("the tier serves", || state(&manager) == DiskState::On);
+    let figures = manager.disk().unwrap();
+    assert_eq!((figures.recovery.blocks, figures.recovery.unreadable, figures.outages), (8, 0, 1));
+    until("host memory is there", || manager.host_bytes().0 == manager.host_bytes().1);
+    assert_eq!(fetch(&Engine::attach(&manager, true), &keys), 8);
+    manager.stop();
+}
+
+#[test]
+fn stopping_does_not_wait_for_a_drive_that_stalls_at_the_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = config(&[directory.path()]);
+    // It is not noticed before the end.
+    config.disk.as_mut().unwrap().io.deadline = Duration::from_secs(3600);
+    let (manager, drive) = start_moody(config);
+    sink(&Engine::attach(&manager, true), 0..16);
+    *drive.mood.lock() = Mood::Stalls;
+    manager.stop();
     drive.set(Mood::Well);
 }
