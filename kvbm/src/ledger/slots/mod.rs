@@ -41,7 +41,7 @@ pub const PRIORITY_DEFAULT: u8 = 35;
 pub struct SlotIndex(pub u32);
 
 impl SlotIndex {
-    fn at(self) -> usize {
+    pub(super) fn at(self) -> usize {
         self.0 as usize
     }
 }
