@@ -36,9 +36,10 @@ use crate::transfer::{BoundedQueue, InOrder};
 use flow::{DemoteEnd, DemoteJob, PromoteEnd, PromoteJob};
 
 /// Batches that may wait to be written: what is not planned yet can still be planned better.
-const DEMOTES_WAITING: usize = 4;
-/// Threads per direction: some have the drive move bytes while others check them or write tables.
-const THREADS_PER_DIRECTION: usize = 4;
+const DEMOTES_WAITING: usize = 8;
+/// Threads per direction: some have the drive move bytes while others check them or wait for pages of tables, which the
+/// drive writes behind what it was given before.
+const THREADS_PER_DIRECTION: usize = 8;
 /// How long the kernel may take to unlock the files of a daemon that was killed.
 const UNLOCKED_WITHIN: Duration = Duration::from_secs(2);
 /// How long they may take to end.
