@@ -1,7 +1,8 @@
 //! Compiles the schema with protox: no system protoc is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["kvbm/v1/cache.proto", "kvbm/v1/registry.proto", "kvbm/v1/worker.proto"];
+    let files =
+        ["kvbm/v1/admin.proto", "kvbm/v1/cache.proto", "kvbm/v1/registry.proto", "kvbm/v1/worker.proto"];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

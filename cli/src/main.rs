@@ -4,7 +4,9 @@
 mod bench;
 mod hold;
 mod parent;
+mod pin;
 mod ready;
+mod replay;
 mod signals;
 mod status;
 mod up;
@@ -37,7 +39,10 @@ enum Command {
     /// Run the OpenAI HTTP frontend before the workers
     Frontend(Part<kvbm_frontend::FrontendArgs>),
     Status(status::StatusArgs),
+    Pin(pin::PinArgs),
+    Unpin(pin::UnpinArgs),
     Bench(bench::BenchArgs),
+    Replay(replay::ReplayArgs),
 }
 
 /// A part that `kvbm up` may start.
@@ -88,7 +93,10 @@ fn main() -> ExitCode {
             frontend(args, ready_file)
         }
         Command::Status(args) => outcome(block_on(status::run(args))),
+        Command::Pin(args) => outcome(block_on(pin::run(args))),
+        Command::Unpin(args) => outcome(block_on(pin::unpin(args))),
         Command::Bench(args) => outcome(bench::run(&args).map(|()| 0)),
+        Command::Replay(args) => outcome(replay::run(&args)),
     }
 }
 

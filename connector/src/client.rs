@@ -8,10 +8,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvbm_hash::{BaseNamespace, Namespace, SequenceHash};
+use kvbm_hash::{BaseNamespace, Namespace, Retention, SequenceHash};
 use kvbm_proto::v1;
 use kvbm_proto::v1::registry_client::RegistryClient;
-use kvbm_proto::{MESSAGE_BYTES_MAX, pack_keys};
+use kvbm_proto::{MESSAGE_BYTES_MAX, pack_keys, retention_runs};
 use kvbm_shm::{PoolMemory, ProcessWatch};
 use tokio::time::timeout;
 use tonic::Streaming;
@@ -39,6 +39,8 @@ pub struct Committed {
     pub keys: Vec<SequenceHash>,
     /// One parent for each; none for the first block of a sequence.
     pub parents: Vec<Option<SequenceHash>>,
+    /// What each is to be kept like; empty: all by default.
+    pub retention: Vec<Retention>,
 }
 
 macro_rules! answer {
@@ -69,6 +71,10 @@ impl Client {
     ) -> Result<Self, ClientError> {
         let session = Session::connect(socket.as_ref(), name, deadline).await?;
         Ok(Self { session: Arc::new(session), deadline })
+    }
+
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
     }
 
     pub(crate) fn session(&self) -> &Arc<Session> {
@@ -143,7 +149,8 @@ impl Client {
         answer!(self.ask(Question::OpenPool(open)).await?, Pool)
     }
 
-    /// The longest prefix of `keys` that is held, pinned. `pool_id` 0 asks no device pool.
+    /// The longest prefix of `keys` that is held, pinned. `pool_id` 0 asks no device pool. What the blocks are to be kept
+    /// like stays as it is.
     pub async fn match_prefix(
         &self,
         namespace_id: u32,
@@ -153,7 +160,7 @@ impl Client {
         let keys = pack_keys(keys.iter().map(|key| &key.0));
         let returns = self.session.returns();
         let late = move |answer| give_back(&returns, pool_id, answer);
-        let question = Question::Match(v1::Match { namespace_id, keys, pool_id });
+        let question = Question::Match(v1::Match { namespace_id, keys, pool_id, retention: Vec::new() });
         answer!(self.session.question(question, self.deadline, late).await?, Match)
     }
 
@@ -322,6 +329,9 @@ pub(crate) fn prefetch_message(
 }
 
 pub(crate) fn commit_message(namespace_id: u32, pool_id: u32, committed: Committed) -> v1::Commit {
+    // What nothing is said of is kept by default.
+    let said = |retention: Retention| (retention != Retention::default()).then_some(retention);
+    let retention: Vec<_> = committed.retention.into_iter().map(said).collect();
     let parents = committed.parents.iter().map(|parent| parent.map_or([0; 16], |parent| parent.0));
     v1::Commit {
         namespace_id,
@@ -329,8 +339,7 @@ pub(crate) fn commit_message(namespace_id: u32, pool_id: u32, committed: Committ
         blocks: committed.blocks,
         keys: pack_keys(committed.keys.iter().map(|key| &key.0)),
         parents: parents.flatten().collect(),
-        priority: 0,
-        duration_ms: 0,
+        retention: retention_runs(&retention),
     }
 }
 

@@ -11,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_shm::PoolMemory;
 
 use crate::exchange::{Attempt, Command, Note, QuestionId};
@@ -121,6 +121,8 @@ struct Lookup {
     ticket: u64,
     namespace: Namespace,
     keys: Vec<SequenceHash>,
+    /// Empty, or one for each key.
+    retention: Vec<Option<Retention>>,
     stage: Stage,
     abandoned: bool,
 }
@@ -128,7 +130,7 @@ struct Lookup {
 #[derive(Debug)]
 struct Lease {
     lease_id: u64,
-    contents: Vec<Content>,
+    contents: Vec<(Content, Retention)>,
 }
 
 #[derive(Debug)]
@@ -136,7 +138,7 @@ struct Onboard {
     ticket: u64,
     lease_id: u64,
     targets: Vec<u32>,
-    contents: Vec<Content>,
+    contents: Vec<(Content, Retention)>,
     abandoned: bool,
 }
 
@@ -190,6 +192,8 @@ pub struct DeviceCache {
     /// How many releases the daemon was told of, or will be.
     releases: u64,
     numbers: u64,
+    /// The table's time begins.
+    began: Instant,
     counters: Arc<Counters>,
 }
 
@@ -236,9 +240,17 @@ impl DeviceCache {
     }
 
     /// Finds the longest prefix of `keys`, which begin with the first block of a sequence. Answered by
-    /// [`CacheEvent::Looked`]; before that, perhaps, [`CacheEvent::Promoting`].
-    pub fn lookup(&mut self, ticket: u64, namespace: Namespace, keys: Vec<SequenceHash>) {
-        self.ask_match(Lookup { ticket, namespace, keys, stage: Stage::Asked, abandoned: false });
+    /// [`CacheEvent::Looked`]; before that, perhaps, [`CacheEvent::Promoting`]. `retention` is empty, or says of each key
+    /// what its block is to be kept like from now on; `None`: its priority stays.
+    pub fn lookup(
+        &mut self,
+        ticket: u64,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+        retention: Vec<Option<Retention>>,
+    ) {
+        let (stage, abandoned) = (Stage::Asked, false);
+        self.ask_match(Lookup { ticket, namespace, keys, retention, stage, abandoned });
     }
 
     fn ask_match(&mut self, lookup: Lookup) {
@@ -247,13 +259,15 @@ impl DeviceCache {
         }
         let question = self.number();
         let (namespace, keys) = (lookup.namespace, lookup.keys.clone());
+        let retention = lookup.retention.clone();
         self.lookups.insert(question, lookup);
         let (miss, fail) = (self.config.match_deadline, self.config.detach_after);
-        self.ask(question, Some(miss), fail, Command::Match { question, namespace, keys });
+        self.ask(question, Some(miss), fail, Command::Match { question, namespace, keys, retention });
     }
 
     /// Takes `count` blocks to fill, all or none.
     pub fn allocate(&mut self, count: usize) -> Allocate {
+        self.advance();
         if let Some(blocks) = self.table.take(count) {
             self.counters.allocated_blocks.add(blocks.len() as u64);
             self.top_up();
@@ -301,23 +315,26 @@ impl DeviceCache {
         self.ask(question, None, fail, command);
     }
 
-    /// `block` is filled and will not be written again. Reaches the daemon with the next [`DeviceCache::flush`].
+    /// `block` is filled and will not be written again; it is to be kept as `retention` says. Reaches the daemon with the
+    /// next [`DeviceCache::flush`].
     pub fn commit(
         &mut self,
         block: u32,
         namespace: Namespace,
         key: SequenceHash,
         parent: Option<SequenceHash>,
+        retention: Retention,
     ) {
         let content = Content { namespace, key, parent };
-        self.table.commit(block, content);
+        self.table.commit(block, content, retention);
         if self.mode != Mode::Detached {
-            self.notes.push(Note::Commit { block: self.table.block_ref(block), content });
+            self.notes.push(Note::Commit { block: self.table.block_ref(block), content, retention });
         }
     }
 
     /// Gives back one reference of each block. Reaches the daemon with the next [`DeviceCache::flush`].
     pub fn release(&mut self, blocks: &[u32]) {
+        self.advance();
         for &block in blocks {
             if let Some(release) = self.table.unreference(block) {
                 self.note_release(release);
@@ -376,6 +393,11 @@ impl DeviceCache {
         self.events.drain(..).map(|queued| queued.event).collect()
     }
 
+    /// Tells the table the time: a priority's begins with a release, and is over before an eviction.
+    fn advance(&mut self) {
+        self.table.advance(self.began.elapsed());
+    }
+
     fn note_release(&mut self, release: Release) {
         self.shortage = Shortage::Unknown;
         self.releases += 1;
@@ -397,7 +419,7 @@ impl DeviceCache {
             return;
         }
         self.counters.local_matches.add(1);
-        let device = self.table.find(&lookup.keys);
+        let device = self.table.find(&lookup.keys, &lookup.retention);
         let (ticket, lease) = (lookup.ticket, None);
         let (host_blocks, promoted_blocks, disk_blocks) = (0, 0, 0);
         self.push(CacheEvent::Looked { ticket, device, host_blocks, promoted_blocks, disk_blocks, lease });

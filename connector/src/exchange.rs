@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_proto::v1;
 use kvbm_shm::PoolMemory;
 use parking_lot::{Condvar, Mutex};
@@ -34,6 +34,8 @@ pub(crate) enum Command {
         question: QuestionId,
         namespace: Namespace,
         keys: Vec<SequenceHash>,
+        /// Empty, or one for each key.
+        retention: Vec<Option<Retention>>,
     },
     Onboard {
         question: QuestionId,
@@ -66,7 +68,7 @@ pub(crate) enum Opening {
 /// What needs no answer, in the order in which it happened.
 #[derive(Debug)]
 pub(crate) enum Note {
-    Commit { block: BlockRef, content: Content },
+    Commit { block: BlockRef, content: Content, retention: Retention },
     Release(Release),
 }
 
@@ -76,7 +78,7 @@ pub(crate) struct Opened {
     pub pool_id: u32,
     /// Not after an adoption.
     pub memory: Option<PoolMemory>,
-    pub inherited: Vec<(BlockRef, Content)>,
+    pub inherited: Vec<(BlockRef, Content, Retention)>,
 }
 
 /// From the link.

@@ -17,6 +17,7 @@
 //! `init_timeout`. A daemon that is gone, slow or full is an answer.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod client;
 mod config;
 mod counters;
@@ -29,6 +30,7 @@ mod link;
 mod pool_table;
 mod session;
 mod side;
+mod tenants;
 
 pub use client::{Client, Committed};
 pub use config::{Config, InvalidSetting, WorkerRegistration};
@@ -40,3 +42,4 @@ pub use exchange::Waker;
 pub use pool_table::{
     AdoptionEntry, AdoptionTable, BlockRef, Content, Contradiction, DaemonId, PoolTable, Release,
 };
+pub use tenants::Tenants;

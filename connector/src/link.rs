@@ -23,7 +23,7 @@ use tokio::task::AbortHandle;
 use crate::client::Client;
 use crate::desk::{Desk, Expired};
 use crate::exchange::{Arrival, Attempt, Command, Inbox, Opening};
-use crate::{ClientError, Config, DetachReason, WorkerRegistration};
+use crate::{ClientError, Config, DetachReason, Tenants, WorkerRegistration};
 
 mod attach;
 mod daemons;
@@ -128,10 +128,18 @@ impl Drop for LinkHandle {
 /// What the link is told at its start.
 pub(crate) struct LinkParts {
     pub config: Config,
+    pub tenants: Tenants,
     pub layout: PoolLayout,
     pub base: BaseNamespace,
     pub desk: Arc<Desk>,
     pub inbox: Arc<Inbox>,
+}
+
+impl LinkParts {
+    /// Whose a namespace is.
+    fn tenant(&self, namespace: &Namespace) -> Arc<str> {
+        self.tenants.of(namespace).unwrap_or_else(|| self.config.tenant.as_str().into())
+    }
 }
 
 struct Link {

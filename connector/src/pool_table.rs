@@ -1,4 +1,4 @@
-//! What the engine knows about every block of its pool: pure, synchronous, no I/O, no clock.
+//! What the engine knows about every block of its pool: pure, synchronous, no I/O, no clock (it is told the time).
 //!
 //! ```text
 //!              grant                take               commit
@@ -12,21 +12,26 @@
 //!
 //! While *attached* the daemon's ledger decides: an unreferenced block is the daemon's, and what the table still says
 //! about its content counts again only after a detach, because nobody but this engine ever writes into the pool. While
-//! *detached* the table is the allocator: unreferenced complete blocks are a cache, evicted leaf first.
+//! *detached* the table is the allocator: unreferenced complete blocks are a cache, evicted leaf first, of the leaves
+//! those of the lowest priority first.
 //!
 //! Invariants (see [`PoolTable::check_integrity`]): a block is handed out once until it is released; a quarantined
 //! block is never handed out; attached, a block has pins exactly while it is referenced or waits in the stash.
 
 use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
-use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_hash::{Namespace, Retention, SequenceHash};
 
+mod eviction;
 mod handover;
 mod integrity;
 #[cfg(test)]
 mod tests;
 
 pub use handover::{AdoptionEntry, AdoptionTable};
+
+use eviction::Rank;
 
 /// A block at one point of its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,6 +104,10 @@ struct Block {
     pins: u32,
     /// When the last user left, in the table's own count.
     used: u64,
+    /// What its content is to be kept like. Attached, the daemon obeys it, and the table after a detach.
+    retention: Retention,
+    /// When its priority ends: of unused complete blocks only.
+    expires_at: Option<Duration>,
 }
 
 /// All blocks of one pool.
@@ -112,8 +121,12 @@ pub struct PoolTable {
     by_key: HashMap<SequenceHash, Vec<u32>>,
     /// Complete blocks that name this key as their parent.
     children: HashMap<SequenceHash, u32>,
-    /// Derived by `refresh`: unreferenced complete blocks that may go now, oldest first. Empty while attached.
-    evictable: BTreeSet<(u64, u32)>,
+    /// Derived by `refresh`: unreferenced complete blocks that may go now, in order. Empty while attached.
+    evictable: BTreeSet<Rank>,
+    /// Exactly the blocks with `expires_at`.
+    expiring: BTreeSet<(Duration, u32)>,
+    /// As the table was told last.
+    now: Duration,
     /// Complete blocks without a local user.
     idle: usize,
     uses: u64,
@@ -129,7 +142,15 @@ impl PoolTable {
 
     /// The table of a pool that a daemon just handed out: every block is the daemon's.
     pub fn new_granted(block_count: u32) -> Self {
-        let block = Block { generation: 0, state: State::Unowned, refs: 0, pins: 0, used: 0 };
+        let block = Block {
+            generation: 0,
+            state: State::Unowned,
+            refs: 0,
+            pins: 0,
+            used: 0,
+            retention: Retention::default(),
+            expires_at: None,
+        };
         Self {
             blocks: vec![block; block_count as usize],
             owner: Owner::Daemon,
@@ -137,6 +158,8 @@ impl PoolTable {
             by_key: HashMap::new(),
             children: HashMap::new(),
             evictable: BTreeSet::new(),
+            expiring: BTreeSet::new(),
+            now: Duration::ZERO,
             idle: 0,
             uses: 0,
         }
@@ -222,18 +245,6 @@ impl PoolTable {
         Some(taken)
     }
 
-    fn make_room(&mut self, count: usize) {
-        if self.free.len() + self.idle < count {
-            return;
-        }
-        while self.free.len() < count {
-            let Some(&(_, block)) = self.evictable.first() else { return };
-            self.forget(block);
-            self.at_mut(block).state = State::Free;
-            self.free.push(block);
-        }
-    }
-
     /// One more user of a block that has one.
     pub fn reference(&mut self, block: u32) {
         assert!(self.at(block).refs > 0, "block {block} has no user that could share it");
@@ -264,6 +275,7 @@ impl PoolTable {
             State::Private => known.state = State::Unowned,
             State::Complete(_) => {
                 self.idle += 1;
+                self.rest(block);
                 self.refresh(block);
             }
             State::Unowned | State::Free | State::Quarantined(_) => {
@@ -273,24 +285,28 @@ impl PoolTable {
         (release.pins > 0).then_some(release)
     }
 
-    /// A block in use is complete. From now on it is found under its key.
-    pub fn commit(&mut self, block: u32, content: Content) {
-        let known = self.at(block);
+    /// A block in use is complete. From now on it is found under its key, and kept as `retention` says.
+    pub fn commit(&mut self, block: u32, content: Content, retention: Retention) {
+        let known = self.at_mut(block);
         assert!(known.state == State::Private && known.refs > 0, "block {block} is not being filled");
+        known.retention = retention;
         self.index(block, content);
+        self.keep_twins_like(block, content.key);
     }
 
     /// The longest prefix of `keys` in this table, one reference more for each block. Attached, only blocks count that
-    /// are in use, because only those the daemon cannot take away.
-    pub fn find(&mut self, keys: &[SequenceHash]) -> Vec<u32> {
+    /// are in use, because only those the daemon cannot take away. `retention` is empty, or says of each key what its
+    /// block is to be kept like from now on.
+    pub fn find(&mut self, keys: &[SequenceHash], retention: &[Option<Retention>]) -> Vec<u32> {
         let mut found = Vec::new();
-        for key in keys {
+        for (at, key) in keys.iter().enumerate() {
             let Some(&block) = self.by_key.get(key).and_then(|twins| {
                 twins.iter().find(|block| self.owner == Owner::Engine || self.at(**block).pins > 0)
             }) else {
                 break;
             };
             self.share(block);
+            self.reuse(block, retention.get(at).copied().flatten());
             found.push(block);
         }
         found
@@ -300,17 +316,19 @@ impl PoolTable {
         self.at_mut(block).refs += 1;
         if self.at(block).refs == 1 {
             self.idle -= 1;
+            self.stay(block);
             self.refresh(block);
         }
     }
 
     /// The daemon matched the first of `keys` to `matched`, one pin each. Returns the blocks that make sense, with one
-    /// reference more each, and the pins of all behind the first that does not.
+    /// reference more each, and the pins of all behind the first that does not. `retention` as with `find`.
     pub fn matched(
         &mut self,
         namespace: Namespace,
         keys: &[SequenceHash],
         matched: &[BlockRef],
+        retention: &[Option<Retention>],
     ) -> (Vec<u32>, Vec<Release>) {
         let mut accepted = Vec::new();
         for (at, &block) in matched.iter().enumerate() {
@@ -321,6 +339,7 @@ impl PoolTable {
             }
             self.at_mut(block.block).pins += 1;
             self.share(block.block);
+            self.reuse(block.block, retention.get(at).copied().flatten());
             accepted.push(block.block);
         }
         let doubted = matched[accepted.len()..].iter().map(|&block| Release { block, pins: 1 }).collect();
@@ -341,14 +360,15 @@ impl PoolTable {
     }
 
     /// A predecessor's complete blocks, found in a pool that was just handed out. What does not fit is left out.
-    pub fn inherit(&mut self, entries: impl IntoIterator<Item = (BlockRef, Content)>) -> usize {
+    pub fn inherit(&mut self, entries: impl IntoIterator<Item = (BlockRef, Content, Retention)>) -> usize {
         let mut inherited = 0;
-        for (BlockRef { block, generation }, content) in entries {
+        for (BlockRef { block, generation }, content, retention) in entries {
             let Some(known) = self.blocks.get_mut(block as usize) else { continue };
             if self.owner == Owner::Daemon && known.state == State::Unowned {
-                known.generation = generation;
+                (known.generation, known.retention) = (generation, retention);
                 self.index(block, content);
                 self.idle += 1;
+                self.rest(block);
                 inherited += 1;
             }
         }
@@ -401,7 +421,8 @@ impl PoolTable {
     fn forget(&mut self, block: u32) {
         let State::Complete(content) = self.at(block).state else { return };
         assert!(self.at(block).refs == 0, "block {block} is in use");
-        self.evictable.remove(&(self.at(block).used, block));
+        self.stay(block);
+        self.evictable.remove(&self.at(block).rank(block));
         self.at_mut(block).state = State::Unowned;
         self.idle -= 1;
         let twins = self.by_key.get_mut(&content.key).expect("complete blocks are indexed");
@@ -417,35 +438,6 @@ impl PoolTable {
             }
         }
         self.refresh_relatives(content);
-    }
-
-    fn refresh_relatives(&mut self, content: Content) {
-        if self.owner == Owner::Daemon {
-            return;
-        }
-        for key in [Some(content.key), content.parent].into_iter().flatten() {
-            for at in 0..self.by_key.get(&key).map_or(0, Vec::len) {
-                self.refresh(self.by_key[&key][at]);
-            }
-        }
-    }
-
-    /// Derives whether `block` may be evicted: complete, unused, and no prefix ends without it.
-    fn refresh(&mut self, block: u32) {
-        let known = self.at(block);
-        let evictable = match known.state {
-            State::Complete(Content { key, .. }) => {
-                let spare = self.by_key[&key].len() > 1 || !self.children.contains_key(&key);
-                self.owner == Owner::Engine && known.refs == 0 && spare
-            }
-            State::Unowned | State::Free | State::Private | State::Quarantined(_) => false,
-        };
-        let entry = (known.used, block);
-        if evictable {
-            self.evictable.insert(entry);
-        } else {
-            self.evictable.remove(&entry);
-        }
     }
 
     fn at(&self, block: u32) -> &Block {

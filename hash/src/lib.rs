@@ -1,4 +1,5 @@
-//! The one place where tokens become keys. Frontend, connector and daemon agree because they all use this crate.
+//! The one place where tokens become keys, and token ranges retention. Frontend, connector and daemon agree because
+//! they all use this crate.
 //!
 //! ```text
 //! BaseNamespace = H(model, revision, KV dtype, layout, tokens per block, parallel layout)
@@ -14,6 +15,8 @@
 
 mod chain;
 mod namespace;
+mod retention;
 
 pub use chain::{Chain, MultimodalItem, SequenceHash, sequence_hashes};
 pub use namespace::{BaseNamespace, BaseParts, Namespace};
+pub use retention::{Retention, RetentionConfig, RetentionError, TokenRange};

@@ -4,6 +4,7 @@ use std::fmt;
 
 const BASE_CONTEXT: &str = "kvbm v1 base namespace";
 const REQUEST_CONTEXT: &str = "kvbm v1 request namespace";
+const TENANT_CONTEXT: &str = "kvbm v1 tenant namespace";
 
 /// What a [`BaseNamespace`] is made of. Rank is not part of it: all shards of a block share one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,9 +49,23 @@ impl BaseNamespace {
     }
 }
 
-/// Digest of a base namespace, LoRA and cache salt; the key of the first block's hash.
+/// Digest of a base namespace, LoRA, cache salt and tenant; the key of the first block's hash.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Namespace(pub [u8; 32]);
+
+impl Namespace {
+    /// This namespace as a tenant has it for itself; without a tenant, as it is.
+    #[must_use]
+    pub fn of_tenant(self, tenant: &str) -> Self {
+        if tenant.is_empty() {
+            return self;
+        }
+        let mut hasher = blake3::Hasher::new_derive_key(TENANT_CONTEXT);
+        absorb(&mut hasher, &self.0);
+        absorb(&mut hasher, tenant.as_bytes());
+        Self(*hasher.finalize().as_bytes())
+    }
+}
 
 fn absorb(hasher: &mut blake3::Hasher, field: &[u8]) {
     hasher.update(&(field.len() as u64).to_le_bytes());
@@ -103,6 +118,17 @@ mod tests {
         let a = BaseParts { model: "ab", revision: "c", ..PARTS };
         let b = BaseParts { model: "a", revision: "bc", ..PARTS };
         assert_ne!(BaseNamespace::new(&a), BaseNamespace::new(&b));
+    }
+
+    #[test]
+    fn tenants_separate_and_are_no_salts() {
+        let base = BaseNamespace::new(&PARTS);
+        let plain = base.namespace(None, None);
+        assert_eq!(plain.of_tenant(""), plain);
+        let salted = base.namespace(None, Some("a"));
+        let all = [plain, plain.of_tenant("a"), plain.of_tenant("b"), salted, salted.of_tenant("a")];
+        let distinct: std::collections::HashSet<Namespace> = all.into_iter().collect();
+        assert_eq!(distinct.len(), all.len());
     }
 
     #[test]

@@ -15,7 +15,7 @@ fn unhex(text: &str) -> Vec<u8> {
 #[test]
 fn golden_vectors_hold() {
     let golden: Vec<Value> = serde_json::from_str(include_str!("../../docs/golden.json")).unwrap();
-    assert!(golden.len() >= 6);
+    assert!(golden.len() >= 8);
     for vector in golden {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let base = &vector["base"];
@@ -30,6 +30,7 @@ fn golden_vectors_hold() {
         });
         assert_eq!(hex(&base.0), text(&vector["base_digest"]));
         let namespace = base.namespace(Some(&text(&vector["lora"])), Some(&text(&vector["salt"])));
+        let namespace = namespace.of_tenant(&text(&vector["tenant"]));
         assert_eq!(hex(&namespace.0), text(&vector["namespace_digest"]));
         let tokens: Vec<u32> =
             vector["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap() as u32).collect();

@@ -23,6 +23,18 @@ pub enum Refused {
         /// Blocks that could be had.
         available: usize,
     },
+    /// More than a budget allows.
+    #[error("{what}: {wanted} bytes more than the {used} in use would exceed the budget of {budget} bytes")]
+    OverBudget {
+        /// What has the budget.
+        what: &'static str,
+        /// Its bytes.
+        budget: u64,
+        /// Those that are used.
+        used: u64,
+        /// Those that were asked for on top.
+        wanted: u64,
+    },
     /// The request breaks its contract.
     #[error("{field}: {reason}")]
     Invalid {

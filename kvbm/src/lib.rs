@@ -19,19 +19,22 @@ mod manager;
 mod store;
 mod tier;
 mod transfer;
+mod what_if;
 
 pub use counters::{Counters, Histogram};
 pub use error::{Error, Refused};
 pub use event::{Event, EventKind, EventLog, EventsGone};
 pub use ledger::{
     AdmissionRules, AdmissionTally, BatchLimit, BlockRef, CommitBlock, DiskRules, Held, LeaseId, Matched,
-    NamespaceId, PoolId, Retention, SessionId, TrustDomain,
+    NamespaceId, PinId, PinInfo, PinWhat, Pinned, PolicyKind, PoolId, Quotas, Retention, SessionId,
+    TenantQuota, TenantUsage, TierQuota, TrustDomain,
 };
 pub use manager::{
-    AdoptPool, DiskCapacity, DiskFigures, DiskState, DiskTierConfig, HostCapacity, Manager, ManagerConfig,
-    OpenPool, OpenedPool, Outcome, Prefetched, Recovery, Resident,
+    AdoptPool, DiskCapacity, DiskFigures, DiskState, DiskTierConfig, HostCapacity, LivePin, Manager,
+    ManagerConfig, OpenPool, OpenedPool, Outcome, PIN_BUDGET_BYTES, Prefetched, Recovery, Resident,
 };
 pub use store::disk::DiskError;
 pub use store::disk_io;
 pub use store::{Keeper, WarmHost, WarmSegment};
 pub use tier::{Route, Tier};
+pub use what_if::{CAPACITIES as WHAT_IF_CAPACITIES, TierWhatIf, WhatIfReport};

@@ -1,10 +1,12 @@
 //! The wire between engines, daemon and frontend: generated code from `kvbm/v1/*.proto`, and checked conversions of
-//! what protobuf cannot check (lengths of keys, digests and tokens). `docs/wire.md` specifies the protocol.
+//! what protobuf cannot check (lengths of keys, digests and tokens; retention). `docs/wire.md` specifies the protocol.
 #![forbid(unsafe_code)]
 
 mod packed;
+mod retention;
 
 pub use packed::{Malformed, SideMessage, digest, key, keys, optional_key, pack_keys, uuid};
+pub use retention::{entry_retention, retention_of_blocks, retention_runs, set_entry_retention};
 
 /// The version in `Hello`. Raised when an old peer would misunderstand a new one.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -1,4 +1,6 @@
-//! The admin HTTP server: metrics, health, status.
+//! The admin HTTP server: metrics, health, status, pins.
+
+mod pins;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -58,7 +60,8 @@ fn router(core: Arc<Core>) -> Router {
         .route("/live", get(|| async { Json(json!({ "status": "live" })) }))
         .route("/health", get(health))
         .route("/ready", get(ready))
-        .route("/status", get(status));
+        .route("/status", get(status))
+        .merge(pins::routes());
     if core.config.metrics {
         router = router.route("/metrics", get(scrape));
     }

@@ -39,8 +39,8 @@ impl Args for DaemonArgs {
         let print = Arg::new("print_config").long("print-config").action(ArgAction::SetTrue);
         let print = print.help("Print each setting, its value and where it came from, and exit");
         SETTINGS.iter().fold(command.arg(file).arg(print), |command, setting| {
-            let arg =
-                Arg::new(setting.key).long(setting.flag()).help(setting.long_help()).action(ArgAction::Set);
+            let arg = Arg::new(setting.key).long(setting.flag()).help(setting.long_help());
+            let arg = arg.action(if setting.is_repeated() { ArgAction::Append } else { ArgAction::Set });
             // A negative number is out of range, not an unknown flag.
             let arg = arg.allow_negative_numbers(true);
             command.arg(if setting.is_switch() {
@@ -69,8 +69,9 @@ impl FromArgMatches for DaemonArgs {
         }
         self.print_config |= matches.get_flag("print_config");
         for setting in SETTINGS {
-            if let Some(text) = matches.get_one::<String>(setting.key) {
-                self.values.insert(setting.key, text.clone());
+            if let Some(given) = matches.get_many::<String>(setting.key) {
+                let given: Vec<&str> = given.map(String::as_str).collect();
+                self.values.insert(setting.key, given.join(";"));
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use kvbm::ledger::Owner;
-use kvbm::{DiskState, Manager, NamespaceId, PoolId, Refused, SessionId, Tier};
+use kvbm::{DiskState, Manager, NamespaceId, PoolId, Refused, SessionId, Tier, TrustDomain};
 use kvbm_proto::v1;
 use kvbm_shm::PoolLayout;
 use tokio::sync::watch;
@@ -15,7 +15,8 @@ use tokio_util::task::TaskTracker;
 use crate::Config;
 use crate::config::memory;
 use crate::metrics::Refusals;
-use crate::remote::Door;
+use crate::record::Recorder;
+use crate::remote::{Door, Token};
 use crate::session::Sessions;
 use crate::workers::Workers;
 
@@ -23,9 +24,13 @@ use crate::workers::Workers;
 pub(crate) struct Core {
     pub config: Config,
     pub manager: Manager,
+    /// Writes down what engines do, if that is wanted.
+    pub recorder: Option<Recorder>,
     pub sessions: Sessions,
     pub workers: Workers,
     pub refusals: Refusals,
+    /// What changes over admin HTTP must show.
+    pub admin_token: Option<Token>,
     /// Who is let in over TCP, and who was not.
     pub door: Door,
     /// Changes when events were appended.
@@ -47,7 +52,12 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub fn new(config: Config, manager: Manager) -> Self {
+    pub fn new(
+        config: Config,
+        manager: Manager,
+        recorder: Option<Recorder>,
+        admin_token: Option<Token>,
+    ) -> Self {
         let events_changed = watch::Sender::new(());
         let wake = events_changed.clone();
         manager.events().listen(move || {
@@ -56,9 +66,11 @@ impl Core {
         Self {
             config,
             manager,
+            recorder,
             sessions: Sessions::default(),
             workers: Workers::default(),
             refusals: Refusals::default(),
+            admin_token,
             door: Door::default(),
             events_changed,
             stopping: CancellationToken::new(),
@@ -75,6 +87,11 @@ impl Core {
     /// Whether processes of a user are served: our own, and those configured.
     pub fn may_attach(&self, uid: u32) -> bool {
         uid == self.own_uid || self.config.allowed_uids.contains(&uid)
+    }
+
+    /// The trust domain of the daemon's own user.
+    pub fn own_domain(&self) -> TrustDomain {
+        TrustDomain(self.own_uid)
     }
 
     /// Pools that a session writes, connected or silent.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use kvbm::Manager;
 use kvbm_proto::MESSAGE_BYTES_MAX;
+use kvbm_proto::v1::admin_server::AdminServer;
 use kvbm_proto::v1::cache_server::CacheServer;
 use kvbm_proto::v1::registry_server::RegistryServer;
 use tokio::task::JoinHandle;
@@ -16,8 +17,10 @@ use tonic::transport::Server;
 
 use crate::core::Core;
 use crate::error::StartError;
+use crate::record::Recorder;
 use crate::registry::RegistryService;
-use crate::remote::{Credentials, Remote};
+use crate::remote::{Credentials, Remote, Token};
+use crate::rights::AdminService;
 use crate::session::{self, CacheService};
 use crate::socket::Sockets;
 use crate::status::Status;
@@ -68,6 +71,7 @@ impl Daemon {
     /// Binds everything and starts serving. Host memory is populated in the background.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let credentials = Credentials::read(&config)?;
+        let admin_token = Token::for_admin(&config)?;
         let mut sockets = Sockets::bind(&config)?;
         let listener = admin::bind(&config).await?;
         let address = listener
@@ -77,6 +81,8 @@ impl Daemon {
             Some((listen, credentials)) => Some(Remote::bind(listen, credentials).await?),
             None => None,
         };
+        let record = config.record.as_ref();
+        let recorder = record.map(|path| Recorder::start(path, config.record_max_bytes())).transpose()?;
         let (manager, holder) = start_manager(&config).await?;
         let addresses = Addresses {
             socket: config.socket.clone(),
@@ -84,7 +90,7 @@ impl Daemon {
             admin: address,
             grpc: remote.as_ref().map(Remote::url),
         };
-        let core = Arc::new(Core::new(config, manager));
+        let core = Arc::new(Core::new(config, manager, recorder, admin_token));
         // Both are set once, here.
         let _ = core.admin.set(addresses.admin_url(""));
         if let Some(url) = addresses.grpc.clone() {
@@ -130,6 +136,12 @@ impl Daemon {
         if tokio::task::spawn_blocking(move || manager.stop()).await.is_err() {
             tracing::error!("the block manager did not stop");
         }
+        if self.core.recorder.is_some() {
+            let core = Arc::clone(&self.core);
+            let stopped = tokio::task::spawn_blocking(move || core.recorder.as_ref().map(Recorder::stop));
+            // A panic of that thread was reported by it.
+            let _ = timeout(GOODBYE, stopped).await;
+        }
         self.core.closing.cancel();
         self.core.tasks.close();
         if timeout(GOODBYE, self.core.tasks.wait()).await.is_err() {
@@ -169,7 +181,8 @@ async fn serve(core: Arc<Core>, listener: UnixListenerStream) {
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .add_service(cache)
-        .add_service(registry);
+        .add_service(registry)
+        .add_service(AdminServer::new(AdminService::on_socket(Arc::clone(&core))));
     let hanging_up = core.hanging_up.clone();
     if let Err(error) = server.serve_with_incoming_shutdown(listener, hanging_up.cancelled_owned()).await {
         tracing::error!(%error, "the gRPC server ended");

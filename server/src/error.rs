@@ -35,6 +35,14 @@ pub enum StartError {
         #[source]
         source: std::io::Error,
     },
+    /// The file to record into cannot be used.
+    #[error("cannot record into {}: {reason}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// No port for the admin HTTP server.
     #[error("bind admin HTTP at {address}: {source}")]
     Admin {
@@ -79,6 +87,7 @@ impl StartError {
         match self {
             Self::InUse { .. }
             | Self::NotASocket { .. }
+            | Self::Record { .. }
             | Self::Credentials(_)
             | Self::Manager(kvbm::Error::Disk(_)) => 2,
             Self::Io { .. } | Self::Admin { .. } | Self::Remote { .. } | Self::Side(_) | Self::Manager(_) => {

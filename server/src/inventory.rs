@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use kvbm::ledger::{DevicePool, Ledger, Namespace, Owner, SlotCounts};
-use kvbm::{DiskState, HostCapacity, PoolId, Tier};
+use kvbm::{DiskState, HostCapacity, LivePin, PoolId, Tier, WHAT_IF_CAPACITIES};
 
 use crate::core::Core;
+use crate::rights::{self, By};
 use crate::status::{
-    DaemonStatus, LayoutStatus, NamespaceStatus, PoolStatus, SCHEMA, SlotStatus, Status, TierStatus,
+    DaemonStatus, LayoutStatus, NamespaceStatus, PinStatus, PoolStatus, SCHEMA, SlotStatus, Status,
+    TenantStatus, TierStatus, WhatIfStatus,
 };
 
 /// Everything.
@@ -29,6 +31,9 @@ pub(crate) fn figures(core: &Core) -> Status {
     status.daemon.reasons = reasons;
     status.sessions = core.sessions.status();
     status.workers = core.workers.status();
+    status.what_if = what_if(core);
+    status.tenants = tenants(core);
+    status.pins = pins(core);
     status.transfers_in_flight = core.manager.transfers_in_flight() as u64;
     status
 }
@@ -87,7 +92,52 @@ fn from_ledger(core: &Core, ledger: &Ledger, host: HostState) -> Status {
         leases: ledger.leases() as u64,
         transfers_in_flight: 0,
         workers: Vec::new(),
+        what_if: Vec::new(),
+        tenants: Vec::new(),
+        pins: Vec::new(),
     }
+}
+
+fn tenants(core: &Core) -> Vec<TenantStatus> {
+    let tenant = |usage: kvbm::TenantUsage| TenantStatus {
+        tenant: usage.tenant,
+        tier: usage.tier.name().to_owned(),
+        used_bytes: usage.used_bytes,
+        min_bytes: usage.quota.min_bytes,
+        max_bytes: usage.quota.max_bytes,
+        refused: usage.refused,
+        evicted: usage.evicted,
+    };
+    core.manager.tenants().into_iter().map(tenant).collect()
+}
+
+/// What operators keep.
+pub(crate) fn pins(core: &Core) -> Vec<PinStatus> {
+    let pin = |LivePin { pin, left }: LivePin| PinStatus {
+        id: pin.id.0,
+        namespace: pin.namespace.0,
+        blocks: pin.blocks as u64,
+        bytes: pin.bytes,
+        remaining_s: left.as_secs_f64(),
+    };
+    rights::pins(core, By::Operator).into_iter().map(pin).collect()
+}
+
+fn what_if(core: &Core) -> Vec<WhatIfStatus> {
+    let report = core.manager.what_if();
+    let tier = |tier: kvbm::TierWhatIf| {
+        let times = WHAT_IF_CAPACITIES.iter().map(ToString::to_string).zip(tier.estimates);
+        WhatIfStatus {
+            tier: tier.tier.name().to_owned(),
+            capacity_bytes: tier.capacity_bytes,
+            window_s: report.window_s,
+            blocks: tier.blocks,
+            hit_rate: tier.hit_rate,
+            estimates: times.chain([("inf".to_owned(), tier.ceiling)]).collect(),
+            sampled: tier.sampled,
+        }
+    };
+    report.tiers.into_iter().map(tier).collect()
 }
 
 fn pool(id: PoolId, pool: &DevicePool) -> PoolStatus {

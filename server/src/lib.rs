@@ -4,8 +4,9 @@
 //! ```text
 //!  config ──► Daemon ─┬─ session    gRPC `Cache`, side channel: one task per engine, in order, to the end
 //!                     ├─ registry   gRPC `Registry`: workers, numbered events, snapshots, status
+//!                     ├─ rights     gRPC `Admin`, and who may change what: pins
 //!                     ├─ remote     the same over TCP, for other machines: TLS, token, bounds
-//!                     ├─ admin      HTTP: metrics, health, status
+//!                     ├─ admin      HTTP: metrics, health, status, pins
 //!                     └─ kvbm::Manager, which decides, holds and moves
 //! ```
 //!
@@ -22,8 +23,10 @@ pub mod holder;
 mod inventory;
 pub mod log;
 mod metrics;
+pub mod record;
 mod registry;
 mod remote;
+mod rights;
 mod run;
 mod session;
 mod socket;

@@ -25,6 +25,15 @@ pub struct Status {
     pub leases: u64,
     pub transfers_in_flight: u64,
     pub workers: Vec<WorkerStatus>,
+    /// What is found, and what other capacities would find; empty when that is turned off, or no tier is on.
+    #[serde(default)]
+    pub what_if: Vec<WhatIfStatus>,
+    /// What tenants have, one entry for each tier; those without a quota are one, under no name.
+    #[serde(default)]
+    pub tenants: Vec<TenantStatus>,
+    /// What operators keep.
+    #[serde(default)]
+    pub pins: Vec<PinStatus>,
 }
 
 /// The process.
@@ -134,6 +143,74 @@ pub struct WorkerStatus {
     pub endpoint: String,
 }
 
+/// What one tenant has in one tier.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct TenantStatus {
+    /// Empty: all tenants without a quota.
+    pub tenant: String,
+    pub tier: String,
+    pub used_bytes: u64,
+    pub min_bytes: u64,
+    /// `null`: no limit.
+    pub max_bytes: Option<u64>,
+    /// Blocks that found no place because of quotas.
+    pub refused: u64,
+    pub evicted: u64,
+}
+
+/// One pin.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct PinStatus {
+    pub id: u64,
+    pub namespace: u32,
+    pub blocks: u64,
+    pub bytes: u64,
+    pub remaining_s: f64,
+}
+
+/// What requests find down to one tier, and would find.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct WhatIfStatus {
+    /// `host`: on the device or in host memory; `disk`: anywhere.
+    pub tier: String,
+    pub capacity_bytes: u64,
+    /// How far back the figures look.
+    pub window_s: f64,
+    /// Blocks asked for in that time; 0: the rates say nothing.
+    pub blocks: u64,
+    /// Share that was found, 0..=1.
+    pub hit_rate: f64,
+    /// Share that would have been found by least recently used, by capacity: `0.5`, `1`, `2` and `4` times that of
+    /// now, and `inf`.
+    pub estimates: BTreeMap<String, f64>,
+    /// Share of keys that the estimates look at, 0..=1.
+    pub sampled: f64,
+}
+
+impl WhatIfStatus {
+    /// One line, without its end.
+    fn sentence(&self) -> String {
+        let Self { tier, window_s, .. } = self;
+        if self.blocks == 0 {
+            return format!("{tier}: nothing was asked for in the last {window_s:.0} s");
+        }
+        let percent = |rate: f64| format!("{:.0} %", rate * 100.0);
+        let at = |key: &str| self.estimates.get(key).copied().map_or_else(|| "?".to_owned(), percent);
+        format!(
+            "{tier}: {} now; 2 x {} would give {}, 4 x {}, half {}, all {}",
+            percent(self.hit_rate),
+            bytes(self.capacity_bytes),
+            at("2"),
+            at("4"),
+            at("0.5"),
+            at("inf")
+        )
+    }
+}
+
 /// The status for people: a few short tables.
 pub fn render(status: &Status) -> String {
     let daemon = &status.daemon;
@@ -164,6 +241,12 @@ pub fn render(status: &Status) -> String {
         );
     }
     tiers.print(&mut text);
+    if !status.what_if.is_empty() {
+        text.push_str("\nhit rate by capacity\n");
+        status.what_if.iter().for_each(|tier| {
+            let _ = writeln!(text, "{}", tier.sentence());
+        });
+    }
     let mut pools =
         Table::new("pools", &["pool", "session", "device", "mode", "state", "epoch", "block"], SLOTS);
     for pool in &status.pools {
@@ -186,6 +269,19 @@ pub fn render(status: &Status) -> String {
         namespaces.row(labels, [resident.join(", ")]);
     }
     namespaces.print(&mut text);
+    let mut tenants =
+        Table::new("tenants", &["tenant", "tier", "used", "min", "max", "refused", "evicted"], &[]);
+    // Those without a quota, and nothing else, are no news.
+    for tenant in status.tenants.iter().filter(|_| status.tenants.iter().any(|any| !any.tenant.is_empty())) {
+        let name = if tenant.tenant.is_empty() { "(others)".to_owned() } else { tenant.tenant.clone() };
+        let limit = |limit: Option<u64>| limit.map_or_else(|| "-".to_owned(), bytes);
+        let quota = [limit(Some(tenant.min_bytes).filter(|min| *min > 0)), limit(tenant.max_bytes)];
+        let counts = [tenant.refused.to_string(), tenant.evicted.to_string()];
+        let cells = [name, tenant.tier.clone(), bytes(tenant.used_bytes)];
+        tenants.row(cells, quota.into_iter().chain(counts));
+    }
+    tenants.print_if_any(&mut text);
+    print_pins(&status.pins, &mut text);
     let mut sessions = Table::new("sessions", &["session", "pid", "uid", "state", "age", "client"], &[]);
     for session in &status.sessions {
         let pid = session.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
@@ -200,6 +296,23 @@ pub fn render(status: &Status) -> String {
     }
     workers.print(&mut text);
     text
+}
+
+/// The pins for people, nothing if there are none.
+pub fn render_pins(pins: &[PinStatus]) -> String {
+    let mut text = String::new();
+    print_pins(pins, &mut text);
+    text
+}
+
+fn print_pins(pins: &[PinStatus], text: &mut String) {
+    let mut table = Table::new("pins", &["pin", "namespace", "blocks", "bytes", "remaining"], &[]);
+    for pin in pins {
+        let ids = [pin.id.to_string(), pin.namespace.to_string()];
+        let remaining = format!("{:.0} s", pin.remaining_s);
+        table.row(ids, [pin.blocks.to_string(), bytes(pin.bytes), remaining]);
+    }
+    table.print_if_any(text);
 }
 
 const SLOTS: &[&str] = &["free", "filling", "resident", "pinned", "quarantined"];
@@ -218,6 +331,12 @@ impl Table {
 
     fn row(&mut self, cells: impl IntoIterator<Item = String>, more: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().chain(more).collect());
+    }
+
+    fn print_if_any(&self, text: &mut String) {
+        if self.rows.len() > 1 {
+            self.print(text);
+        }
     }
 
     fn print(&self, text: &mut String) {
@@ -247,100 +366,4 @@ fn bytes(count: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample() -> Status {
-        let slots = SlotStatus { free: 1, filling: 2, resident: 3, pinned: 1, quarantined: 0 };
-        Status {
-            schema: SCHEMA,
-            daemon: DaemonStatus {
-                version: "0.1.0".into(),
-                pid: 7,
-                uptime_s: 1.5,
-                socket: "/run/kvbm.sock".into(),
-                admin: "http://127.0.0.1:6880".into(),
-                grpc: Some("https://127.0.0.1:6881".into()),
-                ready: true,
-                reasons: vec![],
-            },
-            tiers: vec![TierStatus {
-                tier: "host".into(),
-                state: "on".into(),
-                reason: String::new(),
-                capacity_bytes: 1_000_000_000,
-                used_bytes: 65_536,
-                slots,
-                evictions: 0,
-            }],
-            pools: vec![PoolStatus {
-                id: 1,
-                session: None,
-                device: "cpu:0".into(),
-                mode: "owned".into(),
-                epoch: 2,
-                slots,
-                state: "orphan".into(),
-                block_bytes: 65_536,
-            }],
-            layouts: vec![LayoutStatus { slot_bytes: 65_536, segments: 1 }],
-            namespaces: vec![],
-            sessions: vec![],
-            leases: 4,
-            transfers_in_flight: 0,
-            workers: vec![],
-        }
-    }
-
-    #[test]
-    fn the_fields_others_script_against_are_there() {
-        let mut json = serde_json::to_value(sample()).unwrap();
-        assert_eq!(json["schema"], 1);
-        for pointer in [
-            "/daemon/version",
-            "/daemon/pid",
-            "/daemon/uptime_s",
-            "/daemon/grpc",
-            "/tiers/0/tier",
-            "/tiers/0/state",
-            "/tiers/0/reason",
-            "/tiers/0/capacity_bytes",
-            "/tiers/0/used_bytes",
-            "/tiers/0/slots/quarantined",
-            "/pools/0/id",
-            "/pools/0/session",
-            "/pools/0/device",
-            "/pools/0/mode",
-            "/pools/0/epoch",
-            "/pools/0/slots/free",
-            "/layouts/0/slot_bytes",
-            "/layouts/0/segments",
-            "/namespaces",
-            "/sessions",
-            "/leases",
-            "/transfers_in_flight",
-            "/workers",
-        ] {
-            assert!(json.pointer(pointer).is_some(), "{pointer}");
-        }
-        assert_eq!(serde_json::from_value::<Status>(json.clone()).unwrap(), sample());
-        // A daemon that does not know of the port yet.
-        json["daemon"].as_object_mut().unwrap().remove("grpc");
-        assert_eq!(serde_json::from_value::<Status>(json).unwrap().daemon.grpc, None);
-    }
-
-    #[test]
-    fn people_get_aligned_tables() {
-        let text = render(&sample());
-        assert!(text.starts_with("kvbm 0.1.0  pid 7  up 2 s  ready\n"), "{text}");
-        assert!(
-            text.contains("\ntier  state  capacity  used     free  filling  resident  pinned  quarantined\n"),
-            "{text}"
-        );
-        assert!(
-            text.contains("\nhost  on     1.00 GB   65.5 kB  1     2        3         1       0\n"),
-            "{text}"
-        );
-        assert!(text.contains("\nsessions: none\n"));
-    }
-}
+mod tests;

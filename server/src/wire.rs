@@ -1,12 +1,10 @@
 //! Between the schema and the block manager: what comes in is checked here, once.
 
-use std::time::Duration;
-
 use kvbm::ledger::PoolEntry;
 use kvbm::{BlockRef, CommitBlock, Error, Held, NamespaceId, Outcome, Prefetched, Refused, Retention, Tier};
-use kvbm_hash::SequenceHash;
+use kvbm_hash::{RetentionError, SequenceHash};
 use kvbm_proto::v1::{self, server_message::Body};
-use kvbm_proto::{Malformed, keys, optional_key};
+use kvbm_proto::{Malformed, entry_retention, keys, optional_key, retention_of_blocks, set_entry_retention};
 
 /// Longest label of a client: names, models, endpoints. Bytes.
 const LABEL_BYTES_MAX: usize = 4096;
@@ -29,7 +27,7 @@ pub(crate) fn refused(refused: &Refused) -> v1::Refused {
 fn refusal(refused: &Refused) -> v1::Refusal {
     match refused {
         Refused::Busy { .. } => v1::Refusal::Busy,
-        Refused::Exhausted { .. } => v1::Refusal::Exhausted,
+        Refused::Exhausted { .. } | Refused::OverBudget { .. } => v1::Refusal::Exhausted,
         Refused::Invalid { .. } => v1::Refusal::Invalid,
         Refused::Unknown { .. } => v1::Refusal::Unknown,
         Refused::Stale { .. } => v1::Refusal::Stale,
@@ -112,18 +110,28 @@ pub(crate) fn commits(message: &v1::Commit) -> Result<Vec<CommitBlock>, Refused>
     same_length("keys", hashes.len(), blocks.len())?;
     same_length("parents", parents.len(), blocks.len())?;
     let parents = parents.into_iter().map(|parent| (parent != [0; 16]).then_some(SequenceHash(parent)));
-    let rows = blocks.into_iter().zip(hashes).zip(parents);
-    Ok(rows.map(|((block, hash), parent)| CommitBlock { block, hash, parent }).collect())
+    let retention = commit_retention(message)?;
+    let rows = blocks.into_iter().zip(hashes).zip(parents).zip(retention);
+    Ok(rows
+        .map(|(((block, hash), parent), retention)| CommitBlock { block, hash, parent, retention })
+        .collect())
 }
 
-pub(crate) fn retention(message: &v1::Commit) -> Result<Retention, Refused> {
-    let duration = (message.duration_ms > 0).then(|| Duration::from_millis(message.duration_ms));
-    let priority = match message.priority {
-        0 => Retention::default().priority,
-        given @ 1..=100 => given as u8,
-        given => return Err(invalid("priority", format!("{given} is not one of 0..=100"))),
-    };
-    Ok(Retention { priority, duration })
+/// What the blocks of a commit are to be kept like, one for each.
+fn commit_retention(message: &v1::Commit) -> Result<Vec<Option<Retention>>, Refused> {
+    let blocks = message.blocks.len();
+    let mut said = retention_of_blocks(&message.retention, blocks).map_err(unkeepable)?;
+    said.resize(blocks, None);
+    Ok(said)
+}
+
+/// What the blocks of a match are to be kept like from now on: one for each key, or none when it stays as it is.
+pub(crate) fn match_retention(message: &v1::Match, keys: usize) -> Result<Vec<Option<Retention>>, Refused> {
+    retention_of_blocks(&message.retention, keys).map_err(unkeepable)
+}
+
+fn unkeepable(error: RetentionError) -> Refused {
+    invalid("retention", error.to_string())
 }
 
 pub(crate) fn held(message: &v1::Release) -> Result<Vec<Held>, Refused> {
@@ -136,6 +144,8 @@ pub(crate) fn held(message: &v1::Release) -> Result<Vec<Held>, Refused> {
 }
 
 pub(crate) fn pool_entry(entry: &v1::PoolEntry) -> Result<PoolEntry, Refused> {
+    let retention =
+        entry_retention(entry).map_err(|error| invalid("adoption.entries.priority", error.to_string()))?;
     let place = entry.block.ok_or_else(|| invalid("adoption.entries.block", "is missing"))?;
     Ok(PoolEntry {
         block: block(place),
@@ -143,17 +153,21 @@ pub(crate) fn pool_entry(entry: &v1::PoolEntry) -> Result<PoolEntry, Refused> {
         hash: SequenceHash(kvbm_proto::key("adoption.entries.key", &entry.key).map_err(malformed)?),
         parent: optional_key("adoption.entries.parent", &entry.parent).map_err(malformed)?.map(SequenceHash),
         held: entry.held,
+        retention,
     })
 }
 
 pub(crate) fn pool_entry_out(entry: &PoolEntry) -> v1::PoolEntry {
-    v1::PoolEntry {
+    let mut out = v1::PoolEntry {
         block: Some(block_out(entry.block)),
         namespace_id: entry.namespace.0,
         key: entry.hash.0.to_vec(),
         parent: entry.parent.map_or_else(Vec::new, |parent| parent.0.to_vec()),
         held: entry.held,
-    }
+        ..Default::default()
+    };
+    set_entry_retention(&mut out, entry.retention);
+    out
 }
 
 fn same_length(field: &'static str, actual: usize, blocks: usize) -> Result<(), Refused> {
@@ -170,16 +184,41 @@ mod tests {
             blocks: vec![v1::BlockRef { block: 1, generation: 2 }, v1::BlockRef { block: 3, generation: 1 }],
             keys: [[1; 16], [2; 16]].concat(),
             parents: [[0; 16], [1; 16]].concat(),
-            priority: 101,
             ..Default::default()
         };
         let rows = commits(&message).unwrap();
         assert_eq!((rows[0].parent, rows[1].parent), (None, Some(SequenceHash([1; 16]))));
-        assert!(matches!(retention(&message), Err(Refused::Invalid { field: "priority", .. })));
         message.keys.truncate(16);
         assert!(matches!(commits(&message), Err(Refused::Invalid { field: "keys", .. })));
         message.keys.truncate(15);
         assert!(matches!(commits(&message), Err(Refused::Invalid { field: "keys", .. })));
+    }
+
+    #[test]
+    fn retention_is_of_each_block_and_zero_is_a_priority() {
+        let run = |blocks, priority| v1::RetentionRun { blocks, priority, duration_ms: None };
+        let commit = |retention| v1::Commit {
+            blocks: vec![v1::BlockRef { block: 1, generation: 2 }; 3],
+            retention,
+            ..Default::default()
+        };
+        let priorities = |retention| {
+            let kept = commit_retention(&commit(retention))?;
+            Ok::<_, Refused>(kept.iter().map(|kept| kept.map(|kept| kept.priority)).collect::<Vec<_>>())
+        };
+        assert_eq!(priorities(vec![]).unwrap(), [None; 3]);
+        assert_eq!(
+            priorities(vec![run(1, Some(0)), run(1, None), run(1, Some(100))]).unwrap(),
+            [Some(0), None, Some(100)]
+        );
+        let wrong = |refused| matches!(refused, Err(Refused::Invalid { field: "retention", .. }));
+        assert!(wrong(priorities(vec![run(2, Some(50))])));
+        assert!(wrong(priorities(vec![run(3, Some(101))])));
+        let question = |retention| v1::Match { retention, ..Default::default() };
+        assert_eq!(match_retention(&question(vec![]), 3).unwrap(), []);
+        let said = match_retention(&question(vec![run(1, Some(0)), run(2, None)]), 3).unwrap();
+        assert_eq!(said, [Some(Retention { priority: 0, duration: None }), None, None]);
+        assert!(match_retention(&question(vec![run(2, Some(0))]), 3).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvbm_connector::{BlockRef, Client, ClientError, Committed, Release};
-use kvbm_hash::{BaseNamespace, SequenceHash, sequence_hashes};
+use kvbm_hash::{BaseNamespace, Retention, SequenceHash, sequence_hashes};
 use kvbm_proto::v1::{self, Refusal};
 use kvbm_shm::{PoolLayout, PoolMemory};
 
@@ -134,11 +134,38 @@ impl KeyedEngine {
         let keys = chain.keys[loaded..loaded + fresh.len()].to_vec();
         let parent = |i: usize| (loaded + i).checked_sub(1).map(|parent| chain.keys[parent]);
         let parents = (0..keys.len()).map(parent).collect();
-        let committed = Committed { blocks: fresh.clone(), keys, parents };
+        let committed = Committed { blocks: fresh.clone(), keys, parents, retention: vec![] };
         self.client.commit(self.namespace(chain), self.pool, committed).await?;
         ignore_refusal(self.client.offload(self.pool, fresh.clone()).await.map(|_| ()))?;
         blocks.extend(fresh);
         self.release(&blocks).await
+    }
+
+    /// Serves a chain from the pool alone, each computed block to be kept as `retention` says; empty: as any other. The last
+    /// block is given back first, so that leaves age first. Returns how many blocks the pool had.
+    pub async fn serve_kept(
+        &self,
+        chain: &KeyedChain,
+        retention: &[Retention],
+    ) -> Result<usize, ClientError> {
+        let mut blocks = self.load(chain).await?.blocks;
+        let found = blocks.len();
+        let fresh = self.client.request_grants(self.pool, (chain.keys.len() - found) as u32).await?;
+        for (block, key) in fresh.iter().zip(&chain.keys[found..]) {
+            self.memory.memory().write(self.layout.offset(block.block), &self.model.bytes_of(*key));
+        }
+        let parent = |i: usize| i.checked_sub(1).map(|parent| chain.keys[parent]);
+        let committed = Committed {
+            blocks: fresh.clone(),
+            keys: chain.keys[found..].to_vec(),
+            parents: (found..chain.keys.len()).map(parent).collect(),
+            retention: retention.iter().skip(found).copied().collect(),
+        };
+        self.client.commit(self.namespace(chain), self.pool, committed).await?;
+        blocks.extend(fresh);
+        blocks.reverse();
+        self.release(&blocks).await?;
+        Ok(found)
     }
 
     /// Loads all of a chain that the daemon has, checks each byte, gives it back. Returns how many blocks it were.

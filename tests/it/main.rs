@@ -5,4 +5,7 @@ mod cache;
 mod disk;
 mod drills;
 mod keys;
+mod quotas;
+mod replay;
+mod retention;
 mod serve;

@@ -10,7 +10,12 @@ BASES = [
     {"model": "tiny", "revision": "r1", "kv_dtype": "bf16", "layout": "l", "tokens_per_block": 32, "parallel": "tp1"},
     {"model": "Llama-3.1-8B", "revision": "", "kv_dtype": "fp8", "layout": "HND", "tokens_per_block": 16, "parallel": "tp8"},
 ]
-REQUESTS = [{"lora": "", "salt": ""}, {"lora": "sql-adapter", "salt": ""}, {"lora": "", "salt": "tenant-7"}]
+REQUESTS = [
+    {"lora": "", "salt": "", "tenant": ""},
+    {"lora": "sql-adapter", "salt": "", "tenant": ""},
+    {"lora": "", "salt": "tenant-7", "tenant": ""},
+    {"lora": "", "salt": "", "tenant": "tenant-7"},
+]
 BLOCKS = 3
 
 
@@ -24,9 +29,13 @@ def base_digest(base: dict) -> bytes:
     return blake3(b"".join(map(field, fields)), derive_key_context="kvbm v1 base namespace").digest()
 
 
-def namespace_digest(base: bytes, lora: str, salt: str) -> bytes:
+def namespace_digest(base: bytes, lora: str, salt: str, tenant: str) -> bytes:
     data = field(base) + field(lora.encode()) + field(salt.encode())
-    return blake3(data, derive_key_context="kvbm v1 request namespace").digest()
+    namespace = blake3(data, derive_key_context="kvbm v1 request namespace").digest()
+    if not tenant:
+        return namespace
+    data = field(namespace) + field(tenant.encode())
+    return blake3(data, derive_key_context="kvbm v1 tenant namespace").digest()
 
 
 def keys(namespace: bytes, tokens: list[int], size: int, items: list[dict]) -> list[str]:

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::RetentionArgs;
+
 /// Flags of a worker. They are checked when it starts.
 #[derive(Debug, Clone, clap::Args)]
 pub struct WorkerArgs {
@@ -14,6 +16,12 @@ pub struct WorkerArgs {
     /// Revision of the weights that you vouch for [default: a digest of them]
     #[arg(long, env = "KVBM_WORKER_MODEL_REVISION", value_name = "TEXT")]
     pub model_revision: Option<String>,
+    /// YAML file of the model, of which kv_cache_retention_config is read: what its blocks are kept like
+    #[arg(long, env = "KVBM_WORKER_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Over that file.
+    #[command(flatten)]
+    pub retention: RetentionArgs,
     /// Unix socket of the daemon [default: kvbm.sock in the state directory]
     #[arg(long, env = "KVBM_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,

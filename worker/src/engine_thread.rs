@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use kvbm_connector::{DeviceCache, Startup, WorkerRegistration};
-use kvbm_hash::{BaseNamespace, BaseParts};
+use kvbm_connector::{DeviceCache, Startup, Tenants, WorkerRegistration};
+use kvbm_hash::BaseNamespace;
 use kvbm_shm::PoolLayout;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use crate::base;
 use crate::pool_cache::{Listing, PoolCache};
 use crate::settings::Settings;
 use crate::{
@@ -36,6 +37,8 @@ pub(crate) struct EnginePlan {
     /// How it is listed with the daemon.
     pub worker: WorkerRegistration,
     pub listing: Listing,
+    /// Whose the namespaces are.
+    pub tenants: Tenants,
     pub inbox: Inbox,
 }
 
@@ -152,14 +155,8 @@ impl EnginePlan {
     }
 
     fn base(&self, revision: &str, layout: &str) -> BaseNamespace {
-        BaseNamespace::new(&BaseParts {
-            model: &self.settings.served_name,
-            revision,
-            kv_dtype: KvLayout::DTYPE,
-            layout,
-            tokens_per_block: self.kv.tokens_per_block as u32,
-            parallel: "tp1",
-        })
+        let tokens_per_block = self.kv.tokens_per_block as u32;
+        base::of_layout(&self.settings.served_name, revision, layout, tokens_per_block)
     }
 
     fn open_pool(&self, layout: PoolLayout, base: BaseNamespace) -> Result<DeviceCache, WorkerError> {
@@ -170,6 +167,7 @@ impl EnginePlan {
             layout,
             base,
             worker: Some(self.worker.clone()),
+            tenants: self.tenants.clone(),
             waker: Arc::new(move || bell.ring()),
             runtime: None,
         })?)

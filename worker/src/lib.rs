@@ -19,6 +19,7 @@
 
 mod answer;
 mod args;
+mod base;
 mod bell;
 mod echo;
 mod engine;
@@ -40,6 +41,7 @@ mod worker;
 mod worker_error;
 
 pub use args::{EngineKind, IsaChoice, WorkerArgs};
+pub use base::base_namespace;
 pub use bell::Bell;
 pub use echo::Echo;
 pub use engine::{BlockId, Chunk, Engine, EngineOptions, Isa, KvLayout, KvMemory, Logits};
@@ -50,6 +52,7 @@ pub use sampling::Sampling;
 pub use scheduler::{
     Allocate, Cache, CacheEvent, Counters, LeaseId, Onboard, Plan, Scheduler, SchedulerOptions, Ticket,
 };
+pub use settings::RetentionArgs;
 pub use turns::{Llama, Loop, Model, Progress, Turn, turn_until_stopped};
 pub use worker::{ReadyInfo, run};
 pub use worker_error::WorkerError;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kvbm_connector::{
     Allocate as Given, CacheEvent as Reported, DeviceCache, LeaseId as DaemonLease, WorkerRegistration,
 };
-use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_hash::{Namespace, Retention, SequenceHash};
 use parking_lot::Mutex;
 
 use crate::{Allocate, BlockId, Cache, CacheEvent, LeaseId, Onboard, Ticket};
@@ -38,8 +38,14 @@ impl PoolCache {
 }
 
 impl Cache for PoolCache {
-    fn lookup(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>) {
-        self.inner.lookup(ticket.0, namespace, keys);
+    fn lookup(
+        &mut self,
+        ticket: Ticket,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+        retention: Vec<Option<Retention>>,
+    ) {
+        self.inner.lookup(ticket.0, namespace, keys, retention);
     }
 
     fn allocate(&mut self, count: usize) -> Allocate {
@@ -61,8 +67,9 @@ impl Cache for PoolCache {
         namespace: Namespace,
         key: SequenceHash,
         parent: Option<SequenceHash>,
+        retention: Retention,
     ) {
-        self.inner.commit(block.0, namespace, key, parent);
+        self.inner.commit(block.0, namespace, key, parent, retention);
     }
 
     fn release(&mut self, blocks: Vec<BlockId>) {
@@ -155,10 +162,10 @@ mod tests {
         let keys = sequence_hashes(namespace, 16, &[1; 48]);
         let Allocate::Blocks(blocks) = cache.allocate(3) else { panic!("all are free") };
         assert_eq!(cache.allocate(1), Allocate::Exhausted);
-        cache.commit(blocks[0], namespace, keys[0], None);
-        cache.commit(blocks[1], namespace, keys[1], Some(keys[0]));
+        cache.commit(blocks[0], namespace, keys[0], None, Retention::default());
+        cache.commit(blocks[1], namespace, keys[1], Some(keys[0]), Retention::default());
         cache.release(blocks.clone());
-        cache.lookup(Ticket(1), namespace, keys.clone());
+        cache.lookup(Ticket(1), namespace, keys.clone(), vec![]);
         let found = |ticket| CacheEvent::Looked {
             ticket,
             device: blocks[..2].to_vec(),
@@ -170,7 +177,7 @@ mod tests {
         assert_eq!(cache.allocate(2), Allocate::Exhausted, "what a lookup gave is not taken away");
         assert_eq!(cache.allocate(1), Allocate::Blocks(vec![blocks[2]]));
         cache.release(blocks[..2].to_vec());
-        cache.lookup(Ticket(2), namespace, keys);
+        cache.lookup(Ticket(2), namespace, keys, vec![]);
         cache.abandon(Ticket(2));
         assert_eq!(cache.poll(), []);
         let Allocate::Blocks(all) = cache.allocate(2) else { panic!("nothing is held but one block") };

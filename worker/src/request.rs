@@ -1,6 +1,6 @@
 //! What is asked of the engine, and what it reports back.
 
-use kvbm_hash::Namespace;
+use kvbm_hash::{Namespace, RetentionConfig};
 
 use crate::Sampling;
 
@@ -25,6 +25,8 @@ pub struct Request {
     pub eos: Eos,
     /// Further tokens that end it.
     pub stop_token_ids: Vec<u32>,
+    /// What its blocks are to be kept like; `None`: nobody said, and what it finds in the cache stays as it is.
+    pub retention: Option<RetentionConfig>,
 }
 
 /// What an end-of-sequence token does.
@@ -167,6 +169,7 @@ mod tests {
                 max_tokens,
                 eos: Eos::Ends,
                 stop_token_ids: vec![],
+                retention: None,
             })
         };
         assert_eq!(check(vec![1; 60], 5, 1.0), Ok(5));
@@ -194,6 +197,7 @@ mod tests {
             max_tokens: 1000,
             eos: Eos::Ends,
             stop_token_ids: vec![],
+            retention: None,
         };
         assert_eq!(wide.check(&request), Ok(10), "clipped to the context");
     }

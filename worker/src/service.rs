@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use kvbm_hash::BaseNamespace;
+use kvbm_connector::Tenants;
+use kvbm_hash::{BaseNamespace, RetentionConfig};
 use kvbm_proto::v1::worker_server::Worker;
 use kvbm_proto::v1::{DescribeReply, DescribeRequest, GenerateRequest};
 use tokio_util::sync::CancellationToken;
@@ -13,6 +14,9 @@ use crate::answer::{Answer, status};
 use crate::settings::Lora;
 use crate::{Eos, Handle, Limits, RequestId, Sampling};
 
+/// Longest name of a tenant, bytes.
+const TENANT_BYTES_MAX: usize = 256;
+
 /// See the module.
 pub(crate) struct Service {
     pub handle: Handle,
@@ -20,6 +24,10 @@ pub(crate) struct Service {
     pub base: BaseNamespace,
     pub description: Description,
     pub lora: Lora,
+    /// Whose the namespaces are.
+    pub tenants: Tenants,
+    /// Of requests that say nothing.
+    pub retention: Option<RetentionConfig>,
     /// Cancelled when no more requests are taken.
     pub draining: CancellationToken,
     /// Holds a token for each answer under way.
@@ -41,9 +49,24 @@ impl Service {
         if !message.lora.is_empty() && self.lora == Lora::Refused {
             return Err(Status::invalid_argument("lora: this worker serves no adapters"));
         }
+        if message.tenant.len() > TENANT_BYTES_MAX {
+            let detail = format!(
+                "tenant: has {} bytes, at most {TENANT_BYTES_MAX} are permitted",
+                message.tenant.len()
+            );
+            return Err(Status::invalid_argument(detail));
+        }
         let text = |text: &'_ String| Some(text.clone()).filter(|text| !text.is_empty());
-        let namespace =
-            self.base.namespace(text(&message.lora).as_deref(), text(&message.cache_salt).as_deref());
+        let namespace = self
+            .base
+            .namespace(text(&message.lora).as_deref(), text(&message.cache_salt).as_deref())
+            .of_tenant(&message.tenant);
+        let retention = match &message.retention {
+            Some(said) => Some(RetentionConfig::try_from(said).map_err(|error| {
+                Status::invalid_argument(format!("retention.{}: {}", error.field, error.reason))
+            })?),
+            None => self.retention.clone(),
+        };
         let request = crate::Request {
             id,
             namespace,
@@ -52,8 +75,12 @@ impl Service {
             max_tokens: message.max_tokens as usize,
             eos: if message.ignore_eos { Eos::Ignored } else { Eos::Ends },
             stop_token_ids: message.stop_token_ids,
+            retention,
         };
         self.limits.check(&request).map_err(|refusal| status(&refusal))?;
+        if !message.tenant.is_empty() {
+            self.tenants.name(namespace, &message.tenant);
+        }
         Ok(request)
     }
 }

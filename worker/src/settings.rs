@@ -5,11 +5,16 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kvbm_hash::RetentionConfig;
 use kvbm_shm::PoolLayout;
 
 use crate::listener::Address;
 use crate::model::Config as ModelConfig;
 use crate::{EngineKind, Isa, IsaChoice, KvLayout, WorkerArgs, WorkerError};
+
+mod retention;
+
+pub use retention::RetentionArgs;
 
 /// Settings of a worker that are possible.
 #[derive(Debug, Clone)]
@@ -34,6 +39,8 @@ pub(crate) struct Settings {
     /// `None`: no system server.
     pub system: Option<(IpAddr, u16)>,
     pub lora: Lora,
+    /// Of requests that say nothing.
+    pub retention: Option<RetentionConfig>,
 }
 
 /// How large the pool is to be.
@@ -105,6 +112,7 @@ impl Settings {
             isa: isa(args.isa)?,
             drain: seconds("--drain-seconds", args.drain_seconds, 3600.0)?,
             system: system(&args)?,
+            retention: args.retention.over(args.config.as_deref())?,
             lora: if args.ignore_lora { Lora::CountsForKeysOnly } else { Lora::Refused },
             role: args.role,
         })

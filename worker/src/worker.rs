@@ -8,7 +8,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kvbm_connector::WorkerRegistration;
+use kvbm_connector::{Tenants, WorkerRegistration};
 use kvbm_proto::MESSAGE_BYTES_MAX;
 use kvbm_proto::v1::worker_server::WorkerServer;
 use tokio::task::JoinSet;
@@ -75,6 +75,7 @@ struct Parts {
     limits: Limits,
     eos_token_ids: Vec<u32>,
     listing: Listing,
+    tenants: Tenants,
     handle: Handle,
     engine: EngineThread,
     loading: tokio::sync::oneshot::Receiver<Result<Loaded, WorkerError>>,
@@ -126,7 +127,7 @@ impl Parts {
             context_length: u32::try_from(limits.context_length).unwrap_or(u32::MAX),
             state: "ready".into(),
         };
-        let listing = Listing::default();
+        let (listing, tenants) = (Listing::default(), Tenants::default());
         let (handle, inbox) = inbox(limits.context_length);
         let (engine, loading) = EngineThread::start(EnginePlan {
             settings: settings.clone(),
@@ -136,6 +137,7 @@ impl Parts {
             pool,
             worker: worker.clone(),
             listing: listing.clone(),
+            tenants: tenants.clone(),
             inbox,
         })?;
         Ok(Self {
@@ -145,6 +147,7 @@ impl Parts {
             limits,
             eos_token_ids: model.eos_token_ids,
             listing,
+            tenants,
             handle,
             engine,
             loading,
@@ -171,6 +174,8 @@ impl Parts {
                 role: self.worker.role.clone(),
             },
             lora: self.settings.lora,
+            tenants: self.tenants.clone(),
+            retention: self.settings.retention.clone(),
             draining: self.condition.draining.clone(),
             running: self.condition.running.clone(),
         };

@@ -63,7 +63,7 @@ async fn fill(engine: &BenchEngine, keys: &[SequenceHash]) -> Result<(), String>
     let pool = engine.pool.pool_id;
     let blocks = engine.client.request_grants(pool, keys.len() as u32).await.map_err(text)?;
     let parents = std::iter::once(None).chain(keys.iter().copied().map(Some)).take(keys.len()).collect();
-    let committed = Committed { blocks: blocks.clone(), keys: keys.to_vec(), parents };
+    let committed = Committed { blocks: blocks.clone(), keys: keys.to_vec(), parents, retention: vec![] };
     engine.client.commit(engine.namespace_id, pool, committed).await.map_err(text)?;
     let done = engine.client.offload(pool, blocks.clone()).await.map_err(text)?;
     if done.blocks_done as usize != keys.len() {

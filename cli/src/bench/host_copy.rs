@@ -105,7 +105,7 @@ async fn through_daemon(engine: &mut BenchEngine, blocks: usize, round: u32) -> 
     for first in (0..blocks).step_by(COMMIT_BLOCKS) {
         let piece = first..(first + COMMIT_BLOCKS).min(blocks);
         let (blocks, keys) = (sources[piece.clone()].to_vec(), keys[piece.clone()].to_vec());
-        let committed = Committed { blocks, keys, parents: parents[piece].to_vec() };
+        let committed = Committed { blocks, keys, parents: parents[piece].to_vec(), retention: vec![] };
         client.commit(engine.namespace_id, pool, committed).await.map_err(text)?;
     }
     let done = client.offload(pool, sources.clone()).await.map_err(text)?;

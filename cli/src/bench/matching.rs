@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kvbm::ledger::{DiskRules, Ledger, LedgerConfig, Millis, PoolIdentity, SegmentId, SlotsIn};
-use kvbm::{BlockRef, CommitBlock, Held, NamespaceId, SessionId, TrustDomain};
+use kvbm::{BlockRef, CommitBlock, Held, NamespaceId, PolicyKind, Quotas, SessionId, TrustDomain};
 use kvbm_hash::SequenceHash;
 use kvbm_shm::PoolLayout;
 
@@ -28,14 +28,20 @@ fn measure_catalog(name: &str, blocks: usize, limit: f64) -> Vec<Row> {
         let chain = i.wrapping_mul(7919) % catalog.chains;
         let hashes: Vec<SequenceHash> = (0..CHAIN).map(|depth| hash(chain, depth)).collect();
         let started = Instant::now();
-        let matched =
-            catalog.ledger.match_prefix(catalog.session, catalog.namespace, &hashes, None, Millis(i as u64));
+        let matched = catalog.ledger.match_prefix(
+            catalog.session,
+            catalog.namespace,
+            &hashes,
+            None,
+            &[],
+            Millis(i as u64),
+        );
         let took = started.elapsed();
         let matched = matched.expect("the namespace is registered");
         assert_eq!(matched.host_blocks, CHAIN, "all blocks are resident");
         times.saturating_record(took.as_nanos() as u64);
         let lease = matched.lease.expect("host blocks are leased");
-        catalog.ledger.release_lease(catalog.session, lease).expect("it was just given");
+        catalog.ledger.release_lease(catalog.session, lease, Millis(i as u64)).expect("it was just given");
     }
     let resident = catalog.chains * CHAIN;
     let detail = format!("{CHAIN} blocks found and leased among {resident} resident ones");
@@ -71,13 +77,18 @@ impl Catalog {
             orphan_pools_max: 0,
             orphan_pool_ttl: Duration::ZERO,
             secret: 0x9E37_79B9_7F4A_7C15,
+            policy: PolicyKind::default(),
+            quotas: Quotas::default(),
+            pin_budget_bytes: 0,
+            offload_priority_min: 0,
         });
         ledger.set_segments(Some(SlotsIn::bytes(SEGMENT)));
         let segments = (chains * CHAIN * STRIDE).div_ceil(SEGMENT) as u32;
         (0..segments).for_each(|segment| ledger.add_segment(SegmentId(segment)));
         let session = ledger.open_session(TrustDomain(0));
-        let namespace =
-            ledger.register_namespace(session, [1; 32], [2; 32], "", "bench").expect("the session is there");
+        let namespace = ledger
+            .register_namespace(session, [1; 32], [2; 32], "", "bench", Millis(0))
+            .expect("the session is there");
         let identity = PoolIdentity {
             uuid: [3; 16],
             base: [2; 32],
@@ -88,21 +99,22 @@ impl Catalog {
         };
         let pool = ledger.add_pool(session, identity, 1).expect("the session is there");
         for chain in 0..chains {
-            let blocks = ledger.request_grants(session, pool, CHAIN).expect("it is its pool");
+            let blocks = ledger.request_grants(session, pool, CHAIN, Millis(0)).expect("it is its pool");
             let commits: Vec<CommitBlock> = (0..CHAIN)
                 .map(|depth| CommitBlock {
                     block: blocks[depth],
                     hash: hash(chain, depth),
                     parent: depth.checked_sub(1).map(|before| hash(chain, before)),
+                    retention: None,
                 })
                 .collect();
-            ledger.commit(session, namespace, pool, &commits, 35).expect("it is its pool");
-            while let Some(batch) = ledger.next_offload(256) {
-                ledger.finish_offload(batch, true);
+            ledger.commit(session, namespace, pool, &commits, Millis(0)).expect("it is its pool");
+            while let Some(batch) = ledger.next_offload(256, Millis(0)) {
+                ledger.finish_offload(batch, true, Millis(0));
             }
             let held: Vec<Held> =
                 blocks.iter().map(|block: &BlockRef| Held { block: *block, pins: 1 }).collect();
-            ledger.release(session, pool, &held).expect("it is its pool");
+            ledger.release(session, pool, &held, Millis(0)).expect("it is its pool");
             ledger.take_events().clear();
         }
         Self { ledger, session, namespace, chains }

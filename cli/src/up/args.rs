@@ -32,6 +32,12 @@ pub(crate) struct UpArgs {
     /// KV pool of each worker, GB (10^9 bytes) [default: 0.25] [env: KVBM_DEVICE_CACHE_GB]
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub device_cache_gb: Option<String>,
+    /// YAML file of the model, of which kv_cache_retention_config is read: what its blocks are kept like
+    #[arg(long, env = "KVBM_WORKER_CONFIG", value_name = "FILE")]
+    pub worker_config: Option<PathBuf>,
+    /// Over that file.
+    #[command(flatten)]
+    pub retention: kvbm_worker::RetentionArgs,
     /// Number of workers, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: u16,

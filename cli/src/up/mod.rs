@@ -67,6 +67,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<u8, String> {
     let mut fleet = Fleet::new(&args, &model, &state)?;
     // Before anything runs: a wrong setting is one line, not a line among logs.
     fleet.part("daemon").check_settings().await?;
+    let retention = args.retention.over(args.worker_config.as_deref());
+    retention.map_err(|error| error.to_string().replace("--config", "--worker-config"))?;
     let outcome = fleet.serve(&args, &model, &state, &mut signals).await;
     if outcome.is_ok() {
         eprintln!("kvbm: stopping; once more to stop at once");
@@ -133,6 +135,14 @@ impl Fleet {
             worker.argument("--model", model.display());
             worker.argument("--engine", &args.engine);
             worker.optional("--device-cache-gb", args.device_cache_gb.as_ref());
+            let path = args.worker_config.as_ref().map(|path| path.display().to_string());
+            worker.optional("--config", path.as_ref());
+            let whole = |given: Option<i64>| given.map(|given| given.to_string());
+            let retention = &args.retention;
+            let priority = whole(retention.local_kv_retention_priority);
+            worker.optional("--local-kv-retention-priority", priority.as_ref());
+            let duration = whole(retention.local_kv_retention_duration);
+            worker.optional("--local-kv-retention-duration", duration.as_ref());
             worker
                 .argument("--listen", format!("unix:{}", run_dir.join(format!("worker-{i}.sock")).display()));
             if let Some(port) = system_port(i)? {

@@ -1,5 +1,6 @@
 //! What the link reports, and what the engine makes of it.
 
+use kvbm_hash::Retention;
 use kvbm_proto::v1::{self, Refusal};
 
 use super::promotion::{Stage, promoted_blocks};
@@ -94,7 +95,8 @@ impl DeviceCache {
             }
             return self.release_lease(reply.lease_id);
         };
-        let (accepted, doubted) = self.table.matched(lookup.namespace, &lookup.keys, &device);
+        let (accepted, doubted) =
+            self.table.matched(lookup.namespace, &lookup.keys, &device, &lookup.retention);
         let believed = doubted.is_empty();
         if !believed {
             tracing::warn!(blocks = ?doubted, "the daemon matched blocks that are not known to hold that");
@@ -179,8 +181,8 @@ impl DeviceCache {
             self.release(&targets);
         } else {
             self.counters.onboarded_blocks.add(expected as u64);
-            for (&block, &content) in targets.iter().zip(&contents) {
-                self.table.commit(block, content);
+            for (&block, &(content, retention)) in targets.iter().zip(&contents) {
+                self.table.commit(block, content, retention);
             }
             if abandoned {
                 self.release(&targets);
@@ -321,12 +323,14 @@ fn is_forgotten(error: &ClientError) -> bool {
     matches!(error, ClientError::Refused { refusal: Refusal::Unknown, .. })
 }
 
-/// What the host blocks of a match hold, no more than the lookup asked for.
-fn host_contents(lookup: &Lookup, device_blocks: usize, host_blocks: u32) -> Vec<Content> {
-    let content = |at: usize| Content {
-        namespace: lookup.namespace,
-        key: lookup.keys[at],
-        parent: at.checked_sub(1).map(|before| lookup.keys[before]),
+/// What the host blocks of a match hold, no more than the lookup asked for, and what they are to be kept like. Of blocks
+/// of which the lookup said nothing only the daemon knows.
+fn host_contents(lookup: &Lookup, device_blocks: usize, host_blocks: u32) -> Vec<(Content, Retention)> {
+    let content = |at: usize| {
+        let (namespace, key) = (lookup.namespace, lookup.keys[at]);
+        let parent = at.checked_sub(1).map(|before| lookup.keys[before]);
+        let retention = lookup.retention.get(at).copied().flatten().unwrap_or_default();
+        (Content { namespace, key, parent }, retention)
     };
     let end = lookup.keys.len().min(device_blocks.saturating_add(host_blocks as usize));
     (device_blocks..end).map(content).collect()

@@ -15,7 +15,7 @@ use crate::desk::Desk;
 use crate::exchange::{Arrival, Attempt, Command, Inbox, Opened, Opening, Waker};
 use crate::link::{LinkHandle, LinkParts};
 use crate::pool_table::{DaemonId, PoolTable};
-use crate::{Config, Counters, DetachReason, WorkerRegistration};
+use crate::{Config, Counters, DetachReason, Tenants, WorkerRegistration};
 
 /// What [`DeviceCache::attach`] needs.
 pub struct Startup {
@@ -27,6 +27,8 @@ pub struct Startup {
     pub base: BaseNamespace,
     /// How to be listed in the daemon's registry.
     pub worker: Option<WorkerRegistration>,
+    /// Whose the namespaces are; of those that are not named, `config.tenant`'s.
+    pub tenants: Tenants,
     /// Called when there is something to poll for.
     pub waker: Waker,
     /// Where the link runs; `None` gives it a thread of its own. Not a runtime that the caller blocks.
@@ -60,10 +62,10 @@ impl DeviceCache {
     /// Opens a pool at the daemon, waiting up to `init_timeout` for it. Without one it starts on private memory, and
     /// hands that over when a daemon appears. This is the only call here that waits.
     pub fn attach(startup: Startup) -> Result<Self, StartError> {
-        let Startup { config, layout, base, worker, waker, runtime } = startup;
+        let Startup { config, layout, base, worker, tenants, waker, runtime } = startup;
         let inbox = Arc::new(Inbox::new(waker));
         let desk = Arc::new(Desk::default());
-        let parts = LinkParts { config: config.clone(), layout, base, desk, inbox };
+        let parts = LinkParts { config: config.clone(), tenants, layout, base, desk, inbox };
         let link = LinkHandle::start(parts, worker, runtime)?;
         let (beginning, event) = match open(&link, &config) {
             Ok((attempt, daemon, opened, memory)) => {
@@ -107,6 +109,7 @@ impl DeviceCache {
             shortage: Shortage::Unknown,
             releases: 0,
             numbers: 0,
+            began: Instant::now(),
             counters: Arc::new(Counters::default()),
         }
     }

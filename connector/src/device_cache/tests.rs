@@ -106,7 +106,7 @@ impl Engine {
 
     /// Asks for `count` blocks of which the daemon has `host` in host memory, and none else.
     fn look(&mut self, ticket: u64, count: u8, host: u32) -> (u32, Option<LeaseId>) {
-        self.cache.lookup(ticket, NAMESPACE, keys(count));
+        self.cache.lookup(ticket, NAMESPACE, keys(count), vec![]);
         let question = *self.cache.lookups.keys().next().unwrap();
         let reply = v1::MatchReply { host_blocks: host, lease_id: 10 + ticket, ..Default::default() };
         match &self.turn([Arrival::Matched { question, result: Ok(reply) }])[..] {
@@ -177,9 +177,9 @@ fn what_was_said_of_a_refill_long_ago_preempts_nobody() {
 #[test]
 fn a_lookup_whose_flush_ends_the_session_is_answered() {
     let mut engine = Engine::holding(4, &[0]);
-    engine.cache.commit(0, NAMESPACE, keys(1)[0], None);
+    engine.cache.commit(0, NAMESPACE, keys(1)[0], None, Retention::default());
     engine.fill_the_queue();
-    engine.cache.lookup(1, NAMESPACE, keys(2));
+    engine.cache.lookup(1, NAMESPACE, keys(2), vec![]);
     let events = engine.turn([]);
     let [
         CacheEvent::Detached { reason: DetachReason::QueueFull },
@@ -197,7 +197,7 @@ fn an_onboard_whose_flush_ends_the_session_fails_and_its_targets_are_free() {
     let mut engine = Engine::holding(4, &[0, 1]);
     let (host_blocks, lease) = engine.look(1, 1, 1);
     assert_eq!(host_blocks, 1);
-    engine.cache.commit(0, NAMESPACE, keys(1)[0], None);
+    engine.cache.commit(0, NAMESPACE, keys(1)[0], None, Retention::default());
     engine.fill_the_queue();
     engine.cache.onboard(2, lease.unwrap(), vec![1]);
     let events = engine.turn([]);
@@ -212,10 +212,11 @@ fn a_question_that_cannot_be_asked_is_answered_by_the_question_itself() {
     engine.cache.give_up(DetachReason::HungUp);
     engine.turn([]);
     let stage = Stage::Asked;
-    let lookup = Lookup { ticket: 3, namespace: NAMESPACE, keys: keys(1), stage, abandoned: false };
+    let (retention, abandoned) = (vec![], false);
+    let lookup = Lookup { ticket: 3, namespace: NAMESPACE, keys: keys(1), retention, stage, abandoned };
     engine.cache.lookups.insert(99, lookup);
     let (question, namespace) = (99, NAMESPACE);
-    let command = Command::Match { question, namespace, keys: keys(1) };
+    let command = Command::Match { question, namespace, keys: keys(1), retention: vec![] };
     engine.cache.ask(question, None, Duration::ZERO, command);
     assert!(matches!(engine.turn([])[..], [CacheEvent::Looked { ticket: 3, .. }]));
 }
@@ -224,7 +225,7 @@ fn a_question_that_cannot_be_asked_is_answered_by_the_question_itself() {
 fn a_daemon_that_forgot_the_pool_is_left() {
     for of_grants in [true, false] {
         let mut engine = Engine::holding(4, &[0, 1]);
-        engine.cache.lookup(1, NAMESPACE, keys(2));
+        engine.cache.lookup(1, NAMESPACE, keys(2), vec![]);
         assert_eq!(engine.cache.allocate(1), Allocate::Pending);
         let arrival = if of_grants {
             let question = *engine.cache.grants.keys().next().unwrap();
@@ -253,7 +254,7 @@ fn other_refusals_and_those_of_a_lease_keep_the_session() {
     let question = *engine.cache.onboards.keys().next().unwrap();
     let forgotten = Arrival::Onboarded { question, result: Err(refused(Refusal::Unknown)) };
     assert_eq!(engine.turn([forgotten]), [CacheEvent::Onboarded { ticket: 2, ok: false }]);
-    engine.cache.lookup(3, NAMESPACE, keys(1));
+    engine.cache.lookup(3, NAMESPACE, keys(1), vec![]);
     let question = *engine.cache.lookups.keys().next().unwrap();
     let busy = Arrival::Matched { question, result: Err(refused(Refusal::Busy)) };
     assert!(matches!(engine.turn([busy])[..], [CacheEvent::Looked { ticket: 3, .. }]));
@@ -281,7 +282,7 @@ fn the_lease_of_a_refused_onboard_is_given_back() {
 #[test]
 fn a_detach_leaves_no_question_on_the_desk() {
     let mut engine = Engine::holding(4, &[0]);
-    engine.cache.lookup(1, NAMESPACE, keys(1));
+    engine.cache.lookup(1, NAMESPACE, keys(1), vec![]);
     assert!(engine.link().desk.next(ATTEMPT).is_some());
     engine.turn([Arrival::Down { reason: DetachReason::Silent, daemon_dead: false }]);
     assert_eq!(engine.link().desk.next(ATTEMPT), None);

@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use kvbm_hash::{Namespace, SequenceHash};
-use kvbm_proto::v1;
+use kvbm_hash::{Namespace, Retention, SequenceHash};
+use kvbm_proto::{entry_retention, set_entry_retention, v1};
 use kvbm_shm::{POOL_HEADER_BYTES, PoolMemory};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -61,7 +61,7 @@ async fn register(
     let mut registrations = JoinSet::new();
     for digest in listed.into_iter().filter(|digest| !namespaces.contains_key(digest)) {
         let (client, base) = (client.clone(), parts.base);
-        let (tenant, model) = (parts.config.tenant.clone(), parts.config.model.clone());
+        let (tenant, model) = (parts.tenant(&digest), parts.config.model.clone());
         registrations.spawn(async move {
             let id = client.register_namespace(digest, base, &tenant, &model).await?;
             Ok::<_, ClientError>((digest, id))
@@ -96,12 +96,17 @@ fn adoption_message(
     table: &AdoptionTable,
     namespaces: &HashMap<Namespace, u32>,
 ) -> v1::Adoption {
-    let entries = table.entries.iter().map(|entry| v1::PoolEntry {
-        block: Some(entry.block.into()),
-        namespace_id: namespaces[&entry.content.namespace],
-        key: entry.content.key.0.to_vec(),
-        parent: entry.content.parent.map(|parent| parent.0.to_vec()).unwrap_or_default(),
-        held: entry.held,
+    let entries = table.entries.iter().map(|entry| {
+        let mut listed = v1::PoolEntry {
+            block: Some(entry.block.into()),
+            namespace_id: namespaces[&entry.content.namespace],
+            key: entry.content.key.0.to_vec(),
+            parent: entry.content.parent.map(|parent| parent.0.to_vec()).unwrap_or_default(),
+            held: entry.held,
+            ..Default::default()
+        };
+        set_entry_retention(&mut listed, entry.retention);
+        listed
     });
     v1::Adoption {
         pool_uuid: uuid.to_vec(),
@@ -129,7 +134,7 @@ fn check_memory(parts: &LinkParts, memory: &PoolMemory) -> Result<(), ClientErro
     Ok(())
 }
 
-fn inherited(reply: &v1::PoolReply) -> Result<Vec<(BlockRef, Content)>, ClientError> {
+fn inherited(reply: &v1::PoolReply) -> Result<Vec<(BlockRef, Content, Retention)>, ClientError> {
     let mut namespaces = HashMap::new();
     for known in &reply.namespaces {
         namespaces.insert(known.namespace_id, Namespace(kvbm_proto::digest("digest", &known.digest)?));
@@ -140,7 +145,8 @@ fn inherited(reply: &v1::PoolReply) -> Result<Vec<(BlockRef, Content)>, ClientEr
         let namespace = *namespace.ok_or_else(|| ClientError::malformed("an entry of no namespace"))?;
         let key = SequenceHash(kvbm_proto::key("key", &entry.key)?);
         let parent = kvbm_proto::optional_key("parent", &entry.parent)?.map(SequenceHash);
-        Ok((block.into(), Content { namespace, key, parent }))
+        let retention = entry_retention(entry).map_err(ClientError::malformed)?;
+        Ok((block.into(), Content { namespace, key, parent }, retention))
     };
     reply.entries.iter().map(entry).collect()
 }

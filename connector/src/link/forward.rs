@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvbm_hash::Namespace;
-use kvbm_proto::{pack_keys, v1};
+use kvbm_proto::{pack_keys, retention_runs, v1};
 
 use super::{Connection, End, Link, LinkParts, watched};
 use crate::client::{Committed, PrefetchAnswer, answer, commit_message, prefetch_message, release_message};
@@ -48,13 +48,14 @@ impl Sender<'_> {
         match command {
             // The attempt is open already.
             Command::Open(_) => {}
-            Command::Match { question, namespace, keys } => {
+            Command::Match { question, namespace, keys, retention } => {
                 let refused = |error| Arrival::Matched { question, result: Err(error) };
                 let Some(namespace_id) = self.namespace_for(question, namespace, refused).await? else {
                     return Ok(());
                 };
                 let keys = pack_keys(keys.iter().map(|key| &key.0));
-                let body = Question::Match(v1::Match { namespace_id, keys, pool_id });
+                let retention = retention_runs(&retention);
+                let body = Question::Match(v1::Match { namespace_id, keys, pool_id, retention });
                 let of = |answer| answer!(answer, Match);
                 self.ask(question, body, of, |question, result| Arrival::Matched { question, result }).await;
             }
@@ -105,17 +106,19 @@ impl Sender<'_> {
                     }
                     self.release(&releases).await?;
                 }
-                Note::Commit { block, content } => {
+                Note::Commit { block, content, retention } => {
                     let namespace = content.namespace;
                     let (mut blocks, mut contents) = (vec![block.into()], vec![content]);
+                    let mut kept = vec![retention];
                     let same = |note: &Note| matches!(note, Note::Commit { content, .. } if content.namespace == namespace);
-                    while let Some(Note::Commit { block, content }) = notes.next_if(same) {
+                    while let Some(Note::Commit { block, content, retention }) = notes.next_if(same) {
                         blocks.push(block.into());
                         contents.push(content);
+                        kept.push(retention);
                     }
                     let keys = contents.iter().map(|content| content.key).collect();
                     let parents = contents.iter().map(|content| content.parent).collect();
-                    let committed = Committed { blocks, keys, parents };
+                    let committed = Committed { blocks, keys, parents, retention: kept };
                     match self.namespace(namespace).await {
                         Ok(id) => {
                             self.tell(Question::Commit(commit_message(id, self.pool_id, committed))).await?;
@@ -161,10 +164,10 @@ impl Sender<'_> {
         if let Some(id) = self.namespaces.get(&namespace) {
             return Ok(*id);
         }
-        let config = &self.parts.config;
+        let (tenant, model) = (self.parts.tenant(&namespace), &self.parts.config.model);
         // The desk ends it in time.
         let client = self.connection.client.with_deadline(Duration::MAX);
-        let id = client.register_namespace(namespace, self.parts.base, &config.tenant, &config.model).await?;
+        let id = client.register_namespace(namespace, self.parts.base, &tenant, model).await?;
         self.namespaces.insert(namespace, id);
         Ok(id)
     }

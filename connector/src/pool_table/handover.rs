@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use kvbm_hash::SequenceHash;
+use kvbm_hash::{Retention, SequenceHash};
 
 use super::{BlockRef, Content, DaemonId, Owner, PoolTable, State};
 
@@ -13,6 +13,8 @@ pub struct AdoptionEntry {
     pub block: BlockRef,
     /// What it holds.
     pub content: Content,
+    /// What it is to be kept like.
+    pub retention: Retention,
     /// In use: the daemon gives it one pin.
     pub held: bool,
 }
@@ -57,7 +59,8 @@ impl PoolTable {
         for &block in &listed {
             let content = self.content(block).expect("only complete blocks are listed");
             let held = self.at(block).refs > 0;
-            table.entries.push(AdoptionEntry { block: self.block_ref(block), content, held });
+            let retention = self.at(block).retention;
+            table.entries.push(AdoptionEntry { block: self.block_ref(block), content, retention, held });
             self.at_mut(block).pins = u32::from(held);
         }
         for block in (0..self.block_count()).filter(|block| !is_listed.contains(block)) {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::eviction::Rank;
 use super::{Owner, PoolTable, State};
 
 impl PoolTable {
@@ -15,13 +16,15 @@ impl PoolTable {
         for (number, block) in (0u32..).zip(&self.blocks) {
             let attached = self.owner == Owner::Daemon;
             let used = block.refs > 0;
-            let sound = match block.state {
-                State::Unowned => attached && !used && block.pins == 0,
-                State::Free => !used && block.pins == u32::from(attached),
-                State::Private => used && attached == (block.pins > 0),
-                State::Complete(_) => (attached && used) == (block.pins > 0),
-                State::Quarantined(_) => !used && block.pins <= u32::from(attached),
-            };
+            let unused = matches!(block.state, State::Complete(_)) && !used;
+            let sound = (block.expires_at.is_none() || unused)
+                && match block.state {
+                    State::Unowned => attached && !used && block.pins == 0,
+                    State::Free => !used && block.pins == u32::from(attached),
+                    State::Private => used && attached == (block.pins > 0),
+                    State::Complete(_) => (attached && used) == (block.pins > 0),
+                    State::Quarantined(_) => !used && block.pins <= u32::from(attached),
+                };
             if !sound {
                 return Err(format!("block {number} while {:?} decides: {block:?}", self.owner));
             }
@@ -48,13 +51,18 @@ impl PoolTable {
         if children != self.children {
             return Err("children are miscounted".into());
         }
+        let expiring =
+            (0u32..).zip(&self.blocks).filter_map(|(number, block)| Some((block.expires_at?, number)));
+        if self.expiring != expiring.collect() {
+            return Err("the blocks whose priority ends are not those that say so".into());
+        }
         if self.evictable != self.evictable_from_scratch() {
             return Err("the order of eviction is not what the blocks say".into());
         }
         Ok(())
     }
 
-    fn evictable_from_scratch(&self) -> BTreeSet<(u64, u32)> {
+    fn evictable_from_scratch(&self) -> BTreeSet<Rank> {
         let blocks = (0u32..).zip(&self.blocks).filter(|(_, block)| match block.state {
             State::Complete(content) => {
                 let spare = self.by_key[&content.key].len() > 1 || !self.children.contains_key(&content.key);
@@ -62,6 +70,6 @@ impl PoolTable {
             }
             State::Unowned | State::Free | State::Private | State::Quarantined(_) => false,
         });
-        blocks.map(|(number, block)| (block.used, number)).collect()
+        blocks.map(|(number, block)| block.rank(number)).collect()
     }
 }

@@ -95,6 +95,7 @@ struct World {
     bytes: Vec<u128>,
     noise: u128,
     daemons: u64,
+    now: Duration,
 }
 
 fn key(sequence: u8, at: usize) -> SequenceHash {
@@ -112,7 +113,8 @@ fn content(sequence: u8, at: usize) -> Content {
 enum Op {
     Grant(usize),
     Start { sequence: u8, length: usize, ask_daemon: bool },
-    Fill(usize),
+    Fill(usize, Retention),
+    Wait(u64),
     End(usize),
     LateMatch { sequence: u8, length: usize },
     Detach { onboarding: usize, dead: bool },
@@ -126,7 +128,10 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (1..6usize).prop_map(Op::Grant),
         6 => (0..4u8, 1..5usize, any::<bool>())
             .prop_map(|(sequence, length, ask_daemon)| Op::Start { sequence, length, ask_daemon }),
-        8 => (0..8usize).prop_map(Op::Fill),
+        8 => (0..8usize, 30..40u8, prop::option::of(0..20u64)).prop_map(|(request, priority, duration_ms)| {
+            Op::Fill(request, Retention { priority, duration: duration_ms.map(Duration::from_millis) })
+        }),
+        3 => (1..20u64).prop_map(Op::Wait),
         4 => (0..8usize).prop_map(Op::End),
         1 => (0..4u8, 1..5usize).prop_map(|(sequence, length)| Op::LateMatch { sequence, length }),
         1 => (0..8usize, any::<bool>()).prop_map(|(onboarding, dead)| Op::Detach { onboarding, dead }),
@@ -147,6 +152,7 @@ impl World {
             bytes: vec![0; BLOCKS as usize],
             noise: 1 << 100,
             daemons: 1,
+            now: Duration::ZERO,
         }
     }
 
@@ -167,9 +173,11 @@ impl World {
     }
 
     fn look_up(&mut self, keys: &[SequenceHash], ask_daemon: bool) -> Vec<u32> {
-        let Some(daemon) = self.daemon.as_mut().filter(|_| ask_daemon) else { return self.table.find(keys) };
+        let Some(daemon) = self.daemon.as_mut().filter(|_| ask_daemon) else {
+            return self.table.find(keys, &[]);
+        };
         let matched = daemon.matched(keys);
-        let (accepted, doubted) = self.table.matched(Namespace([7; 32]), keys, &matched);
+        let (accepted, doubted) = self.table.matched(Namespace([7; 32]), keys, &matched, &[]);
         assert!(doubted.is_empty(), "what an honest daemon says is believed");
         accepted
     }
@@ -206,13 +214,13 @@ impl World {
         }
     }
 
-    fn fill(&mut self, request: usize) {
+    fn fill(&mut self, request: usize, retention: Retention) {
         let Some(request) = self.requests.get_mut(request) else { return };
         let Some(&block) = request.blocks.get(request.filled) else { return };
         let content = content(request.sequence, request.filled);
         request.filled += 1;
         self.bytes[block as usize] = u128::from_le_bytes(content.key.0);
-        self.table.commit(block, content);
+        self.table.commit(block, content, retention);
         if let Some(daemon) = &mut self.daemon {
             daemon.commit(self.table.block_ref(block), content);
         }
@@ -233,7 +241,7 @@ impl World {
             (0..BLOCKS).map(|block| (self.table.block_ref(block).generation, 0, Ledger::Free)).collect();
         let table = self.table.adoption(id);
         let mut seen = HashSet::new();
-        for AdoptionEntry { block, content, held } in table.entries {
+        for AdoptionEntry { block, content, held, .. } in table.entries {
             assert!(content.parent.is_none_or(|parent| seen.contains(&parent)), "a parent is missing");
             assert!(seen.insert(content.key), "a key is listed twice");
             assert_eq!(self.bytes[block.block as usize], u128::from_le_bytes(content.key.0));
@@ -256,7 +264,11 @@ impl World {
                 self.table.grant(&granted).unwrap();
             }
             Op::Start { sequence, length, ask_daemon } => self.start(sequence, length, ask_daemon),
-            Op::Fill(request) => self.fill(request),
+            Op::Fill(request, retention) => self.fill(request, retention),
+            Op::Wait(ms) => {
+                self.now += Duration::from_millis(ms);
+                self.table.advance(self.now);
+            }
             Op::End(request) if request < self.requests.len() => {
                 let request = self.requests.swap_remove(request);
                 self.release(&request.blocks);
@@ -339,7 +351,7 @@ fn cached() -> PoolTable {
     let mut table = PoolTable::new_private(4);
     let blocks = table.take(3).unwrap();
     for (at, block) in blocks.iter().enumerate() {
-        table.commit(*block, content(0, at));
+        table.commit(*block, content(0, at), Retention::default());
     }
     for block in blocks {
         assert_eq!(table.unreference(block), None);
@@ -351,7 +363,7 @@ fn cached() -> PoolTable {
 fn eviction_takes_leaves_and_keeps_the_prefix() {
     let mut table = cached();
     let taken = table.take(2).unwrap();
-    assert_eq!(table.find(&chain(0, 3)).len(), 2);
+    assert_eq!(table.find(&chain(0, 3), &[]).len(), 2);
     assert_eq!(table.take(1), None);
     assert_eq!(taken.len(), 2);
 }
@@ -377,15 +389,15 @@ fn the_last_user_gives_back_every_pin() {
     let block = BlockRef { block: 1, generation: 5 };
     table.grant(&[block]).unwrap();
     assert_eq!(table.take(1).unwrap(), [1]);
-    table.commit(1, content(0, 0));
-    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 1), &[block]);
+    table.commit(1, content(0, 0), Retention::default());
+    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 1), &[block], &[]);
     assert_eq!((accepted, doubted), (vec![1], vec![]));
-    assert_eq!(table.find(&chain(0, 1)), [1]);
+    assert_eq!(table.find(&chain(0, 1), &[]), [1]);
     assert_eq!(table.unreference(1), None);
     assert_eq!(table.unreference(1), None);
     assert_eq!(table.unreference(1), Some(Release { block, pins: 2 }));
-    assert!(table.find(&chain(0, 1)).is_empty(), "attached, the daemon may evict what nobody uses");
-    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 1), &[block]);
+    assert!(table.find(&chain(0, 1), &[]).is_empty(), "attached, the daemon may evict what nobody uses");
+    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 1), &[block], &[]);
     assert_eq!((accepted, doubted), (vec![1], vec![]), "what was released is believed all the same");
 }
 
@@ -406,9 +418,9 @@ fn a_match_that_contradicts_the_table_is_a_miss_and_its_pins_go_back() {
     table.grant(&granted).unwrap();
     let blocks = table.take(2).unwrap();
     assert_eq!(blocks, [0, 1]);
-    table.commit(0, content(0, 0));
+    table.commit(0, content(0, 0), Retention::default());
     let stale = BlockRef { block: 0, generation: 9 };
-    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 2), &[stale, granted[1]]);
+    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 2), &[stale, granted[1]], &[]);
     assert!(accepted.is_empty());
     assert_eq!(doubted, [Release { block: stale, pins: 1 }, Release { block: granted[1], pins: 1 }]);
     table.check_integrity().unwrap();
@@ -420,9 +432,9 @@ fn a_matched_block_that_was_never_seen_complete_is_a_miss() {
     let known = BlockRef { block: 0, generation: 1 };
     table.grant(&[known]).unwrap();
     assert_eq!(table.take(1).unwrap(), [0]);
-    table.commit(0, content(0, 0));
+    table.commit(0, content(0, 0), Retention::default());
     let unseen = BlockRef { block: 2, generation: 0 };
-    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 2), &[known, unseen]);
+    let (accepted, doubted) = table.matched(Namespace([7; 32]), &chain(0, 2), &[known, unseen], &[]);
     assert_eq!((accepted, doubted), (vec![0], vec![Release { block: unseen, pins: 1 }]));
     assert_eq!(table.content(2), None);
     table.check_integrity().unwrap();
@@ -432,8 +444,8 @@ fn a_matched_block_that_was_never_seen_complete_is_a_miss() {
 fn twins_are_found_once_and_either_may_go() {
     let mut table = PoolTable::new_private(3);
     let blocks = table.take(2).unwrap();
-    table.commit(blocks[0], content(0, 0));
-    table.commit(blocks[1], content(0, 0));
+    table.commit(blocks[0], content(0, 0), Retention::default());
+    table.commit(blocks[1], content(0, 0), Retention::default());
     assert_eq!(table.unreference(blocks[0]), None);
     let adoption = table.adoption(DaemonId(1));
     assert_eq!(adoption.entries.len(), 1);
@@ -445,11 +457,11 @@ fn twins_are_found_once_and_either_may_go() {
 #[test]
 fn what_a_dead_worker_left_is_found_after_the_next_detach() {
     let mut table = PoolTable::new_granted(3);
-    let entry = |block, at| (BlockRef { block, generation: 3 }, content(0, at));
+    let entry = |block, at| (BlockRef { block, generation: 3 }, content(0, at), Retention::default());
     assert_eq!(table.inherit([entry(2, 0), entry(0, 1), entry(0, 2), entry(7, 2)]), 2);
     table.check_integrity().unwrap();
     table.detach();
-    assert_eq!(table.find(&chain(0, 3)), [2, 0]);
+    assert_eq!(table.find(&chain(0, 3), &[]), [2, 0]);
 }
 
 #[test]

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use kvbm_connector::{Allocate, CacheEvent, CacheState, Config};
-use kvbm_hash::Namespace;
-use kvbm_proto::v1::client_message::Body as Question;
+use kvbm_connector::{Allocate, CacheEvent, CacheState, Config, DeviceCache};
+use kvbm_hash::{Namespace, Retention};
+use kvbm_proto::v1::{self, client_message::Body as Question};
 
-use crate::engine::{Engine, NAMESPACE, key, keys, patient};
+use crate::engine::{Engine, NAMESPACE, key, keys, layout, patient};
 use crate::mock::{Hold, Mock, wait_for};
 
 const CALM: CacheState = CacheState::Attached { breaker_open: false };
@@ -88,7 +88,7 @@ fn a_late_match_is_no_match_and_is_given_back() {
     assert_eq!(engine.look(1, 3), (vec![], 0, None));
     assert_eq!(engine.cache.state(), CacheState::Attached { breaker_open: true });
     // The breaker: answered at once, and not asked.
-    engine.cache.lookup(2, NAMESPACE, keys(3));
+    engine.cache.lookup(2, NAMESPACE, keys(3), vec![]);
     assert!(engine.cache.has_events());
     assert_eq!(engine.looked(2), (vec![], 0, None));
     mock.held("the match", |question| matches!(question, Question::Match(_)));
@@ -114,7 +114,7 @@ fn what_an_abandoned_request_gets_is_given_back() {
     let (device, _, lease) = engine.look(1, 3);
     let targets = engine.allocate(2);
     mock.hold(Hold { matches: true, onboards: true, ..Hold::default() });
-    engine.cache.lookup(2, NAMESPACE, keys(1));
+    engine.cache.lookup(2, NAMESPACE, keys(1), vec![]);
     engine.cache.onboard(2, lease.unwrap(), targets);
     engine.cache.abandon(2);
     engine.cache.release(&device);
@@ -153,9 +153,9 @@ fn a_new_namespace_is_registered_before_it_is_used_and_nothing_overtakes() {
     let blocks = engine.allocate(2);
     let other = Namespace([8; 32]);
     engine.commit(blocks[0], 0);
-    engine.cache.commit(blocks[1], other, key(50), None);
+    engine.cache.commit(blocks[1], other, key(50), None, Retention::default());
     engine.cache.release(&blocks);
-    engine.cache.lookup(1, other, vec![key(50)]);
+    engine.cache.lookup(1, other, vec![key(50)], vec![]);
     assert_eq!(engine.looked(1).0, [blocks[1]]);
     let order = mock.logged(|question| match question {
         Question::RegisterNamespace(register) => Some(format!("register {}", register.digest[0])),
@@ -180,4 +180,55 @@ fn the_worker_is_listed_with_its_pool() {
     let draining = kvbm_connector::WorkerRegistration { state: "draining".into(), ..Default::default() };
     engine.cache.set_worker(Some(draining));
     wait_for("the change", || (listed().last() == Some(&(1, "draining".into()))).then_some(()));
+}
+
+#[test]
+fn what_blocks_are_to_be_kept_like_is_told_with_the_commit_and_the_match() {
+    let (_dir, mock, mut engine) = start(8);
+    let kept = |priority, duration| Retention { priority, duration };
+    let (low, high) = (kept(0, None), kept(90, Some(Duration::from_secs(30))));
+    let blocks = engine.allocate(4);
+    for (at, retention) in [high, high, low, Retention::default()].into_iter().enumerate() {
+        let parent = at.checked_sub(1).map(|before| key(before as u8));
+        engine.cache.commit(blocks[at], NAMESPACE, key(at as u8), parent, retention);
+    }
+    engine.cache.lookup(1, NAMESPACE, keys(4), vec![None, Some(low), Some(low), Some(high)]);
+    engine.cache.lookup(2, NAMESPACE, keys(4), vec![]);
+    let run = |blocks, priority, duration_ms| v1::RetentionRun { blocks, priority, duration_ms };
+    let committed = wait_for("the commit", || {
+        let found = mock.logged(|question| match question {
+            Question::Commit(commit) => Some(commit.retention.clone()),
+            _ => None,
+        });
+        found.into_iter().next()
+    });
+    assert_eq!(committed, [run(2, Some(90), Some(30_000)), run(1, Some(0), None), run(1, None, None)]);
+    let matched = wait_for("both matches", || {
+        let found = mock.logged(|question| match question {
+            Question::Match(of) => Some(of.retention.clone()),
+            _ => None,
+        });
+        (found.len() == 2).then_some(found)
+    });
+    assert_eq!(matched[0], [run(1, None, None), run(2, Some(0), None), run(1, Some(90), Some(30_000))]);
+    assert_eq!(matched[1], []);
+}
+
+#[test]
+fn a_private_pool_keeps_what_is_dear_until_its_time_is_over() {
+    let mut cache = DeviceCache::private(layout(3)).unwrap();
+    let mut run = |name, retention| {
+        let Allocate::Blocks(blocks) = cache.allocate(1) else { panic!("nothing is in use") };
+        cache.commit(blocks[0], NAMESPACE, key(name), None, retention);
+        cache.release(&blocks);
+        let held: Vec<_> = (0..3).filter_map(|block| cache.table().content(block)).map(|of| of.key).collect();
+        (0..=name).filter(|name| held.contains(&key(*name))).collect::<Vec<u8>>()
+    };
+    let dear = Retention { priority: 90, duration: None };
+    let brief = Retention { priority: 90, duration: Some(Duration::ZERO) };
+    assert_eq!(run(0, dear), [0]);
+    assert_eq!(run(1, brief), [0, 1]);
+    for (name, left) in [(2, [0, 1, 2]), (3, [0, 2, 3]), (4, [0, 3, 4])] {
+        assert_eq!(run(name, Retention::default()), left);
+    }
 }

@@ -38,8 +38,12 @@ async fn a_session_from_greeting_to_match() {
     let (memory, reply) = client.open_pool(open()).await.unwrap();
     assert_eq!((memory.uuid(), reply.pool_id), ([5; 16], 1));
     let blocks = client.request_grants(1, 2).await.unwrap();
-    let committed =
-        Committed { blocks: blocks.clone(), keys: keys(2), parents: vec![None, Some(keys(1)[0])] };
+    let committed = Committed {
+        blocks: blocks.clone(),
+        keys: keys(2),
+        parents: vec![None, Some(keys(1)[0])],
+        retention: vec![],
+    };
     client.commit(namespace, 1, committed).await.unwrap();
     let reply = client.match_prefix(namespace, &keys(3), 1).await.unwrap();
     assert_eq!(reply.device, blocks);

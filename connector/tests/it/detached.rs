@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kvbm_connector::{Allocate, CacheEvent, CacheState, Config, DetachReason, DeviceCache};
+use kvbm_hash::Retention;
 use kvbm_proto::v1::client_message::Body as Question;
 
 use crate::engine::{Engine, NAMESPACE, keys, layout, patient};
@@ -28,7 +29,7 @@ fn a_daemon_that_vanishes_is_replaced_by_the_table_and_gets_it_when_it_returns()
     engine.cache.release(&kept[1..]);
     engine.cache.flush();
     let (memory, epoch) = (engine.cache.memory(), engine.cache.memory().epoch());
-    engine.cache.lookup(1, NAMESPACE, keys(1));
+    engine.cache.lookup(1, NAMESPACE, keys(1), vec![]);
     drop(mock);
 
     assert!(matches!(detached(&mut engine), DetachReason::Gone(_)));
@@ -149,7 +150,7 @@ fn a_daemon_that_forgot_the_pool_is_given_it_again() {
     for adoptions in 1..=2 {
         mock.hold(Hold { forget_pool: true, ..Hold::default() });
         if adoptions == 1 {
-            engine.cache.lookup(1, NAMESPACE, keys(2));
+            engine.cache.lookup(1, NAMESPACE, keys(2), vec![]);
         } else {
             assert_eq!(engine.cache.allocate(6), Allocate::Pending);
         }
@@ -202,9 +203,9 @@ fn a_worker_whose_pool_is_refused_serves_alone_and_is_listed() {
 fn without_a_daemon_everything_works_alone() {
     let mut cache = DeviceCache::private(layout(4)).unwrap();
     let Allocate::Blocks(blocks) = cache.allocate(2) else { panic!("the pool is empty") };
-    cache.commit(blocks[0], NAMESPACE, keys(1)[0], None);
+    cache.commit(blocks[0], NAMESPACE, keys(1)[0], None, Retention::default());
     cache.release(&blocks);
-    cache.lookup(1, NAMESPACE, keys(2));
+    cache.lookup(1, NAMESPACE, keys(2), vec![]);
     let events = cache.poll();
     let [CacheEvent::Looked { ticket: 1, device, .. }] = &events[..] else { panic!("{events:?}") };
     assert_eq!(*device, blocks[..1]);
@@ -215,9 +216,9 @@ fn without_a_daemon_everything_works_alone() {
 fn an_event_that_nobody_took_yet_is_given_back_too() {
     let mut cache = DeviceCache::private(layout(4)).unwrap();
     let Allocate::Blocks(blocks) = cache.allocate(1) else { panic!("the pool is empty") };
-    cache.commit(blocks[0], NAMESPACE, keys(1)[0], None);
-    cache.lookup(1, NAMESPACE, keys(1));
-    cache.lookup(2, NAMESPACE, keys(1));
+    cache.commit(blocks[0], NAMESPACE, keys(1)[0], None, Retention::default());
+    cache.lookup(1, NAMESPACE, keys(1), vec![]);
+    cache.lookup(2, NAMESPACE, keys(1), vec![]);
     assert_eq!(cache.table().refs(blocks[0]), 3);
     cache.abandon(1);
     assert_eq!(cache.table().refs(blocks[0]), 2);

@@ -53,7 +53,7 @@ fn promoting(engine: &mut Engine, wanted: u64) {
 fn blocks_on_disk_are_waited_for_and_onboarded() {
     let (_dir, mock, mut engine) = start(never, 1, 2);
     mock.hold(slow());
-    engine.cache.lookup(1, NAMESPACE, keys(6));
+    engine.cache.lookup(1, NAMESPACE, keys(6), vec![]);
     promoting(&mut engine, 1);
     mock.held("the wait", |question| matches!(question, Question::Prefetch(ask) if ask.wait));
     wait_for("the lease to go back", || (mock.state.lock().leases() == 0).then_some(()));
@@ -81,7 +81,7 @@ fn a_drive_that_takes_long_costs_a_lookup_a_bounded_time() {
     let (_dir, mock, mut engine) = start(|config| Config { disk_wait_base: wait, ..config }, 1, 2);
     mock.hold(slow());
     let begin = Instant::now();
-    engine.cache.lookup(1, NAMESPACE, keys(6));
+    engine.cache.lookup(1, NAMESPACE, keys(6), vec![]);
     assert_eq!(looked(&mut engine, 1), (1, 0, 2));
     assert!(begin.elapsed() >= wait);
     assert_eq!(engine.cache.state(), CALM);
@@ -89,7 +89,7 @@ fn a_drive_that_takes_long_costs_a_lookup_a_bounded_time() {
     assert_eq!((counters.disk_wait_timeouts.get(), counters.match_timeouts.get()), (1, 0));
     // It comes late, for nobody; whoever asks next finds it.
     mock.let_go();
-    engine.cache.lookup(2, NAMESPACE, keys(6));
+    engine.cache.lookup(2, NAMESPACE, keys(6), vec![]);
     assert_eq!(looked(&mut engine, 2), (3, 0, 0));
     assert_eq!(engine.cache.state(), CALM);
 }
@@ -98,7 +98,7 @@ fn a_drive_that_takes_long_costs_a_lookup_a_bounded_time() {
 fn a_daemon_without_room_for_a_wait_is_not_waited_for() {
     let (_dir, mock, mut engine) = start(never, 1, 2);
     mock.hold(Hold { busy: true, ..Hold::default() });
-    engine.cache.lookup(1, NAMESPACE, keys(6));
+    engine.cache.lookup(1, NAMESPACE, keys(6), vec![]);
     assert_eq!(looked(&mut engine, 1), (1, 0, 2));
     let matches = mock.logged(|question| matches!(question, Question::Match(_)).then_some(()));
     assert_eq!((matches.len(), engine.cache.state()), (2, CALM));
@@ -116,7 +116,7 @@ fn a_daemon_that_owes_the_answer_far_too_long_is_left() {
         2,
     );
     mock.hold(slow());
-    engine.cache.lookup(1, NAMESPACE, keys(6));
+    engine.cache.lookup(1, NAMESPACE, keys(6), vec![]);
     assert_eq!(looked(&mut engine, 1), (1, 0, 2));
     let reason = engine.until("the detach", |event| match event {
         CacheEvent::Detached { reason } => Some(reason.clone()),
@@ -131,7 +131,7 @@ fn a_daemon_that_owes_the_answer_far_too_long_is_left() {
 fn a_daemon_that_vanishes_during_the_wait_leaves_no_lookup_behind() {
     let (_dir, mock, mut engine) = start(never, 1, 2);
     mock.hold(slow());
-    engine.cache.lookup(1, NAMESPACE, keys(6));
+    engine.cache.lookup(1, NAMESPACE, keys(6), vec![]);
     promoting(&mut engine, 1);
     mock.held("the wait", |question| matches!(question, Question::Prefetch(_)));
     drop(mock);

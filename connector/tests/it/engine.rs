@@ -6,9 +6,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvbm_connector::{
-    Allocate, CacheEvent, CacheState, Config, DeviceCache, LeaseId, Startup, WorkerRegistration,
+    Allocate, CacheEvent, CacheState, Config, DeviceCache, LeaseId, Startup, Tenants, WorkerRegistration,
 };
-use kvbm_hash::{BaseNamespace, Namespace, SequenceHash};
+use kvbm_hash::{BaseNamespace, Namespace, Retention, SequenceHash};
 use kvbm_shm::PoolLayout;
 
 pub const BASE: BaseNamespace = BaseNamespace([3; 32]);
@@ -55,6 +55,7 @@ impl Engine {
             layout: layout(block_count),
             base: BASE,
             worker: Some(worker),
+            tenants: Tenants::default(),
             waker,
             runtime: None,
         };
@@ -108,7 +109,7 @@ impl Engine {
     }
 
     pub fn look(&mut self, ticket: u64, count: u8) -> (Vec<u32>, u32, Option<LeaseId>) {
-        self.cache.lookup(ticket, NAMESPACE, keys(count));
+        self.cache.lookup(ticket, NAMESPACE, keys(count), vec![]);
         self.looked(ticket)
     }
 
@@ -141,7 +142,7 @@ impl Engine {
     pub fn commit(&mut self, block: u32, at: u8) {
         let memory = self.cache.memory();
         memory.memory().write(memory.layout().offset(block), &[at + 1; 64]);
-        self.cache.commit(block, NAMESPACE, key(at), at.checked_sub(1).map(key));
+        self.cache.commit(block, NAMESPACE, key(at), at.checked_sub(1).map(key), Retention::default());
     }
 
     /// The first byte of a block.

@@ -1,5 +1,7 @@
 //! Error objects: `{"error": {"message", "type", "param", "code"}}`.
 
+use std::borrow::Cow;
+
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
@@ -39,7 +41,7 @@ pub struct ApiError {
     pub status: StatusCode,
     pub kind: ErrorKind,
     message: String,
-    param: Option<&'static str>,
+    param: Option<Cow<'static, str>>,
     code: Option<&'static str>,
     retry_after_seconds: Option<u32>,
     close: bool,
@@ -54,7 +56,7 @@ struct Envelope<'a> {
 struct Content<'a> {
     message: &'a str,
     r#type: &'static str,
-    param: Option<&'static str>,
+    param: Option<&'a str>,
     code: Option<&'static str>,
 }
 
@@ -77,8 +79,8 @@ impl ApiError {
     }
 
     /// 400: this parameter is wrong.
-    pub fn parameter(param: &'static str, message: impl Into<String>) -> Self {
-        Self { param: Some(param), ..Self::request(message) }
+    pub fn parameter(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..Self::request(message) }
     }
 
     /// 400: the request as a whole is wrong.
@@ -94,14 +96,14 @@ impl ApiError {
         );
         let code = Some("context_length_exceeded");
         let error = Self::new(StatusCode::BAD_REQUEST, ErrorKind::Validation, code, message);
-        Self { param: Some(param), ..error }
+        Self { param: Some(param.into()), ..error }
     }
 
     /// 404: no worker ever served this model.
     pub fn model_not_found(model: &str) -> Self {
         let message = format!("The model `{}` does not exist.", shortened(model));
         let error = Self::new(StatusCode::NOT_FOUND, ErrorKind::NotFound, Some("model_not_found"), message);
-        Self { param: Some("model"), ..error }
+        Self { param: Some("model".into()), ..error }
     }
 
     /// 404: no such route.
@@ -166,7 +168,7 @@ impl ApiError {
             ErrorKind::Overload | ErrorKind::Unavailable => "service_unavailable_error",
             ErrorKind::Internal => "server_error",
         };
-        let error = Content { message: &self.message, r#type, param: self.param, code: self.code };
+        let error = Content { message: &self.message, r#type, param: self.param.as_deref(), code: self.code };
         serde_json::to_vec(&Envelope { error }).unwrap_or_default()
     }
 }

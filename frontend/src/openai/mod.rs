@@ -7,6 +7,8 @@ mod error;
 mod options;
 mod parameters;
 mod prompt;
+mod retention;
+mod tenant;
 mod unsupported;
 mod usage;
 
@@ -17,6 +19,7 @@ pub use error::{ApiError, ErrorKind};
 pub use options::Options;
 pub use parameters::Parameters;
 pub use prompt::{PromptItem, prompts};
+pub use tenant::tenant;
 pub use usage::{CachedTokens, Usage};
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The parameters that both APIs share, checked.
 
+use kvbm_hash::RetentionConfig;
 use serde_json::Value;
 
-use super::{ApiError, Parameters, unsupported};
+use super::{ApiError, Parameters, retention, tenant, unsupported};
 
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 4096;
@@ -22,6 +23,10 @@ pub struct Options {
     pub stop_token_ids: Vec<u32>,
     pub ignore_eos: bool,
     pub cache_salt: String,
+    /// What its blocks are to be kept like.
+    pub retention: Option<RetentionConfig>,
+    /// As the body names it.
+    pub tenant: Option<String>,
 }
 
 impl Options {
@@ -51,6 +56,11 @@ impl Options {
                 Some(salt) => salt,
                 None => salt("nvext.cache_salt", extension(&p.nvext, "cache_salt")?)?.unwrap_or_default(),
             },
+            retention: retention::retention(
+                &p.kv_cache_retention_config,
+                extension(&p.nvext, "kv_cache_retention_config")?,
+            )?,
+            tenant: tenant::in_body(extension(&p.nvext, "tenant")?)?,
         };
         options.check_min_tokens(&p.min_tokens)?;
         Ok(options)

@@ -23,6 +23,7 @@ pub struct Parameters {
     pub ignore_eos: Value,
     pub min_tokens: Value,
     pub cache_salt: Value,
+    pub kv_cache_retention_config: Value,
     pub nvext: Value,
     pub add_generation_prompt: Value,
     pub chat_template_kwargs: Value,

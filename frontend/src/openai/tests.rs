@@ -1,4 +1,5 @@
 use bytes::BytesMut;
+use kvbm_hash::{Retention, RetentionConfig};
 use serde_json::{Value, json};
 
 use super::*;
@@ -152,5 +153,118 @@ fn chunks_are_json() {
 fn bodies_that_are_no_json_object_are_refused() {
     for body in [&b""[..], b"{", b"[]", b"[\"tiny\"]", b"null", b"{\"model\": \"\xff\"}", b"{\"a\":1}x"] {
         assert!(Parameters::parse(body).is_err());
+    }
+}
+
+#[test]
+fn retention_is_read_in_every_form_and_place() {
+    let full = json!({
+        "token_range_retention_configs": [
+            { "token_start": 64, "token_end": null, "priority": 50, "duration_ms": null },
+            { "token_start": 0, "token_end": 64, "priority": 0, "duration_ms": 30000 },
+        ],
+        "decode_retention_priority": 20, "decode_duration_ms": 5, "transfer_mode": "DRAM", "directory": "",
+    });
+    let read = |fields: Value| options(fields).unwrap().retention;
+    let config = read(json!({ "kv_cache_retention_config": full })).unwrap();
+    let ms = std::time::Duration::from_millis;
+    let kept = |priority, duration: Option<u64>| Retention { priority, duration: duration.map(ms) };
+    assert_eq!(
+        config.per_block(32, 96),
+        [kept(0, Some(30_000)), kept(0, Some(30_000)), kept(50, None)].map(Some)
+    );
+    assert_eq!(config.decode(), kept(20, Some(5)));
+    let nvext = read(json!({ "nvext": { "kv_cache_retention_config": full } }));
+    assert_eq!(nvext.as_ref(), Some(&config));
+    let both = json!({ "kv_cache_retention_config": full, "nvext": { "kv_cache_retention_config": full } });
+    assert_eq!(read(both), nvext);
+    let short = read(json!({ "kv_cache_retention_config": { "priority": 90, "duration_ms": 30000 } }));
+    assert_eq!(short, Some(RetentionConfig::uniform(kept(90, Some(30_000))).unwrap()));
+    let open = json!([{ "token_start": 0 }]);
+    let open =
+        read(json!({ "kv_cache_retention_config": { "token_range_retention_configs": open } })).unwrap();
+    assert_eq!((open.per_block(32, 32), open.decode()), (vec![Some(kept(35, None))], kept(35, None)));
+    assert_eq!(read(json!({ "kv_cache_retention_config": {} })), Some(RetentionConfig::default()));
+    assert_eq!(read(json!({ "kv_cache_retention_config": null, "nvext": {} })), None);
+}
+
+#[test]
+fn retention_that_is_wrong_is_refused_with_the_whole_path() {
+    let range = |more: Value| {
+        let mut range = json!({ "token_start": 0, "token_end": 8 });
+        range.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let fine = json!({ "token_start": 100, "token_end": null, "priority": null });
+        json!({ "token_range_retention_configs": [fine, range] })
+    };
+    for (config, field) in [
+        (json!(5), ""),
+        (json!([]), ""),
+        (json!({ "priority": 101 }), ".priority"),
+        (json!({ "priority": -1 }), ".priority"),
+        (json!({ "priority": 50.5 }), ".priority"),
+        (json!({ "priority": "high" }), ".priority"),
+        (json!({ "priority": true }), ".priority"),
+        (json!({ "priority": 1e300 }), ".priority"),
+        (json!({ "duration_ms": -5 }), ".duration_ms"),
+        (json!({ "duration_ms": 3_155_760_000_001_u64 }), ".duration_ms"),
+        (json!({ "priority": 5, "decode_retention_priority": 5 }), ".priority"),
+        (json!({ "prio": 5 }), ".prio"),
+        (json!({ "decode_retention_priority": 101 }), ".decode_retention_priority"),
+        (json!({ "decode_duration_ms": "5" }), ".decode_duration_ms"),
+        (json!({ "token_range_retention_configs": {} }), ".token_range_retention_configs"),
+        (json!({ "token_range_retention_configs": [7] }), ".token_range_retention_configs[0]"),
+        (json!({ "token_range_retention_configs": [{}] }), ".token_range_retention_configs[0].token_start"),
+        (range(json!({ "priority": 101 })), ".token_range_retention_configs[1].priority"),
+        (range(json!({ "priority": 256 })), ".token_range_retention_configs[1].priority"),
+        (range(json!({ "duration_ms": -1 })), ".token_range_retention_configs[1].duration_ms"),
+        (range(json!({ "token_start": -1 })), ".token_range_retention_configs[1].token_start"),
+        (range(json!({ "token_start": 4_294_967_296_u64 })), ".token_range_retention_configs[1].token_start"),
+        (range(json!({ "token_end": 0 })), ".token_range_retention_configs[1].token_end"),
+        (range(json!({ "token_end": 101 })), ".token_range_retention_configs[0].token_start"),
+        (range(json!({ "token_end": null })), ".token_range_retention_configs[0].token_start"),
+        (range(json!({ "end": 5 })), ".token_range_retention_configs[1].end"),
+    ] {
+        let name = "kv_cache_retention_config";
+        for (body, place) in [
+            (json!({ name: config }), name.to_owned()),
+            (json!({ "nvext": { name: config } }), format!("nvext.{name}")),
+        ] {
+            let error = options(body).unwrap_err();
+            assert_eq!(error["param"], format!("{place}{field}"), "{config}: {error}");
+            assert_eq!(error["type"], "invalid_request_error");
+            assert!(error["message"].as_str().unwrap().contains(&format!("{place}{field}")), "{error}");
+        }
+    }
+    let differing = json!({
+        "kv_cache_retention_config": { "priority": 50 }, "nvext": { "kv_cache_retention_config": { "priority": 51 } },
+    });
+    assert_eq!(options(differing).unwrap_err()["param"], "nvext.kv_cache_retention_config");
+}
+
+#[test]
+fn a_tenant_is_named_by_header_or_body_but_not_by_both_differently() {
+    let named = |header: &[&str], body: Value| -> Result<String, Value> {
+        let mut headers = http::HeaderMap::new();
+        header.iter().for_each(|value| {
+            headers.append("x-kvbm-tenant", http::HeaderValue::from_str(value).unwrap());
+        });
+        let options = options(json!({ "nvext": { "tenant": body } }))?;
+        tenant(&headers, options.tenant)
+            .map_err(|error| serde_json::from_slice::<Value>(&error.json()).unwrap()["error"].take())
+    };
+    assert_eq!(named(&[], json!(null)), Ok(String::new()));
+    assert_eq!(named(&["acme"], json!(null)), Ok("acme".into()));
+    assert_eq!(named(&[], json!("acme")), Ok("acme".into()));
+    assert_eq!(named(&["acme"], json!("acme")), Ok("acme".into()));
+    for (header, body, param) in [
+        (&["acme"][..], json!("other"), "nvext.tenant"),
+        (&[], json!(""), "nvext.tenant"),
+        (&[], json!(5), "nvext.tenant"),
+        (&[], json!("x".repeat(257)), "nvext.tenant"),
+        (&[""], json!(null), "x-kvbm-tenant"),
+        (&["\u{fc}"], json!(null), "x-kvbm-tenant"),
+        (&["acme", "acme"], json!(null), "x-kvbm-tenant"),
+    ] {
+        assert_eq!(named(header, body.clone()).unwrap_err()["param"], param, "{header:?} {body}");
     }
 }

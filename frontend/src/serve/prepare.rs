@@ -15,7 +15,7 @@ use crate::fleet::Entry;
 use crate::generation::{Ending, Generation};
 use crate::metrics::{Api, RequestRecord};
 use crate::model::Model;
-use crate::openai::{ApiError, Options, Parameters};
+use crate::openai::{ApiError, Options, Parameters, tenant};
 
 /// Tokens that a completion gets when it does not say.
 const COMPLETION_TOKENS: u32 = 16;
@@ -42,6 +42,7 @@ pub async fn prepare(
     drop(body);
     let mut options = Options::of(&parameters)?;
     record.set_stream(options.stream);
+    let tenant = tenant(&head.headers, options.tenant.take())?;
     let source = Source::of(api, parameters)?;
     let entry = app.router.resolve(&options.model, deadline).await?;
     let token_lists = source.encode(&entry).await?;
@@ -56,6 +57,8 @@ pub async fn prepare(
         ignore_eos: options.ignore_eos,
         stop_token_ids,
         cache_salt: std::mem::take(&mut options.cache_salt),
+        tenant,
+        retention: options.retention.as_ref().map(Into::into),
         trace: trace(&head.headers),
         ..GenerateRequest::default()
     };

@@ -9,9 +9,11 @@ use std::collections::{HashSet, VecDeque};
 use kvbm_hash::SequenceHash;
 
 use super::key::Key;
+use super::segments::Claimed;
 use super::segments::{Class, Place};
-use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
-use super::{Ledger, Millis};
+use super::slots::{Allowances, Copying, Incoming, Need, NotReserved, Reserved, SlotIndex};
+use super::{Ledger, Millis, Retention};
+use crate::tier::Tier;
 
 /// Blocks that may wait to be written.
 const CANDIDATES_MAX: usize = 1 << 16;
@@ -27,7 +29,7 @@ pub(super) struct DemoteItem {
     parent: Option<SequenceHash>,
     target: Reserved,
     to: Place,
-    priority: u8,
+    retention: Retention,
 }
 
 /// What is written: one block.
@@ -43,8 +45,8 @@ pub struct DemoteCopy {
     pub key: SequenceHash,
     /// Key of the block before it.
     pub parent: Option<SequenceHash>,
-    /// 0..=100.
-    pub priority: u8,
+    /// How it is kept.
+    pub retention: Retention,
 }
 
 /// Host blocks to be written to disk. Comes back through [`Ledger::finish_demote`], in the order of planning.
@@ -70,7 +72,7 @@ impl DemoteBatch {
             namespace: *namespace,
             key: item.key.hash,
             parent: item.parent,
-            priority: item.priority,
+            retention: item.retention,
         })
     }
 }
@@ -158,10 +160,12 @@ impl Ledger {
             return None;
         }
         let mut batch = DemoteBatch { class, items: Vec::new(), namespaces: Vec::new() };
-        self.disk.tier.claim_share(class);
+        let rights = Claimed { tier: Tier::Disk, tenants: &self.tenants, now };
+        self.disk.tier.claim_share(class, rights);
+        let allowances = self.tenants.in_segments(Tier::Disk, &self.disk.tier, class);
         while batch.items.len() < max {
             let Some(key) = self.disk.candidates.pop(class) else { break };
-            if !self.plan_demote(key, &mut batch, max) {
+            if !self.plan_demote(key, &mut batch, max, &allowances, now) {
                 break;
             }
         }
@@ -186,7 +190,14 @@ impl Ledger {
 
     /// Adds a block, and before it those of its ancestors that disk lacks. False: the batch is full, what is left waits
     /// again.
-    fn plan_demote(&mut self, key: Key, batch: &mut DemoteBatch, max: usize) -> bool {
+    fn plan_demote(
+        &mut self,
+        key: Key,
+        batch: &mut DemoteBatch,
+        max: usize,
+        allowances: &Allowances,
+        now: Millis,
+    ) -> bool {
         let Some(host) = self.host.class_mut(batch.class) else { return true };
         let disk = self.disk.tier.class(batch.class);
         let lacking = |key: Key| disk.is_none_or(|table| !table.slots.knows(key));
@@ -208,18 +219,23 @@ impl Ledger {
                 return true;
             };
             let Some(namespace) = self.registry.namespace(part.namespace) else { return true };
-            match table.slots.reserve(part, parent) {
+            let retention = host.slots.retention(slot, now);
+            let block = Incoming { key: part, parent, retention, group: host.slots.group_of(slot) };
+            match table.slots.reserve(block, Need::Optional, allowances, now) {
                 Ok(target) => {
                     let (from, to) = (host.place(slot), table.place(target.slot()));
-                    let priority = host.slots.priority(slot);
-                    table.slots.set_priority(target.slot(), priority);
                     let source = host.slots.begin_copy(slot);
-                    batch.items.push(DemoteItem { source, from, key: part, parent, target, to, priority });
+                    batch.items.push(DemoteItem { source, from, key: part, parent, target, to, retention });
                     batch.namespaces.push(namespace.digest);
                 }
                 Err(NotReserved::Resident | NotReserved::Filling) => {}
-                // The chain fills the whole tier, or all of it is being written: what is left has no place now.
-                Err(NotReserved::Exhausted | NotReserved::Orphan) => {
+                Err(NotReserved::NotAdmitted) => {
+                    self.disk.not_admitted += 1;
+                    return true;
+                }
+                // The chain fills the whole tier, or all of it is being written, or others have a right to it: what is
+                // left has no place now.
+                Err(NotReserved::Exhausted | NotReserved::Orphan | NotReserved::OverQuota) => {
                     self.disk.candidates.dropped += 1;
                     return true;
                 }
@@ -229,19 +245,19 @@ impl Ledger {
     }
 
     /// The writes of a batch ended: one outcome for each block. Returns how many are resident on disk because of it.
-    pub fn finish_demote(&mut self, batch: DemoteBatch, written: &[bool]) -> usize {
+    pub fn finish_demote(&mut self, batch: DemoteBatch, written: &[bool], now: Millis) -> usize {
         let mut stored = 0;
         self.disk.demoting -= batch.items.len();
         for (item, written) in batch.items.into_iter().zip(written) {
             let table = self.disk.tier.class_mut(batch.class).expect("slots are reserved in it");
             let alive = self.registry.namespace(item.key.namespace).is_some();
             if *written && alive {
-                stored += usize::from(table.slots.commit(item.target));
+                stored += usize::from(table.slots.commit(item.target, now));
             } else {
-                table.slots.abandon(item.target);
+                table.slots.abandon(item.target, now);
             }
             let host = self.host.class_mut(batch.class).expect("its slots are being read");
-            host.slots.end_copy(item.source);
+            host.slots.end_copy(item.source, now);
         }
         self.sweep();
         stored

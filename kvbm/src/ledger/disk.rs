@@ -7,10 +7,10 @@ use kvbm_hash::SequenceHash;
 
 use super::admission::{Admission, AdmissionRules, AdmissionTally};
 use super::demote::{BatchLimit, Candidates};
-use super::key::{Key, KeyHasher};
+use super::key::Key;
 use super::segments::{Class, ClassSummary, Place, SegmentId, SegmentTier, SlotsIn};
-use super::slots::{Copying, Restored, SlotIndex, SlotTable};
-use super::{Ledger, Millis, NamespaceId, TrustDomain};
+use super::slots::{Copying, GroupId, Restored, SlotIndex, SlotTable, TableRules};
+use super::{Ledger, Millis, NamespaceId, Retention, TrustDomain};
 use crate::tier::Tier;
 
 /// Settings of the flow to disk.
@@ -47,15 +47,17 @@ pub(super) struct Disk {
     pub promoting: usize,
     /// When something was last read, or was asked to be.
     pub read_at: Option<Millis>,
+    /// Blocks that were worth less than what would have had to go for them.
+    pub not_admitted: u64,
     /// Where the next inspection begins.
     scrub_after: Option<(Class, SlotIndex)>,
 }
 
 impl Disk {
-    pub fn new(rules: DiskRules, hasher: KeyHasher) -> Self {
+    pub fn new(rules: DiskRules, tables: TableRules) -> Self {
         Self {
-            tier: SegmentTier::new(None, hasher),
-            admission: Admission::new(rules.admission, hasher),
+            tier: SegmentTier::new(None, tables),
+            admission: Admission::new(rules.admission, tables.hasher),
             candidates: Candidates::default(),
             in_service: false,
             idle: rules.idle,
@@ -63,6 +65,7 @@ impl Disk {
             demoting: 0,
             promoting: 0,
             read_at: None,
+            not_admitted: 0,
             scrub_after: None,
         }
     }
@@ -79,8 +82,8 @@ pub struct FoundBlock {
     pub key: SequenceHash,
     /// Key of the block before it.
     pub parent: Option<SequenceHash>,
-    /// 0..=100.
-    pub priority: u8,
+    /// How it is kept: a duration is what is left of it.
+    pub retention: Retention,
     /// When it was stored, on any scale.
     pub stored: u64,
 }
@@ -94,8 +97,8 @@ pub struct StoredBlock {
     pub key: SequenceHash,
     /// Key of the block before it.
     pub parent: Option<SequenceHash>,
-    /// 0..=100.
-    pub priority: u8,
+    /// How it is kept.
+    pub retention: Retention,
 }
 
 /// A segment that an earlier life of the daemon left.
@@ -122,8 +125,10 @@ pub struct FoundTables {
 /// Names of what was found, held until the tables are there.
 #[derive(Debug)]
 pub struct FoundNames {
-    names: HashMap<(TrustDomain, [u8; 32]), NamespaceId>,
-    hasher: KeyHasher,
+    /// With the group of tenants that the blocks count for.
+    names: HashMap<(TrustDomain, [u8; 32]), (NamespaceId, GroupId)>,
+    rules: TableRules,
+    now: Millis,
 }
 
 impl FoundNames {
@@ -140,18 +145,19 @@ impl FoundNames {
             for (position, segment) in segments.iter().enumerate() {
                 let first = position as u32 * per_segment;
                 blocks.extend(segment.blocks.iter().filter(|block| block.index < per_segment).map(|block| {
-                    let namespace = self.names[&(class.domain, block.namespace)];
+                    let (namespace, group) = self.names[&(class.domain, block.namespace)];
                     Restored {
                         slot: SlotIndex(first + block.index),
                         key: Key { namespace, hash: block.key },
                         parent: block.parent,
-                        priority: block.priority,
+                        retention: block.retention,
+                        group,
                         stored: block.stored,
                     }
                 }));
             }
             let slots = segments.len() as u32 * per_segment;
-            let (table, left_out) = SlotTable::restore(slots, blocks, self.hasher);
+            let (table, left_out) = SlotTable::restore(slots, blocks, self.rules, self.now);
             tables.left_out += left_out;
             for key in table.keys() {
                 *tables.blocks.entry(key.namespace).or_default() += 1;
@@ -236,20 +242,22 @@ impl Ledger {
     }
 
     /// Names what was found, so that tables can be made of it. To be followed by [`Ledger::install_found`].
-    pub fn name_found(&mut self, found: &[FoundSegment]) -> FoundNames {
+    pub fn name_found(&mut self, found: &[FoundSegment], now: Millis) -> FoundNames {
         let mut names = HashMap::new();
         for segment in found {
             for block in &segment.blocks {
-                names
-                    .entry((segment.class.domain, block.namespace))
-                    .or_insert_with(|| self.registry.hold(segment.class, block.namespace));
+                names.entry((segment.class.domain, block.namespace)).or_insert_with(|| {
+                    let id = self.registry.hold(segment.class, block.namespace);
+                    (id, self.registry.group_of(id))
+                });
             }
         }
-        FoundNames { names, hasher: self.hasher }
+        FoundNames { names, rules: self.rules, now }
     }
 
     /// Makes what was found known, in a tier whose classes have not been used. Returns the number of blocks.
     pub fn install_found(&mut self, tier: Tier, names: FoundNames, found: FoundTables) -> usize {
+        let now = names.now;
         let segments = match tier {
             Tier::Host => &mut self.host,
             Tier::Disk => &mut self.disk.tier,
@@ -261,7 +269,15 @@ impl Ledger {
         for (namespace, blocks) in &found.blocks {
             self.registry.stored_many(*namespace, tier, *blocks);
         }
-        names.names.into_values().for_each(|namespace| self.registry.let_go(namespace));
+        self.keep_pinned();
+        for (namespace, group) in names.names.into_values() {
+            // It may have got its tenant while the tables were made.
+            let known = self.registry.namespace(namespace).map_or(group, |namespace| namespace.group);
+            if known != group {
+                self.regroup(namespace, known, now);
+            }
+            self.registry.let_go(namespace);
+        }
         found.blocks.values().sum()
     }
 
@@ -271,6 +287,16 @@ impl Ledger {
         let named = |(_, key, _): &(SlotIndex, Key, Option<SequenceHash>)| key.hash == hash;
         self.host.classes().find_map(|(_, table)| {
             table.slots.residents().into_iter().find(named).map(|(slot, ..)| table.place(slot))
+        })
+    }
+
+    /// How a block on disk is kept, for tests.
+    #[cfg(test)]
+    pub fn retention_on_disk(&self, hash: SequenceHash) -> Option<Retention> {
+        let named = |(_, key, _): &(SlotIndex, Key, Option<SequenceHash>)| key.hash == hash;
+        self.disk.tier.classes().find_map(|(_, table)| {
+            let (slot, ..) = table.slots.residents().into_iter().find(named)?;
+            Some(table.slots.retention_as_set(slot))
         })
     }
 
@@ -331,12 +357,12 @@ impl Ledger {
     }
 
     /// Blocks of one call of [`Ledger::next_scrub`] were looked at; false: it is not what was stored.
-    pub fn finish_scrub(&mut self, items: Vec<(ScrubItem, bool)>) {
+    pub fn finish_scrub(&mut self, items: Vec<(ScrubItem, bool)>, now: Millis) {
         let Some(class) = items.first().map(|(item, _)| item.class) else { return };
         let table = self.disk.tier.class_mut(class).expect("its slots are being read");
         let damaged = items.iter().filter(|(_, intact)| !intact);
-        table.slots.condemn(damaged.map(|(item, _)| &item.source));
-        items.into_iter().for_each(|(item, _)| table.slots.end_copy(item.source));
+        table.slots.condemn(damaged.map(|(item, _)| &item.source), now);
+        items.into_iter().for_each(|(item, _)| table.slots.end_copy(item.source, now));
         self.sweep();
     }
 }

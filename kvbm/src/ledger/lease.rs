@@ -7,11 +7,12 @@ use std::collections::{BTreeSet, HashMap};
 
 use kvbm_hash::SequenceHash;
 
+use super::device::Backlogged;
 use super::key::{Key, NamespaceId};
 use super::pools::Held;
 use super::segments::{Class, SegmentTier};
 use super::slots::SlotIndex;
-use super::{BlockRef, Ledger, Millis, Owner, PoolId, SessionId};
+use super::{BlockRef, Ledger, Millis, Owner, PoolId, Retention, SessionId};
 use crate::error::Refused;
 
 /// Number of a lease within one life of the daemon. Never reused, never 0.
@@ -95,34 +96,61 @@ impl Leases {
     }
 }
 
+/// What is looked for.
+#[derive(Debug, Clone, Copy)]
+struct Asked<'a> {
+    session: SessionId,
+    namespace: NamespaceId,
+    hashes: &'a [SequenceHash],
+    retention: &'a [Option<Retention>],
+}
+
 impl Ledger {
-    /// The longest prefix of `hashes` that is held, pinned for the session.
+    /// The longest prefix of `hashes` that is held, pinned for the session. `retention` says how each of the first of
+    /// them is to be kept from now on, wherever it is; where nothing is said, a priority stays, and a duration ends.
     pub fn match_prefix(
         &mut self,
         session: SessionId,
         namespace: NamespaceId,
         hashes: &[SequenceHash],
         pool: Option<PoolId>,
+        retention: &[Option<Retention>],
         now: Millis,
     ) -> Result<Matched, Refused> {
         let base = self.registry.base_of(session, namespace)?;
         let key = |i: usize| Key { namespace, hash: hashes[i] };
-        let mut device = Vec::new();
+        let (mut device, offloads) = (Vec::new(), self.host.is_on());
         if let Some(id) = pool {
             let pool = self.owned_pool_mut(session, id)?;
-            let (blocks, _) = pool.slots.prefix(key, hashes.len());
-            for i in 0..blocks {
-                // Prefixes are closed, but whether these keys are one is the client's word.
-                let Some(slot) = pool.slots.resident(key(i)) else { break };
-                pool.slots.pin(slot);
-                device.push(pool.block_ref(slot));
+            let (blocks, deepest) = pool.slots.prefix(key, hashes.len());
+            let mut chain = deepest.map_or(Vec::new(), |deepest| pool.slots.chain(deepest, blocks));
+            // Prefixes are closed, but whether these keys are one is the client's word.
+            let is_meant = |(i, slot): (usize, &SlotIndex)| pool.slots.holds(*slot, key(i));
+            let meant = chain.iter().enumerate().take_while(|at| is_meant(*at)).count();
+            chain.truncate(meant);
+            chain.iter().for_each(|slot| pool.slots.pin(*slot));
+            if let Some(deepest) = chain.last().copied() {
+                pool.slots.reuse(deepest, retention, now);
+                // Wanted again: it may be worth a place in host now.
+                if offloads && pool.slots.is_left_out(deepest) {
+                    pool.slots.try_again(deepest);
+                    let block = pool.block_ref(deepest);
+                    pool.backlog.push_back(Backlogged { block, key: key(chain.len() - 1) });
+                }
             }
+            device.extend(chain.into_iter().map(|slot| pool.block_ref(slot)));
         }
         let (in_host, on_disk, lease) = match self.host_class(session, &base) {
             None => (0, 0, None),
             Some(class) => {
-                let (in_host, lease) = self.lease_host(session, namespace, class, hashes, device.len(), now);
-                (in_host, self.disk_prefix(class, namespace, hashes), lease)
+                let asked = Asked { session, namespace, hashes, retention };
+                let (in_host, lease) = self.lease_host(asked, class, device.len(), now);
+                let on_disk = self.disk_prefix(class, namespace, hashes);
+                if let Some((deepest, _)) = on_disk {
+                    let table = self.disk.tier.class_mut(class).expect("it was found there");
+                    table.slots.reuse(deepest, retention, now);
+                }
+                (in_host, on_disk.map_or(0, |(_, blocks)| blocks), lease)
             }
         };
         let faster = in_host.max(device.len());
@@ -132,20 +160,19 @@ impl Ledger {
 
     fn lease_host(
         &mut self,
-        session: SessionId,
-        namespace: NamespaceId,
+        asked: Asked<'_>,
         class: Class,
-        hashes: &[SequenceHash],
         in_device: usize,
         now: Millis,
     ) -> (usize, Option<LeaseId>) {
+        let Asked { session, namespace, hashes, retention } = asked;
         let Some(table) = self.host.class_mut(class) else { return (0, None) };
         let key = |i: usize| Key { namespace, hash: hashes[i] };
         let (blocks, deepest) = table.slots.prefix(key, hashes.len());
         let Some(deepest) = deepest else { return (0, None) };
+        table.slots.reuse(deepest, retention, now);
         let priority = table.slots.priority(deepest);
         if blocks <= in_device {
-            table.slots.used(deepest);
             self.used_in_host(class, key(blocks - 1), priority);
             return (blocks, None);
         }
@@ -157,16 +184,16 @@ impl Ledger {
     }
 
     /// The session does not want the lease any more.
-    pub fn release_lease(&mut self, session: SessionId, lease: LeaseId) -> Result<(), Refused> {
+    pub fn release_lease(&mut self, session: SessionId, lease: LeaseId, now: Millis) -> Result<(), Refused> {
         self.leases.get(lease).filter(|l| l.session == session).ok_or(Refused::Unknown { what: "lease" })?;
-        self.end_lease(lease);
+        self.end_lease(lease, now);
         Ok(())
     }
 
-    pub(super) fn end_lease(&mut self, id: LeaseId) {
+    pub(super) fn end_lease(&mut self, id: LeaseId, now: Millis) {
         let Some(lease) = self.leases.remove(id) else { return };
         let table = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
-        table.slots.unpin(lease.deepest, 1);
+        table.slots.unpin(lease.deepest, 1, now);
     }
 
     /// Where the blocks of a base namespace are in host, for this session's domain.

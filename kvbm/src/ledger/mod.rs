@@ -19,11 +19,13 @@ mod key;
 mod lease;
 mod offload;
 mod onboard;
-#[expect(dead_code, reason = "the tables come next")]
+mod pins;
 mod policy;
 mod pools;
 mod promote;
+mod quotas;
 mod registry;
+mod replay;
 mod segments;
 mod slots;
 mod waiters;
@@ -38,12 +40,17 @@ pub use demote::{BatchLimit, DemoteBatch, DemoteCopy};
 pub use device::{BlockRef, DevicePool, Owner, PoolId, PoolIdentity};
 pub use disk::{DiskRules, FoundBlock, FoundNames, FoundSegment, FoundTables, ScrubItem, StoredBlock};
 pub use key::{Key, KeyHasher, NamespaceId};
+pub use kvbm_hash::Retention;
 pub use lease::{LeaseId, Matched};
 pub use offload::OffloadBatch;
 pub use onboard::{OnboardBatch, OnboardPart};
+pub use pins::{PinId, PinInfo, PinWhat, Pinned};
+pub use policy::{PolicyKind, UnknownPolicy};
 pub use pools::{Held, PoolEntry};
 pub use promote::{PrefixFound, PromoteBatch, PromoteCopy, Promoted};
+pub use quotas::{Quotas, TenantQuota, TenantUsage, TierQuota};
 pub use registry::{Namespace, Session, SessionId};
+pub use replay::Stored;
 pub use segments::{Class, ClassSummary, Place, SegmentId, SegmentTier, SlotsIn};
 pub use slots::{Committed, SlotCounts, SlotIndex};
 pub use waiters::{ArrivalReport, WaiterId};
@@ -52,8 +59,10 @@ use crate::error::Refused;
 use crate::event::{Event, EventKind};
 use crate::tier::Tier;
 use lease::Leases;
+use pins::Pins;
+use quotas::Tenants;
 use registry::Registry;
-use slots::Change;
+use slots::{Change, TableRules};
 use waiters::Waiters;
 
 /// Milliseconds on the caller's monotonic clock.
@@ -64,21 +73,6 @@ pub struct Millis(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TrustDomain(pub u32);
 
-/// How long and how dearly a block is to be kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Retention {
-    /// 0..=100, higher stays longer.
-    pub priority: u8,
-    /// How long the priority holds after release; `None`: for ever.
-    pub duration: Option<Duration>,
-}
-
-impl Default for Retention {
-    fn default() -> Self {
-        Self { priority: 35, duration: None }
-    }
-}
-
 /// One block that its writer declares complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CommitBlock {
@@ -88,6 +82,8 @@ pub struct CommitBlock {
     pub hash: SequenceHash,
     /// Key of the block before it.
     pub parent: Option<SequenceHash>,
+    /// How it is to be kept; `None`: as any other, or as it is if it is there already.
+    pub retention: Option<Retention>,
 }
 
 /// Settings.
@@ -101,8 +97,16 @@ pub struct LedgerConfig {
     pub orphan_pool_ttl: Duration,
     /// Secret for spreading keys over buckets.
     pub secret: u64,
+    /// Only blocks of this retention priority or more go to host, and only behind a prefix that does. 0..=100.
+    pub offload_priority_min: u8,
     /// Flow to disk.
     pub disk: DiskRules,
+    /// Which block goes first among those of equal right.
+    pub policy: PolicyKind,
+    /// What tenants may have.
+    pub quotas: Quotas,
+    /// Bytes that pins of one namespace may hold.
+    pub pin_budget_bytes: u64,
 }
 
 /// What happened since the start, in blocks.
@@ -114,6 +118,10 @@ pub struct Tally {
     pub orphans: u64,
     /// Offloads given up because host memory was all in use.
     pub host_exhausted: u64,
+    /// Offloads given up because what would have had to go was worth more.
+    pub host_not_admitted: u64,
+    /// Offloads given up because the block, or one before it, is of too low a priority for host memory.
+    pub offloads_unimportant: u64,
     /// Grants that could not be given in full.
     pub grants_short: u64,
     /// Leases that ended by their deadline.
@@ -124,7 +132,8 @@ pub struct Tally {
 #[derive(Debug)]
 pub struct Ledger {
     config: LedgerConfig,
-    hasher: KeyHasher,
+    rules: TableRules,
+    tenants: Tenants,
     registry: Registry,
     pools: BTreeMap<PoolId, DevicePool>,
     last_pool: u32,
@@ -133,6 +142,7 @@ pub struct Ledger {
     host: SegmentTier,
     disk: disk::Disk,
     leases: Leases,
+    pins: Pins,
     waiters: Waiters,
     /// Where the next search for blocks to offload begins: pools take turns.
     next_offload_pool: PoolId,
@@ -144,16 +154,18 @@ pub struct Ledger {
 impl Ledger {
     /// A ledger of nothing.
     pub fn new(config: LedgerConfig) -> Self {
-        let hasher = KeyHasher::new(config.secret);
+        let rules = TableRules { hasher: KeyHasher::new(config.secret), policy: config.policy };
         Self {
-            hasher,
+            rules,
+            tenants: Tenants::new(config.quotas.clone()),
             registry: Registry::default(),
             pools: BTreeMap::new(),
             last_pool: 0,
             strides: HashMap::new(),
-            host: SegmentTier::new(Some(SlotsIn::bytes(0)), hasher),
-            disk: disk::Disk::new(config.disk, hasher),
+            host: SegmentTier::new(Some(SlotsIn::bytes(0)), rules),
+            disk: disk::Disk::new(config.disk, rules),
             leases: Leases::default(),
+            pins: Pins::default(),
             waiters: Waiters::default(),
             next_offload_pool: PoolId(0),
             tally: Tally::default(),
@@ -181,7 +193,7 @@ impl Ledger {
     /// Its process is dead (or handed everything back): its leases end, its pools wait for a successor.
     pub fn session_dead(&mut self, session: SessionId, now: Millis) {
         for lease in self.leases.of_session(session) {
-            self.end_lease(lease);
+            self.end_lease(lease, now);
         }
         for id in self.pools_of(session) {
             self.orphan_pool(id, now);
@@ -199,8 +211,20 @@ impl Ledger {
         base: [u8; 32],
         tenant: &str,
         model: &str,
+        now: Millis,
     ) -> Result<NamespaceId, Refused> {
-        self.registry.register(session, digest, base, tenant, model)
+        let id = self.registry.register(session, digest, base, tenant, model)?;
+        // What an earlier life of the daemon left of it had no tenant until now.
+        let group = self.registry.namespace(id).map(|known| self.tenants.group_of(&known.tenant));
+        if let Some(group) = group.filter(|group| self.registry.set_group(id, *group)) {
+            self.regroup(id, group, now);
+        }
+        Ok(id)
+    }
+
+    /// Whether a session may use a namespace: only if it registered it.
+    pub fn may_use(&self, session: SessionId, namespace: NamespaceId) -> Result<(), Refused> {
+        self.registry.namespace_of(session, namespace).map(|_| ())
     }
 
     /// Sessions and namespaces, to look at.
@@ -250,16 +274,31 @@ impl Ledger {
         self.strides.get(&(domain, base)).copied()
     }
 
+    /// Bytes from block to block of a namespace; `None` as for [`Ledger::stride`].
+    pub fn block_bytes(&self, namespace: NamespaceId) -> Option<u64> {
+        let known = self.registry.namespace(namespace)?;
+        self.stride(known.domain, known.base?).map(|stride| stride as u64)
+    }
+
     // ---- time -------------------------------------------------------------------------------------------------------
 
     /// Ends what has a deadline: unused leases, pools nobody came for.
     pub fn tick(&mut self, now: Millis) {
         for lease in self.leases.expired(now) {
             self.tally.leases_expired += 1;
-            self.end_lease(lease);
+            self.end_lease(lease, now);
         }
         self.drop_old_orphans(now);
+        self.end_pins(now);
+        self.expire(now);
         self.sweep();
+    }
+
+    /// Ends priorities whose time is over. Tables see to it themselves before they evict; this is for those that do not.
+    fn expire(&mut self, now: Millis) {
+        self.pools.values_mut().for_each(|pool| pool.slots.expire(now));
+        self.host.classes_mut().for_each(|(_, table)| table.slots.expire(now));
+        self.disk.tier.classes_mut().for_each(|(_, table)| table.slots.expire(now));
     }
 
     // ---- accounts -----------------------------------------------------------------------------------------------------
@@ -285,6 +324,12 @@ impl Ledger {
             Tier::Disk => self.disk.tier.classes().map(|(_, table)| table.slots.evictions()).sum(),
             Tier::Remote => 0,
         }
+    }
+
+    /// Bytes that the tables of all tiers take for what they know of their slots, free ones included, and their policies.
+    pub fn metadata_bytes(&self) -> usize {
+        let tiers = [Tier::Device, Tier::Host, Tier::Disk].into_iter();
+        tiers.flat_map(|tier| self.tables_of(tier)).map(|(_, table)| table.metadata_bytes()).sum()
     }
 
     /// Slots that cannot be reused because their holder is silent.
@@ -334,6 +379,7 @@ impl Ledger {
 
     /// Carries changes from the slot tables into namespace accounts and events: the only place that does.
     fn sweep(&mut self) {
+        self.keep_arrivals();
         let Self { pools, host, disk, registry, events, .. } = self;
         let mut note = |tier, pool, change| {
             let kind = match change {
@@ -367,6 +413,7 @@ impl Ledger {
             pool.slots.check_integrity();
         }
         self.leases.check_integrity(&self.host);
+        self.pins.check_integrity();
         for (id, session) in self.registry.sessions() {
             for namespace in &session.namespaces {
                 assert!(self.registry.namespace(*namespace).is_some(), "{id:?} holds a forgotten namespace");

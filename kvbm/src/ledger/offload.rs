@@ -7,10 +7,10 @@
 use super::device::Backlogged;
 use super::disk::StoredBlock;
 use super::key::Key;
-use super::segments::{Class, Place};
-use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
+use super::segments::{Claimed, Class, Place};
+use super::slots::{Allowances, Copying, Incoming, Need, NotReserved, Reserved, SlotIndex};
 use super::waiters::{ArrivalReport, WaiterId};
-use super::{BlockRef, Ledger, Owner, PoolId, SessionId};
+use super::{BlockRef, Ledger, Millis, NamespaceId, Owner, PoolId, Retention, SessionId};
 use crate::error::Refused;
 use crate::tier::Tier;
 
@@ -34,6 +34,8 @@ pub struct OffloadBatch {
     pub epoch: u64,
     class: Class,
     items: Vec<OffloadItem>,
+    /// Digest of the namespace of the last item: mostly the next one's too.
+    digest: Option<(NamespaceId, [u8; 32])>,
 }
 
 impl OffloadBatch {
@@ -65,12 +67,12 @@ enum Planned {
 
 impl Ledger {
     /// The next blocks to copy to host, `max` at most. Pools take turns.
-    pub fn next_offload(&mut self, max: usize) -> Option<OffloadBatch> {
+    pub fn next_offload(&mut self, max: usize, now: Millis) -> Option<OffloadBatch> {
         let after = self.next_offload_pool;
         let later = self.pools.range((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded));
         let order: Vec<PoolId> = later.chain(self.pools.range(..=after)).map(|(id, _)| *id).collect();
         for id in order {
-            if let Some(batch) = self.next_offload_of(id, max) {
+            if let Some(batch) = self.next_offload_of(id, max, now) {
                 self.next_offload_pool = id;
                 return Some(batch);
             }
@@ -78,7 +80,7 @@ impl Ledger {
         None
     }
 
-    fn next_offload_of(&mut self, id: PoolId, max: usize) -> Option<OffloadBatch> {
+    fn next_offload_of(&mut self, id: PoolId, max: usize, now: Millis) -> Option<OffloadBatch> {
         let pool = self.pools.get(&id)?;
         // A silent writer may have raised its epoch and be reusing blocks.
         if matches!(pool.owner, Owner::Silent(_) | Owner::Retired) || pool.backlog.is_empty() {
@@ -89,8 +91,10 @@ impl Ledger {
             return None;
         }
         let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
-        let mut batch = OffloadBatch { pool: id, epoch: pool.epoch, class, items: Vec::new() };
-        self.host.claim_share(class);
+        let mut batch = OffloadBatch { pool: id, epoch: pool.epoch, class, items: Vec::new(), digest: None };
+        let rights = Claimed { tier: Tier::Host, tenants: &self.tenants, now };
+        self.host.claim_share(class, rights);
+        let allowances = self.tenants.in_segments(Tier::Host, &self.host, class);
         while batch.items.len() < max {
             let pool = self.pools.get_mut(&id)?;
             let Some(Backlogged { block, key }) = pool.backlog.pop_front() else { break };
@@ -98,7 +102,7 @@ impl Ledger {
                 self.waiters.settle(key, false);
                 continue;
             }
-            if !self.plan_with_ancestors(id, SlotIndex(block.block), key, &mut batch, max) {
+            if !self.plan_with_ancestors(id, SlotIndex(block.block), &mut batch, max, &allowances, now) {
                 break;
             }
         }
@@ -118,22 +122,29 @@ impl Ledger {
         &mut self,
         id: PoolId,
         slot: SlotIndex,
-        key: Key,
         batch: &mut OffloadBatch,
         max: usize,
+        allowances: &Allowances,
+        now: Millis,
     ) -> bool {
-        let pool = &self.pools[&id];
-        let host = self.host.class(batch.class);
-        if let Some(known) = host.filter(|table| table.slots.knows(key)) {
+        let pool = self.pools.get_mut(&id).expect("it was just there");
+        let (key, _) = pool.slots.block(slot).expect("resident blocks are planned");
+        let known = self.host.class_mut(batch.class).filter(|table| table.slots.knows(key));
+        if let Some(known) = known {
             // In host, or on its way there: then the outcome of that copy settles it.
-            if let Some(slot) = known.slots.resident(key) {
-                let priority = known.slots.priority(slot);
+            if let Some(in_host) = known.slots.resident(key) {
+                let retention = pool.slots.retention(slot, now);
+                if retention != Retention::default() {
+                    known.slots.set_retention(in_host, retention, now);
+                }
+                let priority = known.slots.priority(in_host);
                 self.waiters.settle(key, true);
                 // Computed again: a use.
                 self.used_in_host(batch.class, key, priority);
             }
             return true;
         }
+        let (pool, host) = (&self.pools[&id], self.host.class(batch.class));
         let lacking = |slot: &SlotIndex| {
             let (key, _) = pool.slots.block(*slot).expect("ancestors of a resident block are resident");
             !host.is_some_and(|table| table.slots.knows(key))
@@ -141,14 +152,27 @@ impl Ledger {
         let mut chain: Vec<SlotIndex> = pool.slots.ancestors(slot).take_while(lacking).collect();
         chain.reverse();
         for (i, wanted) in chain.iter().enumerate() {
-            let planned =
-                if batch.items.len() >= max { Planned::Later } else { self.plan_one(id, *wanted, batch) };
+            let planned = if self.pools[&id].slots.is_left_out(*wanted) {
+                Planned::Never
+            } else if batch.items.len() >= max {
+                Planned::Later
+            } else {
+                self.plan_one(id, *wanted, batch, allowances, now)
+            };
             if planned == Planned::Yes {
                 continue;
             }
             let pool = self.pools.get_mut(&id).expect("it was just there");
+            let is_left_out = pool.slots.is_left_out(*wanted);
             for slot in chain[i..].iter().rev() {
                 let (key, _) = pool.slots.block(*slot).expect("nothing was evicted here");
+                if is_left_out && !pool.slots.is_left_out(*slot) {
+                    pool.slots.leave_out(*slot);
+                    let depth = pool.slots.depth(Some(*slot)) as u32;
+                    if let Some(table) = self.host.class_mut(batch.class) {
+                        table.slots.passed_over(key, depth, now);
+                    }
+                }
                 match planned {
                     Planned::Never => self.waiters.settle(key, false),
                     Planned::Later | Planned::Yes => {
@@ -161,22 +185,38 @@ impl Ledger {
         true
     }
 
-    fn plan_one(&mut self, id: PoolId, slot: SlotIndex, batch: &mut OffloadBatch) -> Planned {
+    fn plan_one(
+        &mut self,
+        id: PoolId,
+        slot: SlotIndex,
+        batch: &mut OffloadBatch,
+        allowances: &Allowances,
+        now: Millis,
+    ) -> Planned {
         let pool = self.pools.get_mut(&id).expect("it was just there");
         let (key, parent) = pool.slots.block(slot).expect("resident blocks are planned");
-        let Some(namespace) = self.registry.namespace(key.namespace).map(|namespace| namespace.digest) else {
+        // Those behind it in its prefix do not go either: they are planned behind it or not at all.
+        if pool.slots.priority(slot) < self.config.offload_priority_min {
+            self.tally.offloads_unimportant += 1;
             return Planned::Never;
+        }
+        let digest = match batch.digest {
+            Some((namespace, digest)) if namespace == key.namespace => Some(digest),
+            Some(_) | None => self.registry.namespace(key.namespace).map(|namespace| namespace.digest),
         };
+        let Some(namespace) = digest else { return Planned::Never };
+        batch.digest = Some((key.namespace, namespace));
         let Some(table) = self.host.make_room(batch.class) else {
             self.tally.host_exhausted += 1;
             return Planned::Never;
         };
-        match table.slots.reserve(key, parent) {
+        let retention = pool.slots.retention(slot, now);
+        let need = if self.disk.tier.is_on() { Need::Passing } else { Need::Optional };
+        let block = Incoming { key, parent, retention, group: pool.slots.group_of(slot) };
+        match table.slots.reserve(block, need, allowances, now) {
             Ok(target) => {
                 let place = table.place(target.slot());
-                let priority = pool.slots.priority(slot);
-                table.slots.set_priority(target.slot(), priority);
-                let stored = StoredBlock { namespace, key: key.hash, parent, priority };
+                let stored = StoredBlock { namespace, key: key.hash, parent, retention };
                 let source = pool.slots.begin_copy(slot);
                 batch.items.push(OffloadItem { source, key, target, place, stored });
                 Planned::Yes
@@ -184,6 +224,16 @@ impl Ledger {
             Err(NotReserved::Resident | NotReserved::Filling) => Planned::Yes,
             Err(NotReserved::Orphan) => {
                 self.tally.orphans += 1;
+                Planned::Never
+            }
+            Err(NotReserved::NotAdmitted) => {
+                self.tally.host_not_admitted += 1;
+                pool.slots.leave_out(slot);
+                Planned::Never
+            }
+            // Counted for its tenant.
+            Err(NotReserved::OverQuota) => {
+                pool.slots.leave_out(slot);
                 Planned::Never
             }
             Err(NotReserved::Exhausted) => {
@@ -201,7 +251,7 @@ impl Ledger {
 
     /// The copies of a batch ended. `copied`: all bytes arrived and the epoch did not move. Returns the blocks that
     /// are resident in host now because of it.
-    pub fn finish_offload(&mut self, batch: OffloadBatch, copied: bool) -> usize {
+    pub fn finish_offload(&mut self, batch: OffloadBatch, copied: bool, now: Millis) -> usize {
         let mut stored = 0;
         let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
         pool.batches -= 1;
@@ -211,14 +261,14 @@ impl Ledger {
             let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
             let alive = self.registry.namespace(item.key.namespace).is_some();
             let committed = if copied && alive {
-                table.slots.commit(item.target)
+                table.slots.commit(item.target, now)
             } else {
-                table.slots.abandon(item.target);
+                table.slots.abandon(item.target, now);
                 false
             };
             stored += usize::from(committed);
             let priority = pool.slots.priority(item.source.slot());
-            pool.slots.end_copy(item.source);
+            pool.slots.end_copy(item.source, now);
             if committed {
                 self.used_in_host(batch.class, item.key, priority);
             }
@@ -262,7 +312,11 @@ impl Ledger {
                 Some(table) if table.slots.resident(key).is_some() => self.waiters.settle(key, true),
                 // The copy that is under way settles it.
                 Some(_) => {}
-                None => pool.backlog.push_back(Backlogged { block: *block, key }),
+                None => {
+                    // Somebody waits for it: it gets another chance.
+                    pool.slots.try_again(SlotIndex(block.block));
+                    pool.backlog.push_back(Backlogged { block: *block, key });
+                }
             }
         }
         Ok(waiter)

@@ -1,20 +1,17 @@
 //! Onboard: leased host blocks into granted device blocks.
 
-use super::key::Key;
 use super::lease::Lease;
 use super::segments::Place;
-use super::slots::{Committed, Copying, SlotIndex};
-use super::{BlockRef, LeaseId, Ledger, NamespaceId, Owner, PoolId, SessionId};
+use super::slots::{Committed, Copying, Incoming, SlotIndex};
+use super::{BlockRef, LeaseId, Ledger, Millis, NamespaceId, Owner, PoolId, SessionId};
 use crate::error::Refused;
 
 #[derive(Debug)]
 struct OnboardItem {
     place: Place,
-    key: Key,
-    parent: Option<kvbm_hash::SequenceHash>,
-    priority: u8,
+    block: Incoming,
     target: Copying,
-    block: BlockRef,
+    to: BlockRef,
 }
 
 /// Leased blocks to be copied into a pool. Holds the lease's pin. Comes back through [`Ledger::finish_onboard`].
@@ -52,7 +49,7 @@ impl OnboardPart {
 }
 
 fn copies(items: &[OnboardItem]) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
-    items.iter().map(|item| (item.place, item.block.block))
+    items.iter().map(|item| (item.place, item.to.block))
 }
 
 impl OnboardBatch {
@@ -83,6 +80,7 @@ impl Ledger {
         lease_id: LeaseId,
         id: PoolId,
         targets: &[BlockRef],
+        now: Millis,
     ) -> Result<OnboardBatch, Refused> {
         let pool = self.owned_pool_mut(session, id)?;
         let mut seen = std::collections::HashSet::new();
@@ -101,14 +99,15 @@ impl Ledger {
             return Err(Refused::invalid("targets", reason));
         }
         let lease = self.leases.remove(lease_id).expect("it was just there");
-        let table = self.host.class(lease.class).expect("a lease is about a class that exists");
+        let table = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
         let pool = self.pools.get_mut(&id).expect("it was just there");
         let chain = table.slots.chain(lease.deepest, lease.count);
-        let items = chain.into_iter().zip(targets).map(|(slot, block)| {
+        let items = chain.into_iter().zip(targets).map(|(slot, to)| {
             let (key, parent) = table.slots.block(slot).expect("leased blocks are resident");
-            let (place, priority) = (table.place(slot), table.slots.priority(slot));
-            let target = pool.slots.begin_copy(SlotIndex(block.block));
-            OnboardItem { place, key, parent, priority, target, block: *block }
+            let (place, retention) = (table.place(slot), table.slots.retention(slot, now));
+            let target = pool.slots.begin_copy(SlotIndex(to.block));
+            let block = Incoming { key, parent, retention, group: table.slots.group_of(slot) };
+            OnboardItem { place, block, target, to: *to }
         });
         let items = items.collect();
         pool.batches += 1;
@@ -118,40 +117,43 @@ impl Ledger {
 
     /// Copies ended. `copied`: all bytes arrived and the epoch did not move. The targets are committed under their keys;
     /// a target whose key became resident meanwhile stays private to its holder.
-    pub fn finish_onboard_part(&mut self, part: OnboardPart, copied: bool) {
+    pub fn finish_onboard_part(&mut self, part: OnboardPart, copied: bool, now: Millis) {
+        let allowances = self.device_allowances(part.pool);
+        // It may have got its tenant since the copy began.
+        let group = self.registry.group_of(part.namespace);
         let pool = self.pools.get_mut(&part.pool).expect("it is kept while a batch is in flight");
         let alive = self.registry.namespace(part.namespace).is_some() && pool.owner != Owner::Retired;
         for item in part.items {
             if copied && alive {
                 let slot = item.target.slot();
-                match pool.slots.commit_granted(slot, item.block.generation, item.key, item.parent) {
+                let block = Incoming { group, ..item.block };
+                match pool.slots.commit_granted(slot, item.to.generation, block, &allowances, now) {
                     // It is in host already, or was when it was copied: nothing to offload.
-                    Committed::Resident => pool.slots.set_priority(slot, item.priority),
+                    Committed::Resident | Committed::OverQuota | Committed::Stale => {}
                     Committed::Duplicate => self.tally.duplicate_commits += 1,
                     Committed::Orphan => self.tally.orphans += 1,
-                    Committed::Stale => {}
                 }
             }
-            pool.slots.end_copy(item.target);
+            pool.slots.end_copy(item.target, now);
         }
         self.sweep();
     }
 
     /// All copies of a batch ended; what was not taken out of it in parts is settled with it.
-    pub fn finish_onboard(&mut self, mut batch: OnboardBatch, copied: bool) {
+    pub fn finish_onboard(&mut self, mut batch: OnboardBatch, copied: bool, now: Millis) {
         let rest = batch.take_part(usize::MAX);
-        self.finish_onboard_part(rest, copied);
+        self.finish_onboard_part(rest, copied, now);
         let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
         pool.batches -= 1;
         pool.onboarding -= 1;
         let table = self.host.class_mut(batch.lease.class).expect("a lease is about a class that exists");
-        table.slots.unpin(batch.lease.deepest, 1);
+        table.slots.unpin(batch.lease.deepest, 1, now);
         self.collect_pool(batch.pool);
         self.sweep();
     }
 
     /// The copy could not even be queued: everything is as before it was planned, but the lease is gone.
-    pub fn cancel_onboard(&mut self, batch: OnboardBatch) {
-        self.finish_onboard(batch, false);
+    pub fn cancel_onboard(&mut self, batch: OnboardBatch, now: Millis) {
+        self.finish_onboard(batch, false, now);
     }
 }

@@ -4,8 +4,8 @@ use kvbm_hash::SequenceHash;
 
 use super::device::{Backlogged, DevicePool, PoolIdentity};
 use super::key::{Key, NamespaceId};
-use super::slots::{Committed, SlotIndex, SlotTable};
-use super::{BlockRef, CommitBlock, Ledger, Millis, Owner, PoolId, SessionId, TrustDomain};
+use super::slots::{Committed, Incoming, SlotIndex, SlotTable};
+use super::{BlockRef, CommitBlock, Ledger, Millis, Owner, PoolId, Retention, SessionId, TrustDomain};
 use crate::error::Refused;
 use crate::event::{Event, EventKind};
 use crate::tier::Tier;
@@ -32,6 +32,8 @@ pub struct PoolEntry {
     pub parent: Option<SequenceHash>,
     /// The engine uses it now.
     pub held: bool,
+    /// How long and how dearly it is kept.
+    pub retention: Retention,
 }
 
 impl Ledger {
@@ -51,7 +53,7 @@ impl Ledger {
         }
         self.last_pool += 1;
         let id = PoolId(self.last_pool);
-        let slots = SlotTable::new(identity.layout.block_count, self.hasher);
+        let slots = SlotTable::new(identity.layout.block_count, self.rules);
         let pool = DevicePool {
             identity,
             owner: Owner::Session(session),
@@ -131,6 +133,7 @@ impl Ledger {
         if self.pools.get(&id).is_some_and(|pool| pool.owner == Owner::Retired && pool.batches == 0) {
             let gone = self.pools.remove(&id).expect("it was just there");
             self.evictions_of_gone_pools += gone.slots.evictions();
+            self.tenants.pool_gone(&gone.slots);
         }
     }
 
@@ -151,7 +154,7 @@ impl Ledger {
     pub(super) fn orphan_pool(&mut self, id: PoolId, now: Millis) {
         let pool = self.pools.get_mut(&id).expect("listed just now");
         pool.owner = Owner::Orphan(now);
-        pool.slots.drop_all_pins();
+        pool.slots.drop_all_pins(now);
     }
 
     pub(super) fn drop_surplus_orphans(&mut self) {
@@ -198,6 +201,7 @@ impl Ledger {
         id: PoolId,
         entries: &[PoolEntry],
         held: &[BlockRef],
+        now: Millis,
     ) -> Result<(), Refused> {
         let base = self.owned_pool_mut(session, id)?.identity.base;
         for entry in entries {
@@ -206,7 +210,9 @@ impl Ledger {
             }
         }
         let offloads = self.host.is_on();
-        let pool = self.owned_pool_mut(session, id)?;
+        let allowances = self.device_allowances(id);
+        let pool = self.pools.get_mut(&id).expect("it was just there");
+        let registry = &self.registry;
         let invalid = |block: &BlockRef| {
             Refused::invalid("adoption", format!("block {} is out of range or listed twice", block.block))
         };
@@ -223,14 +229,16 @@ impl Ledger {
             rest.retain(|entry| {
                 let slot = SlotIndex(entry.block.block);
                 let key = Key { namespace: entry.namespace, hash: entry.hash };
-                match pool.slots.commit_granted(slot, entry.block.generation, key, entry.parent) {
+                let group = registry.group_of(entry.namespace);
+                let block = Incoming { key, parent: entry.parent, retention: entry.retention, group };
+                match pool.slots.commit_granted(slot, entry.block.generation, block, &allowances, now) {
                     Committed::Resident => {
                         if offloads {
                             pool.backlog.push_back(Backlogged { block: entry.block, key });
                         }
                         false
                     }
-                    Committed::Duplicate | Committed::Stale => false,
+                    Committed::Duplicate | Committed::OverQuota | Committed::Stale => false,
                     Committed::Orphan => true,
                 }
             });
@@ -239,7 +247,7 @@ impl Ledger {
             }
         }
         for entry in entries.iter().filter(|entry| !entry.held) {
-            pool.slots.unpin(SlotIndex(entry.block.block), 1);
+            pool.slots.unpin(SlotIndex(entry.block.block), 1, now);
         }
         self.sweep();
         Ok(())
@@ -256,6 +264,7 @@ impl Ledger {
                 hash: key.hash,
                 parent,
                 held: pool.slots.pins(slot) > 0,
+                retention: pool.slots.retention_as_set(slot),
             })
             .collect()
     }
@@ -266,11 +275,14 @@ impl Ledger {
         session: SessionId,
         id: PoolId,
         count: usize,
+        now: Millis,
     ) -> Result<Vec<BlockRef>, Refused> {
-        let pool = self.owned_pool_mut(session, id)?;
+        self.owned_pool_mut(session, id)?;
+        let allowances = self.device_allowances(id);
+        let pool = self.pools.get_mut(&id).expect("it was just there");
         let mut blocks = Vec::with_capacity(count.min(pool.slots.slots()));
         while blocks.len() < count {
-            let Some(slot) = pool.slots.grant() else { break };
+            let Some(slot) = pool.slots.grant(&allowances, now) else { break };
             blocks.push(pool.block_ref(slot));
         }
         self.tally.grants_short += u64::from(blocks.len() < count);
@@ -285,10 +297,11 @@ impl Ledger {
         namespace: NamespaceId,
         id: PoolId,
         blocks: &[CommitBlock],
-        priority: u8,
+        now: Millis,
     ) -> Result<(), Refused> {
         let base = self.registry.base_of(session, namespace)?;
         let offloads = self.host.is_on();
+        let (allowances, group) = (self.device_allowances(id), self.registry.group_of(namespace));
         let pool = self.owned_pool_mut(session, id)?;
         if pool.identity.base != base {
             return Err(Refused::invalid("namespace_id", "the pool is of another base namespace"));
@@ -297,15 +310,24 @@ impl Ledger {
         for commit in blocks {
             let slot = SlotIndex(commit.block.block);
             let key = Key { namespace, hash: commit.hash };
-            match pool.slots.commit_granted(slot, commit.block.generation, key, commit.parent) {
+            let retention = commit.retention.unwrap_or_default();
+            let block = Incoming { key, parent: commit.parent, retention, group };
+            match pool.slots.commit_granted(slot, commit.block.generation, block, &allowances, now) {
                 Committed::Resident => {
-                    pool.slots.set_priority(slot, priority);
                     if offloads {
                         pool.backlog.push_back(Backlogged { block: commit.block, key });
                     }
                 }
-                Committed::Duplicate => duplicates += 1,
+                Committed::Duplicate => {
+                    duplicates += 1;
+                    // Computed again for somebody who keeps it otherwise.
+                    if let (Some(there), Some(said)) = (pool.slots.resident(key), commit.retention) {
+                        pool.slots.set_retention(there, said, now);
+                    }
+                }
                 Committed::Orphan => orphans += 1,
+                // Counted for its tenant.
+                Committed::OverQuota => {}
                 Committed::Stale => stale += 1,
             }
         }
@@ -316,14 +338,20 @@ impl Ledger {
     }
 
     /// Gives back pins. References of the past are ignored.
-    pub fn release(&mut self, session: SessionId, id: PoolId, blocks: &[Held]) -> Result<(), Refused> {
+    pub fn release(
+        &mut self,
+        session: SessionId,
+        id: PoolId,
+        blocks: &[Held],
+        now: Millis,
+    ) -> Result<(), Refused> {
         let pool = self.owned_pool_mut(session, id)?;
         for held in blocks {
             let slot = SlotIndex(held.block.block);
             let current = held.block.block < pool.identity.layout.block_count
                 && pool.slots.generation(slot) == held.block.generation;
             if current {
-                pool.slots.unpin(slot, held.pins);
+                pool.slots.unpin(slot, held.pins, now);
             }
         }
         self.sweep();

@@ -5,11 +5,12 @@ use kvbm_hash::SequenceHash;
 use super::demote::BatchLimit;
 use super::disk::StoredBlock;
 use super::key::Key;
-use super::segments::{Class, Place};
-use super::slots::{Copying, NotReserved, Reserved, SlotIndex};
+use super::segments::{Claimed, Class, Place};
+use super::slots::{Copying, Incoming, Need, NotReserved, Reserved, SlotIndex};
 use super::waiters::WaiterId;
-use super::{Ledger, Millis, NamespaceId, SessionId};
+use super::{Ledger, Millis, NamespaceId, Retention, SessionId};
 use crate::error::Refused;
+use crate::tier::Tier;
 
 /// Share of a class's host slots that may be filled from disk at a time: one of so many.
 const HOST_SHARE: usize = 2;
@@ -23,7 +24,7 @@ struct PromoteItem {
     target: Reserved,
     to: Place,
     parent: Option<SequenceHash>,
-    priority: u8,
+    retention: Retention,
 }
 
 /// What is read: one block.
@@ -65,8 +66,8 @@ impl PromoteBatch {
     /// What the places in host memory hold when they have arrived.
     pub fn stored(&self) -> impl ExactSizeIterator<Item = (Place, StoredBlock)> + '_ {
         self.items.iter().map(|item| {
-            let (key, parent, priority) = (item.key.hash, item.parent, item.priority);
-            (item.to, StoredBlock { namespace: self.namespace, key, parent, priority })
+            let (key, parent, retention) = (item.key.hash, item.parent, item.retention);
+            (item.to, StoredBlock { namespace: self.namespace, key, parent, retention })
         })
     }
 }
@@ -101,6 +102,7 @@ impl Ledger {
         session: SessionId,
         namespace: NamespaceId,
         hashes: &[SequenceHash],
+        now: Millis,
     ) -> Result<PrefixFound, Refused> {
         let base = self.registry.base_of(session, namespace)?;
         let Some(class) = self.host_class(session, &base) else { return Ok(PrefixFound::default()) };
@@ -110,31 +112,28 @@ impl Ledger {
             let (blocks, deepest) = table.slots.prefix(key, hashes.len());
             found.host_blocks = blocks;
             if let Some(deepest) = deepest {
-                table.slots.used(deepest);
+                table.slots.used(deepest, now);
                 let (key, priority) = (key(blocks - 1), table.slots.priority(deepest));
                 self.used_in_host(class, key, priority);
             }
         }
-        found.disk_blocks = self.disk_prefix(class, namespace, hashes).saturating_sub(found.host_blocks);
+        if let Some((deepest, blocks)) = self.disk_prefix(class, namespace, hashes) {
+            self.disk.tier.class_mut(class).expect("it was found there").slots.used(deepest, now);
+            found.disk_blocks = blocks.saturating_sub(found.host_blocks);
+        }
         Ok(found)
     }
 
-    /// Leading blocks on disk; counts as a use.
+    /// The deepest of the leading blocks on disk, and how many they are.
     pub(super) fn disk_prefix(
-        &mut self,
+        &self,
         class: Class,
         namespace: NamespaceId,
         hashes: &[SequenceHash],
-    ) -> usize {
-        if !self.disk.in_service {
-            return 0;
-        }
-        let Some(table) = self.disk.tier.class_mut(class) else { return 0 };
+    ) -> Option<(SlotIndex, usize)> {
+        let table = self.disk.tier.class(class).filter(|_| self.disk.in_service)?;
         let (blocks, deepest) = table.slots.prefix(|i| Key { namespace, hash: hashes[i] }, hashes.len());
-        if let Some(deepest) = deepest {
-            table.slots.used(deepest);
-        }
-        blocks
+        Some((deepest?, blocks))
     }
 
     /// Plans to read what disk has of a prefix behind what host has of it, as far as host memory can be had, in batches.
@@ -154,7 +153,9 @@ impl Ledger {
         if chain.is_empty() {
             return Ok(Vec::new());
         }
-        self.host.claim_share(class);
+        let rights = Claimed { tier: Tier::Host, tenants: &self.tenants, now };
+        self.host.claim_share(class, rights);
+        let allowances = self.tenants.in_segments(Tier::Host, &self.host, class);
         let mut room = self.promote_room(class);
         let mut batches: Vec<PromoteBatch> = Vec::new();
         let in_host = |(_, key, _): &ChainBlock| {
@@ -166,18 +167,23 @@ impl Ledger {
                 break;
             }
             let Some(host) = self.host.make_room(class) else { break };
-            let target = match host.slots.reserve(key, parent) {
+            let disk = self.disk.tier.class_mut(class).expect("the prefix was found in it");
+            let retention = disk.slots.retention(slot, now);
+            let block = Incoming { key, parent, retention, group: disk.slots.group_of(slot) };
+            let target = match host.slots.reserve(block, Need::Wanted, &allowances, now) {
                 Ok(target) => target,
                 // It is on its way.
                 Err(NotReserved::Resident | NotReserved::Filling) => continue,
-                Err(NotReserved::Orphan | NotReserved::Exhausted) => break,
+                Err(
+                    NotReserved::Orphan
+                    | NotReserved::Exhausted
+                    | NotReserved::OverQuota
+                    | NotReserved::NotAdmitted,
+                ) => break,
             };
-            let disk = self.disk.tier.class_mut(class).expect("the prefix was found in it");
-            let priority = disk.slots.priority(slot);
-            host.slots.set_priority(target.slot(), priority);
             let (from, to) = (disk.place(slot), host.place(target.slot()));
             let source = disk.slots.begin_copy(slot);
-            let item = PromoteItem { source, from, key, target, to, parent, priority };
+            let item = PromoteItem { source, from, key, target, to, parent, retention };
             match batches.last_mut() {
                 Some(batch) if batch.items.len() < limit.blocks_of(class.stride) => batch.items.push(item),
                 _ => batches.push(PromoteBatch { class, namespace: digest, items: vec![item] }),
@@ -239,9 +245,9 @@ impl Ledger {
             let host = self.host.class_mut(class).expect("slots are reserved in it");
             let alive = self.registry.namespace(item.key.namespace).is_some();
             let committed = if *outcome == Promoted::Arrived && alive {
-                host.slots.commit(item.target)
+                host.slots.commit(item.target, now)
             } else {
-                host.slots.abandon(item.target);
+                host.slots.abandon(item.target, now);
                 false
             };
             arrived += usize::from(committed);
@@ -250,8 +256,8 @@ impl Ledger {
         }
         let disk = self.disk.tier.class_mut(class).expect("its slots are being read");
         let corrupt = sources.iter().filter(|(_, outcome)| *outcome == Promoted::Corrupt);
-        disk.slots.condemn(corrupt.map(|(source, _)| source));
-        sources.into_iter().for_each(|(source, _)| disk.slots.end_copy(source));
+        disk.slots.condemn(corrupt.map(|(source, _)| source), now);
+        sources.into_iter().for_each(|(source, _)| disk.slots.end_copy(source, now));
         self.sweep();
         arrived
     }

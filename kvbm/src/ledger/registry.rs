@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::TrustDomain;
 use super::key::NamespaceId;
 use super::segments::Class;
+use super::slots::GroupId;
 use crate::error::Refused;
 use crate::tier::Tier;
 
@@ -37,6 +38,8 @@ pub struct Namespace {
     pub base: Option<[u8; 32]>,
     /// Label of whoever pays for it.
     pub tenant: String,
+    /// For whose share its blocks count.
+    pub(super) group: GroupId,
     /// Model, for people.
     pub model: String,
     /// Slot size of the blocks that an earlier life of the daemon left of it, for status: its pools are not known then.
@@ -131,9 +134,22 @@ impl Registry {
         self.by_digest.insert((domain, digest), id);
         let (tenant, model, resident) = Default::default();
         let (base, found_stride, holders) = (None, None, 0);
-        let namespace = Namespace { digest, domain, base, tenant, model, found_stride, holders, resident };
+        let group = GroupId::COMMON;
+        let namespace =
+            Namespace { digest, domain, base, tenant, group, model, found_stride, holders, resident };
         self.namespaces.insert(id, namespace);
         id
+    }
+
+    /// For whose share blocks of a namespace count.
+    pub fn group_of(&self, id: NamespaceId) -> GroupId {
+        self.namespaces.get(&id).map_or(GroupId::COMMON, |namespace| namespace.group)
+    }
+
+    /// Blocks of a namespace count for this group from now on. False if they did before.
+    pub fn set_group(&mut self, id: NamespaceId, group: GroupId) -> bool {
+        let namespace = self.namespaces.get_mut(&id);
+        namespace.is_some_and(|namespace| std::mem::replace(&mut namespace.group, group) != group)
     }
 
     /// The namespace of blocks that an earlier life of the daemon left; not forgotten before [`Registry::let_go`].
@@ -144,6 +160,13 @@ impl Registry {
         namespace.found_stride = Some(class.stride);
         namespace.holders += 1;
         id
+    }
+
+    /// A namespace that is known is not forgotten before [`Registry::let_go`].
+    pub fn hold_known(&mut self, id: NamespaceId) {
+        if let Some(namespace) = self.namespaces.get_mut(&id) {
+            namespace.holders += 1;
+        }
     }
 
     /// Ends a hold.

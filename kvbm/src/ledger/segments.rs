@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::TrustDomain;
-use super::key::KeyHasher;
-use super::slots::{SlotCounts, SlotIndex, SlotTable};
+use super::quotas::Tenants;
+use super::slots::{Allowances, SlotCounts, SlotIndex, SlotTable, TableRules};
+use super::{Millis, TrustDomain};
+use crate::tier::Tier;
 
 /// Segments that are tried before a class keeps what it has: each try may look at every slot.
 const COLDEST_TRIED: usize = 4;
@@ -112,18 +113,22 @@ impl ClassTable {
         }
     }
 
-    /// Gives up one segment: an empty one, or (if `in_use`) the one whose latest use is longest ago.
-    fn surrender(&mut self, in_use: bool) -> Option<SegmentId> {
+    /// Gives up a segment without blocks.
+    fn surrender_empty(&mut self, now: Millis) -> Option<SegmentId> {
+        let position = self.owned().find(|position| self.slots.all_free(self.range(*position)))?;
+        let retired = self.slots.retire(self.range(position), Allowances::NONE, now);
+        retired.then(|| self.segments[position].take()).flatten()
+    }
+
+    /// Gives up the segment whose blocks are of the lowest priority; among those, the one whose latest use is longest ago.
+    /// One that holds what is pinned or guaranteed is kept.
+    fn surrender(&mut self, allowances: &Allowances, now: Millis) -> Option<SegmentId> {
+        self.slots.expire(now);
         let mut positions: Vec<usize> = self.owned().collect();
-        if in_use {
-            positions.sort_by_key(|position| self.slots.last_used(self.range(*position)));
-            positions.truncate(COLDEST_TRIED);
-        } else {
-            positions.retain(|position| self.slots.all_free(self.range(*position)));
-        }
-        let position = positions.into_iter().find(|position| {
+        positions.sort_by_cached_key(|position| self.slots.worth(self.range(*position)));
+        let position = positions.into_iter().take(COLDEST_TRIED).find(|position| {
             let range = self.range(*position);
-            self.slots.retire(range)
+            self.slots.retire(range, allowances, now)
         })?;
         self.segments[position].take()
     }
@@ -140,6 +145,14 @@ pub struct ClassSummary {
     pub counts: SlotCounts,
 }
 
+/// What is to be heeded when a class claims a segment of another.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claimed<'a> {
+    pub tier: Tier,
+    pub tenants: &'a Tenants,
+    pub now: Millis,
+}
+
 /// A tier of segments.
 #[derive(Debug)]
 pub struct SegmentTier {
@@ -148,13 +161,13 @@ pub struct SegmentTier {
     free: Vec<SegmentId>,
     classes: BTreeMap<Class, ClassTable>,
     bound: Vec<(SegmentId, Class)>,
-    hasher: KeyHasher,
+    rules: TableRules,
 }
 
 impl SegmentTier {
     /// A tier without segments.
-    pub fn new(slots_in: Option<SlotsIn>, hasher: KeyHasher) -> Self {
-        Self { slots_in, free: Vec::new(), classes: BTreeMap::new(), bound: Vec::new(), hasher }
+    pub fn new(slots_in: Option<SlotsIn>, rules: TableRules) -> Self {
+        Self { slots_in, free: Vec::new(), classes: BTreeMap::new(), bound: Vec::new(), rules }
     }
 
     /// False if there will never be a segment.
@@ -164,7 +177,7 @@ impl SegmentTier {
 
     /// Forgets everything, and changes how segments are cut. No slot may be in use.
     pub fn set_up(&mut self, slots_in: Option<SlotsIn>) {
-        *self = Self::new(slots_in, self.hasher);
+        *self = Self::new(slots_in, self.rules);
     }
 
     /// Slots of a size in each segment.
@@ -216,7 +229,7 @@ impl SegmentTier {
     }
 
     /// All tables.
-    pub fn classes(&self) -> impl Iterator<Item = (&Class, &ClassTable)> {
+    pub fn classes(&self) -> impl Iterator<Item = (&Class, &ClassTable)> + Clone {
         self.classes.iter()
     }
 
@@ -238,7 +251,7 @@ impl SegmentTier {
             class,
             slots_per_segment,
             segments: Vec::new(),
-            slots: SlotTable::new(0, self.hasher),
+            slots: SlotTable::new(0, self.rules),
         });
         if table.slots.counts().free == 0
             && let Some(segment) = self.free.pop()
@@ -251,19 +264,19 @@ impl SegmentTier {
 
     /// Gives a class that would have to evict a segment of another, if it owns less than its share. May look at every
     /// slot: once per batch.
-    pub fn claim_share(&mut self, class: Class) {
+    pub(super) fn claim_share(&mut self, class: Class, rights: Claimed<'_>) {
         let Some(table) = self.make_room(class).filter(|table| table.slots.counts().free == 0) else {
             return;
         };
         let owned = table.owned().count();
-        if let Some(segment) = self.take_segment(class, owned) {
+        if let Some(segment) = self.take_segment(class, owned, rights) {
             self.classes.get_mut(&class).expect("it was just there").bind(segment);
             self.bound.push((segment, class));
         }
     }
 
     /// A segment of another class, for one that owns `owned`.
-    fn take_segment(&mut self, class: Class, owned: usize) -> Option<SegmentId> {
+    fn take_segment(&mut self, class: Class, owned: usize, rights: Claimed<'_>) -> Option<SegmentId> {
         let mut others: Vec<(usize, Class)> = self
             .classes
             .values()
@@ -273,7 +286,7 @@ impl SegmentTier {
         others.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
         let total = owned + others.iter().map(|(count, _)| count).sum::<usize>();
         for (_, other) in &others {
-            let empty = self.classes.get_mut(other).and_then(|table| table.surrender(false));
+            let empty = self.classes.get_mut(other).and_then(|table| table.surrender_empty(rights.now));
             if empty.is_some() {
                 return empty;
             }
@@ -284,7 +297,8 @@ impl SegmentTier {
             return None;
         }
         let richest = others.iter().find(|(count, _)| *count > fair || (owned == 0 && *count > 0))?.1;
-        self.classes.get_mut(&richest)?.surrender(true)
+        let allowances = rights.tenants.in_segments(rights.tier, self, richest);
+        self.classes.get_mut(&richest)?.surrender(&allowances, rights.now)
     }
 
     /// Segments that no class owns.
@@ -323,24 +337,33 @@ mod tests {
     use kvbm_hash::SequenceHash;
 
     use super::*;
+    use crate::ledger::Retention;
     use crate::ledger::key::{Key, NamespaceId};
+    use crate::ledger::slots::{Incoming, Need};
 
     fn key(n: u8) -> Key {
         Key { namespace: NamespaceId(1), hash: SequenceHash([n; 16]) }
     }
 
     fn tier(segments: u32) -> SegmentTier {
-        let mut tier = SegmentTier::new(Some(SlotsIn::bytes(4 * 4096)), KeyHasher::new(1));
+        let mut tier = SegmentTier::new(Some(SlotsIn::bytes(4 * 4096)), TableRules::of_tests());
         (0..segments).for_each(|segment| tier.add_segment(SegmentId(segment)));
         tier
     }
 
+    fn claim(tier: &mut SegmentTier, class: Class) {
+        let tenants = Tenants::default();
+        tier.claim_share(class, Claimed { tier: Tier::Host, tenants: &tenants, now: Millis(50) });
+    }
+
     fn fill(tier: &mut SegmentTier, class: Class, keys: std::ops::Range<u8>) {
         for n in keys {
-            tier.claim_share(class);
+            claim(tier, class);
             let table = tier.make_room(class).expect("it fits");
-            let reserved = table.slots.reserve(key(n), None).expect("there is room");
-            assert!(table.slots.commit(reserved));
+            let block = Incoming::of_tests(key(n), None);
+            let now = Millis(u64::from(n));
+            let reserved = table.slots.reserve(block, Need::Wanted, Allowances::NONE, now);
+            assert!(table.slots.commit(reserved.expect("there is room"), now));
             tier.check_integrity();
         }
     }
@@ -368,11 +391,25 @@ mod tests {
         fill(&mut tier, SMALL, 0..8);
         let hot = tier.class(SMALL).unwrap().slots.resident(key(0)).unwrap();
         tier.class_mut(SMALL).unwrap().slots.pin(hot);
-        tier.class_mut(SMALL).unwrap().slots.unpin(hot, 1);
+        tier.class_mut(SMALL).unwrap().slots.unpin(hot, 1, Millis(9));
         fill(&mut tier, OTHER, 0..1);
         let slots = &tier.class(SMALL).unwrap().slots;
         assert!(slots.resident(key(0)).is_some(), "the segment used last stays");
         assert!(slots.resident(key(7)).is_none());
+    }
+
+    #[test]
+    fn a_segment_with_dearer_blocks_outlives_one_that_was_used_later() {
+        let mut tier = tier(2);
+        fill(&mut tier, SMALL, 0..8);
+        let slots = &mut tier.class_mut(SMALL).unwrap().slots;
+        // In the segment that was filled first.
+        let dear = slots.resident(key(2)).unwrap();
+        slots.set_retention(dear, Retention { priority: 36, duration: None }, Millis(9));
+        fill(&mut tier, OTHER, 0..1);
+        let slots = &tier.class(SMALL).unwrap().slots;
+        assert!(slots.resident(key(2)).is_some(), "it is dearer");
+        assert!(slots.resident(key(7)).is_none(), "though it was used later");
     }
 
     #[test]
@@ -381,10 +418,10 @@ mod tests {
         fill(&mut tier, SMALL, 0..1);
         let slot = tier.class(SMALL).unwrap().slots.resident(key(0)).unwrap();
         tier.class_mut(SMALL).unwrap().slots.pin(slot);
-        tier.claim_share(OTHER);
+        claim(&mut tier, OTHER);
         assert_eq!(tier.class(OTHER).unwrap().slots.slots(), 0);
-        tier.class_mut(SMALL).unwrap().slots.unpin(slot, 1);
-        tier.claim_share(OTHER);
+        tier.class_mut(SMALL).unwrap().slots.unpin(slot, 1, Millis(9));
+        claim(&mut tier, OTHER);
         assert_eq!(tier.class(OTHER).unwrap().slots.slots(), 4);
         tier.check_integrity();
     }

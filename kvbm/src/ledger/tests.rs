@@ -4,6 +4,11 @@
 //! their source both when they are planned and when they end: whatever the ledger reuses too early is seen.
 
 mod cases;
+mod node;
+mod pins;
+mod quotas;
+mod retention;
+mod speed;
 
 use std::collections::{HashMap, HashSet};
 
@@ -47,6 +52,8 @@ struct Worker {
 
 struct World {
     ledger: Ledger,
+    /// How the block of each key is committed.
+    retention: fn(u16) -> Retention,
     now: u64,
     workers: Vec<Worker>,
     device: HashMap<(PoolId, u32), Bytes>,
@@ -58,6 +65,10 @@ struct World {
     promotes: Vec<(PromoteBatch, Vec<Bytes>)>,
     scrubs: Vec<ScrubItem>,
     disk_segments: u32,
+    /// Pinned blocks in host and on disk after the last step.
+    pinned: HashSet<(Tier, Key)>,
+    /// The last step damaged blocks, or restarted the disk.
+    may_lose_pinned: bool,
     resident: HashSet<(Tier, Option<PoolId>, NamespaceId, SequenceHash)>,
     segments: u32,
 }
@@ -111,6 +122,14 @@ enum Op {
         batch: usize,
     },
     EndPromote(u64),
+    Pin {
+        worker: usize,
+        namespace: usize,
+        key: u16,
+        ms: u64,
+        prefix: bool,
+    },
+    Unpin(usize),
     Scrub(usize),
     EndScrub(usize, bool),
     RestartDisk(u64),
@@ -146,10 +165,31 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(worker, namespace, key)| Op::Sink { worker, namespace, key }),
         6 => (any::<usize>(), 1usize..4).prop_map(|(block, batch)| Op::Promote { block, batch }),
         6 => any::<u64>().prop_map(Op::EndPromote),
+        3 => (0usize..4, 0usize..2, 0..KEYS, 1u64..100, any::<bool>()).prop_map(
+            |(worker, namespace, key, ms, prefix)| Op::Pin { worker, namespace, key, ms, prefix }
+        ),
+        1 => any::<usize>().prop_map(Op::Unpin),
         1 => (1usize..4).prop_map(Op::Scrub),
         2 => (any::<usize>(), prop::bool::weighted(0.7)).prop_map(|(i, ok)| Op::EndScrub(i, ok)),
         1 => any::<u64>().prop_map(Op::RestartDisk),
     ]
+}
+
+/// Of the namespaces of each worker.
+const TENANTS: [&str; 2] = ["limited", "guaranteed"];
+
+fn quotas() -> Quotas {
+    let limit = TierQuota { min_bytes: 0, max_bytes: Some(5 * 4096) };
+    let floor = TierQuota { min_bytes: 2 * 4096, max_bytes: None };
+    let of = |quota| TenantQuota { device: quota, host: quota, disk: quota };
+    let quotas = [(TENANTS[0].to_owned(), of(limit)), (TENANTS[1].to_owned(), of(floor))];
+    Quotas { tenants: quotas.into() }
+}
+
+/// Different for each key, so that tiers hold all kinds.
+fn mixed_retention(n: u16) -> Retention {
+    let duration = (n.is_multiple_of(3)).then(|| Duration::from_millis(u64::from(n) * 5));
+    Retention { priority: [35, 35, 80, 10][usize::from(n % 4)], duration }
 }
 
 fn base(model: u8) -> [u8; 32] {
@@ -161,22 +201,27 @@ fn layout(model: u8) -> PoolLayout {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(quotas: Quotas) -> Self {
         let config = LedgerConfig {
             lease: Duration::from_millis(40),
             orphan_pools_max: 2,
             orphan_pool_ttl: Duration::from_millis(200),
             secret: 11,
+            offload_priority_min: 0,
             disk: DiskRules {
                 admission: AdmissionRules { frequency_filter: false, priority_min: 0, bytes_per_day: None },
                 idle: Millis(5),
                 high_water: 0.5,
             },
+            policy: PolicyKind::Lru,
+            quotas,
+            pin_budget_bytes: 12 * 4096,
         };
         let mut ledger = Ledger::new(config);
         ledger.set_segments(Some(SlotsIn::bytes(4 * 4096)));
         Self {
             ledger,
+            retention: |_| Retention::default(),
             now: 0,
             workers: vec![],
             device: HashMap::new(),
@@ -188,6 +233,8 @@ impl World {
             promotes: vec![],
             scrubs: vec![],
             disk_segments: 0,
+            pinned: HashSet::new(),
+            may_lose_pinned: false,
             resident: HashSet::new(),
             segments: 0,
         }
@@ -200,7 +247,14 @@ impl World {
     fn namespaces(&mut self, session: SessionId, model: u8) -> [([u8; 32], NamespaceId); 2] {
         [0, 1].map(|salt| {
             let digest = [model * 2 + salt + 1; 32];
-            let id = self.ledger.register_namespace(session, digest, base(model), "t", "m");
+            let id = self.ledger.register_namespace(
+                session,
+                digest,
+                base(model),
+                TENANTS[usize::from(salt)],
+                "m",
+                Millis(self.now),
+            );
             (digest, id.expect("there is room for namespaces"))
         })
     }
@@ -254,16 +308,17 @@ impl World {
         let (digest, id) = worker.namespaces[namespace];
         self.device.insert((worker.pool, block.block), Some((digest, n)));
         let parent = path(n).iter().rev().nth(1).map(|n| hash(*n));
-        let commit = CommitBlock { block, hash: hash(n), parent };
+        let retention = Some((self.retention)(n));
+        let commit = CommitBlock { block, hash: hash(n), parent, retention };
         let (session, pool) = (worker.session, worker.pool);
-        assert_eq!(self.ledger.commit(session, id, pool, &[commit], 35), Ok(()));
+        assert_eq!(self.ledger.commit(session, id, pool, &[commit], Millis(self.now)), Ok(()));
         // Committed or private: either way it is held by one pin.
         *self.workers[i].pins.entry(block).or_default() += 1;
         let late = CommitBlock {
             block: BlockRef { generation: block.generation.wrapping_sub(1), ..block },
             ..commit
         };
-        assert!(self.ledger.commit(session, id, pool, &[late], 35).is_err());
+        assert!(self.ledger.commit(session, id, pool, &[late], Millis(self.now)).is_err());
     }
 
     fn find(&mut self, i: usize, namespace: usize, n: u16) {
@@ -272,8 +327,10 @@ impl World {
         let keys = path(n);
         let hashes: Vec<_> = keys.iter().map(|n| hash(*n)).collect();
         let (session, pool, now) = (worker.session, worker.pool, Millis(self.now));
-        let matched =
-            self.ledger.match_prefix(session, id, &hashes, Some(pool), now).expect("all is registered");
+        let said = [Some(Retention { priority: 60, duration: None }); 2];
+        let said = if n.is_multiple_of(5) { &said[..] } else { &[] };
+        let matched = self.ledger.match_prefix(session, id, &hashes, Some(pool), said, now);
+        let matched = matched.expect("all is registered");
         for (block, n) in matched.device.iter().zip(&keys) {
             assert_eq!(self.device[&(pool, block.block)], Some((digest, *n)), "a match is what it says");
             *self.workers[i].pins.entry(*block).or_default() += 1;
@@ -291,7 +348,7 @@ impl World {
         let count = count.min(worker.granted.len());
         let targets: Vec<BlockRef> = worker.granted.drain(worker.granted.len() - count..).collect();
         let (session, pool, digest) = (worker.session, worker.pool, worker.namespaces[namespace].0);
-        match self.ledger.begin_onboard(session, lease, pool, &targets) {
+        match self.ledger.begin_onboard(session, lease, pool, &targets, Millis(self.now)) {
             Ok(batch) => {
                 let bytes: Vec<Bytes> = batch
                     .copies()
@@ -308,7 +365,7 @@ impl World {
     }
 
     fn plan(&mut self, max: usize) {
-        if let Some(batch) = self.ledger.next_offload(max) {
+        if let Some(batch) = self.ledger.next_offload(max, Millis(self.now)) {
             assert!(batch.copies().len() <= max);
             let bytes: Vec<Bytes> =
                 batch.copies().map(|(block, _)| self.device[&(batch.pool, block)]).collect();
@@ -334,7 +391,7 @@ impl World {
                 self.host.insert((place.segment.0, place.offset(batch.stride())), now);
             }
         }
-        self.ledger.finish_offload(batch, ok);
+        self.ledger.finish_offload(batch, ok, Millis(self.now));
     }
 
     fn end_onboard(&mut self, i: usize, ok: bool) {
@@ -351,9 +408,9 @@ impl World {
         }
         let mut batch = batch;
         let part = batch.take_part(i % 3);
-        self.ledger.finish_onboard_part(part, ok);
+        self.ledger.finish_onboard_part(part, ok, Millis(self.now));
         self.ledger.check_integrity();
-        self.ledger.finish_onboard(batch, ok);
+        self.ledger.finish_onboard(batch, ok, Millis(self.now));
         if let Some(worker) = self.workers.iter_mut().find(|worker| worker.session == session) {
             for target in targets {
                 worker.loading.remove(&target);
@@ -398,14 +455,15 @@ impl World {
                 self.disk.insert((copy.to.segment.0, copy.to.offset(batch.stride())), now);
             }
         }
-        self.ledger.finish_demote(batch, &written);
+        self.ledger.finish_demote(batch, &written, Millis(self.now));
     }
 
     fn promote(&mut self, i: usize, namespace: usize, n: u16, blocks: usize) {
         let worker = &self.workers[i];
         let (session, (digest, id)) = (worker.session, worker.namespaces[namespace]);
         let hashes: Vec<_> = path(n).into_iter().map(hash).collect();
-        let found = self.ledger.find_prefix(session, id, &hashes).expect("all is registered");
+        let found =
+            self.ledger.find_prefix(session, id, &hashes, Millis(self.now)).expect("all is registered");
         let limit = BatchLimit { blocks, bytes: usize::MAX };
         let batches = self.ledger.begin_promote(session, id, &hashes, limit, Millis(self.now));
         let batches = batches.expect("all is registered");
@@ -451,7 +509,7 @@ impl World {
             let n = u16::from_le_bytes([item.key.0[0], item.key.0[1]]);
             let bytes = self.disk[&(item.place.segment.0, item.place.offset(item.stride()))];
             assert_eq!(bytes, Some((item.namespace, n)), "disk holds what is looked at");
-            self.ledger.finish_scrub(vec![(item, intact)]);
+            self.ledger.finish_scrub(vec![(item, intact)], Millis(self.now));
         }
     }
 
@@ -477,7 +535,7 @@ impl World {
                     index: (offset / stride) as u32,
                     key: hash(n),
                     parent: path(n).iter().rev().nth(1).map(|n| hash(*n)),
-                    priority: 35,
+                    retention: Retention { priority: 50, duration: None },
                     stored: u64::from(n),
                 });
             }
@@ -489,7 +547,7 @@ impl World {
             .map(|(segment, (class, blocks))| FoundSegment { segment: SegmentId(segment), class, blocks })
             .collect();
         let known: HashSet<SegmentId> = found.iter().map(|found| found.segment).collect();
-        let names = self.ledger.name_found(&found);
+        let names = self.ledger.name_found(&found, Millis(self.now));
         let tables = names.tables(found, &slots_in);
         self.ledger.install_found(Tier::Disk, names, tables);
         for event in self.ledger.residents_of(Tier::Disk) {
@@ -541,22 +599,30 @@ impl World {
             })
             .collect();
         let kept: Vec<BlockRef> = held.iter().chain(&private).copied().collect();
-        self.ledger.adopt_entries(session, pool, &entries, &kept).expect("the table is sound");
+        self.ledger
+            .adopt_entries(session, pool, &entries, &kept, Millis(self.now))
+            .expect("the table is sound");
         let worker = &mut self.workers[i];
         (worker.session, worker.pool, worker.namespaces) = (session, pool, namespaces);
         worker.leases.clear();
         worker.pins.values_mut().for_each(|pins| *pins = 1);
-        let twice = self.ledger.adopt_entries(session, pool, &[], &[BlockRef { block: 99, generation: 0 }]);
+        let beyond = BlockRef { block: 99, generation: 0 };
+        let twice = self.ledger.adopt_entries(session, pool, &[], &[beyond], Millis(self.now));
         assert!(twice.is_err(), "blocks out of range are refused");
     }
 
     fn apply(&mut self, op: &Op) {
+        self.may_lose_pinned |= matches!(op, Op::EndPromote(_) | Op::EndScrub(..) | Op::RestartDisk(_));
         match op {
             Op::NewWorker { model, domain, inherit } => self.new_worker(*model, *domain, *inherit),
             Op::Grant(w, n) => {
                 if let Some(i) = self.worker(*w) {
                     let (session, pool) = (self.workers[i].session, self.workers[i].pool);
-                    for block in self.ledger.request_grants(session, pool, *n).expect("it is its pool") {
+                    for block in self
+                        .ledger
+                        .request_grants(session, pool, *n, Millis(self.now))
+                        .expect("it is its pool")
+                    {
                         // The engine may write at once.
                         self.device.insert((pool, block.block), None);
                         self.workers[i].granted.push(block);
@@ -584,7 +650,9 @@ impl World {
                     if let Some(block) = (!blocks.is_empty()).then(|| blocks[k % blocks.len()]) {
                         let pins = worker.pins.remove(&block).expect("listed just now");
                         let (session, pool) = (worker.session, worker.pool);
-                        self.ledger.release(session, pool, &[Held { block, pins }]).expect("it is its pool");
+                        let held = [Held { block, pins }];
+                        let now = Millis(self.now);
+                        self.ledger.release(session, pool, &held, now).expect("it is its pool");
                     }
                 }
             }
@@ -602,7 +670,7 @@ impl World {
                 if let Some((i, lease)) =
                     self.worker(*w).and_then(|i| Some((i, self.workers[i].leases.pop()?.0)))
                 {
-                    let _ = self.ledger.release_lease(self.workers[i].session, lease);
+                    let _ = self.ledger.release_lease(self.workers[i].session, lease, Millis(self.now));
                 }
             }
             Op::Plan(max) => self.plan(*max),
@@ -614,7 +682,9 @@ impl World {
                     self.ledger.session_silent(worker.session);
                     let idle = self.ledger.pool(worker.pool).expect("it waits").quarantined();
                     assert!(idle >= worker.granted.len(), "a silent holder's blocks are quarantined");
-                    assert!(self.ledger.request_grants(worker.session, worker.pool, 1).is_err());
+                    assert!(
+                        self.ledger.request_grants(worker.session, worker.pool, 1, Millis(self.now)).is_err()
+                    );
                     self.ledger.session_dead(worker.session, Millis(self.now));
                 }
             }
@@ -665,6 +735,24 @@ impl World {
                     self.promote(i, namespace, n, *batch);
                 }
             }
+            Op::Pin { worker, namespace, key, ms, prefix } => {
+                if let Some(i) = self.worker(*worker) {
+                    let hashes: Vec<_> = path(*key).into_iter().map(hash).collect();
+                    let what = if *prefix {
+                        PinWhat::Prefix(&hashes)
+                    } else {
+                        PinWhat::Keys(&hashes[hashes.len() - 1..])
+                    };
+                    let (id, now) = (self.workers[i].namespaces[*namespace].1, Millis(self.now));
+                    let _ = self.ledger.pin_blocks(id, what, Millis(self.now + ms), now);
+                }
+            }
+            Op::Unpin(i) => {
+                let pins = self.ledger.pins();
+                if let Some(pin) = (!pins.is_empty()).then(|| pins[i % pins.len()]) {
+                    self.ledger.unpin(pin.id, Millis(self.now)).expect("listed just now");
+                }
+            }
             Op::EndPromote(outcomes) => self.end_promote(*outcomes),
             Op::Scrub(blocks) => {
                 let items = self.ledger.next_scrub(BatchLimit { blocks: *blocks, bytes: usize::MAX });
@@ -680,6 +768,20 @@ impl World {
                 }
             }
         }
+    }
+
+    /// What is pinned and was in host or on disk is still there, unless it was damaged or its segments went with the disk.
+    fn check_pins(&mut self) {
+        let pinned: HashSet<(Tier, Key)> = [Tier::Host, Tier::Disk]
+            .into_iter()
+            .flat_map(|tier| self.ledger.tables_of(tier).into_iter().map(move |table| (tier, table)))
+            .flat_map(|(tier, (_, slots))| slots.residents().into_iter().map(move |(_, key, _)| (tier, key)))
+            .filter(|(_, key)| self.ledger.pins.contains(*key))
+            .collect();
+        let still = |at: &&(Tier, Key)| self.ledger.pins.contains(at.1) && !self.may_lose_pinned;
+        let lost = self.pinned.iter().filter(still).find(|at| !pinned.contains(at));
+        assert_eq!(lost, None, "a pinned block was lost");
+        (self.pinned, self.may_lose_pinned) = (pinned, false);
     }
 
     /// Events tell exactly what is resident.
@@ -733,6 +835,9 @@ impl World {
         while let Some(worker) = self.workers.pop() {
             self.ledger.session_dead(worker.session, Millis(self.now));
         }
+        for pin in self.ledger.pins() {
+            self.ledger.unpin(pin.id, Millis(self.now)).expect("listed just now");
+        }
         self.ledger.check_integrity();
         assert_eq!((self.ledger.leases(), self.ledger.quarantined()), (0, 0));
         for summary in self.ledger.host_summaries().into_iter().chain(self.ledger.disk_summaries()) {
@@ -750,13 +855,15 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
     #[test]
     fn random_walks_never_serve_other_bytes_and_lose_no_slot(ops in prop::collection::vec(op(), 1..300)) {
-        let mut world = World::new();
+        let mut world = World::new(quotas());
+        world.retention = mixed_retention;
         world.apply(&Op::Segment);
         world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
         for op in &ops {
             world.apply(op);
             world.ledger.check_integrity();
             world.follow_events();
+            world.check_pins();
         }
         world.settle();
         world.follow_events();

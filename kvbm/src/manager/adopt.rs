@@ -112,7 +112,7 @@ impl Shared {
     fn adopt_now(&self, session: SessionId, adopt: AdoptPool) -> Result<OpenedPool, Refused> {
         let AdoptPool { memory, epoch, base, tokens_per_block, device, entries, held } = adopt;
         let memory = Arc::new(memory);
-        let pool_id = self.with_ledger(|ledger, _| {
+        let pool_id = self.with_ledger(|ledger, now| {
             let identity = PoolIdentity {
                 uuid: memory.uuid(),
                 base,
@@ -123,7 +123,7 @@ impl Shared {
             };
             let id = ledger.add_pool(session, identity, epoch)?;
             self.pools.insert(id, Arc::clone(&memory));
-            match ledger.adopt_entries(session, id, &entries, &held) {
+            match ledger.adopt_entries(session, id, &entries, &held, now) {
                 Ok(()) => Ok(id),
                 Err(refused) => {
                     ledger.retire_pool(id);

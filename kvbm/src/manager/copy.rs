@@ -73,9 +73,9 @@ pub(super) fn settle_offloads(shared: &Shared, ends: &Receiver<OffloadEnd>) {
         if let Some(warm) = shared.warm.as_ref().filter(|_| copied) {
             warm.set(batch.stride(), batch.stored());
         }
-        shared.with_ledger(|ledger, _| {
+        shared.with_ledger(|ledger, now| {
             let copies = batch.copies().len().max(1);
-            let stored = ledger.finish_offload(batch, copied);
+            let stored = ledger.finish_offload(batch, copied, now);
             if copied {
                 let stored_bytes = bytes / copies as u64 * stored as u64;
                 shared.counters.moved(Route::DeviceToHost, stored, stored_bytes, took);
@@ -143,10 +143,10 @@ fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPar
 
 pub(super) fn settle_onboards(shared: &Shared, ends: &Receiver<OnboardEnd>) {
     while let Ok(OnboardEnd { part, copied, last }) = ends.recv() {
-        shared.with_ledger(|ledger, _| ledger.finish_onboard_part(part, copied));
+        shared.with_ledger(|ledger, now| ledger.finish_onboard_part(part, copied, now));
         let Some(LastOnboard { batch, blocks, bytes, took, tokens_per_block, done }) = last else { continue };
-        shared.with_ledger(|ledger, _| {
-            ledger.finish_onboard(batch, copied);
+        shared.with_ledger(|ledger, now| {
+            ledger.finish_onboard(batch, copied, now);
             if copied {
                 shared.counters.moved(Route::HostToDevice, blocks, bytes, took);
                 shared.counters.matched(blocks as u64 * u64::from(tokens_per_block));

@@ -9,6 +9,7 @@ mod adopt;
 mod copy;
 mod disk;
 mod moving;
+mod pins;
 mod pools;
 mod populate;
 mod sessions;
@@ -28,17 +29,19 @@ use crate::counters::Counters;
 use crate::error::{Error, Refused};
 use crate::event::{Event, EventLog};
 use crate::ledger::{
-    ArrivalReport, DiskRules, Ledger, LedgerConfig, Millis, PoolEntry, PoolId, SessionId, SlotsIn,
-    TrustDomain, WaiterId,
+    ArrivalReport, DiskRules, Ledger, LedgerConfig, Millis, PolicyKind, PoolEntry, PoolId, Quotas, SessionId,
+    SlotsIn, TrustDomain, WaiterId,
 };
 use crate::store::{HostSegments, Pools, WarmHost, WarmSegment, WarmTables, disk_io, segment_plan};
 use crate::tier::Tier;
 use crate::transfer::{BoundedQueue, Gate};
+use crate::what_if::{Sizes, WhatIf, WhatIfReport};
 
 pub use adopt::AdoptPool;
 use copy::{OffloadJob, OnboardJob};
 use disk::DiskTier;
 pub use disk::{DiskCapacity, DiskFigures, DiskState, DiskTierConfig, Recovery};
+pub use pins::LivePin;
 
 /// How much host memory the cache gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +51,9 @@ pub enum HostCapacity {
     /// So many blocks of the first layout that attaches.
     Blocks(u32),
 }
+
+/// Bytes that pins of one namespace may hold, if nothing else is said.
+pub const PIN_BUDGET_BYTES: u64 = 1_000_000_000;
 
 /// Blocks that one acquisition of the ledger's lock deals with, at most, where a request may have many.
 const PIECE_BLOCKS: usize = 256;
@@ -69,8 +75,18 @@ pub struct ManagerConfig {
     pub orphan_pools_max: usize,
     /// How long such a pool is kept.
     pub orphan_pool_ttl: Duration,
+    /// Only blocks of this retention priority or more go to host, and only behind a prefix that does. 0..=100.
+    pub offload_priority_min: u8,
     /// Events kept for watchers.
     pub events_kept: usize,
+    /// How far back [`Manager::what_if`] looks; zero turns it off.
+    pub what_if_window: Duration,
+    /// Which block goes first among those of equal right.
+    pub policy: PolicyKind,
+    /// What tenants may have.
+    pub quotas: Quotas,
+    /// Bytes that pins of one namespace may hold.
+    pub pin_budget_bytes: u64,
     /// Waits so long after each copied block. For drills that must hit a copy in flight; zero otherwise.
     pub copy_delay: Duration,
     /// Spreads keys over buckets; a random number.
@@ -87,7 +103,12 @@ impl Default for ManagerConfig {
             lease: Duration::from_secs(30),
             orphan_pools_max: 4,
             orphan_pool_ttl: Duration::from_secs(600),
+            offload_priority_min: 0,
             events_kept: 1 << 16,
+            what_if_window: Duration::from_secs(3600),
+            policy: PolicyKind::default(),
+            quotas: Quotas::default(),
+            pin_budget_bytes: PIN_BUDGET_BYTES,
             copy_delay: Duration::ZERO,
             secret: 0x5DEE_CE66_D1CE_4E5B,
         }
@@ -188,6 +209,7 @@ struct Shared {
     adoptions: Mutex<Vec<adopt::Pending>>,
     events: EventLog,
     counters: Counters,
+    what_if: WhatIf,
     stopping: AtomicBool,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -216,6 +238,7 @@ impl Manager {
         warm: Option<WarmHost>,
         start_engine: Box<disk::StartEngine>,
     ) -> Result<Self, Error> {
+        config.quotas.validate()?;
         let (found, keeper) = warm.map_or((Vec::new(), None), |warm| (warm.found, Some(warm.keeper)));
         let disk = config.disk.clone();
         let disk = disk.map(|disk| DiskTier::open(disk, config.queue_depth, start_engine)).transpose()?;
@@ -224,7 +247,11 @@ impl Manager {
             orphan_pools_max: config.orphan_pools_max,
             orphan_pool_ttl: config.orphan_pool_ttl,
             secret: config.secret,
+            offload_priority_min: config.offload_priority_min,
             disk: config.disk.as_ref().map_or_else(DiskRules::default, |disk| disk.rules),
+            policy: config.policy,
+            quotas: config.quotas.clone(),
+            pin_budget_bytes: config.pin_budget_bytes,
         });
         let shared = Arc::new(Shared {
             started: Instant::now(),
@@ -244,6 +271,7 @@ impl Manager {
             adoptions: Mutex::default(),
             events: EventLog::new(config.events_kept),
             counters: Counters::default(),
+            what_if: WhatIf::new(config.what_if_window),
             stopping: AtomicBool::new(false),
             threads: Mutex::default(),
             config,
@@ -309,6 +337,7 @@ impl Manager {
     /// Ends leases and pools whose time has come. To be called a few times per second.
     pub fn tick(&self) {
         self.shared.with_ledger(|ledger, now| ledger.tick(now));
+        self.shared.what_if.tick(self.sizes(), self.shared.now());
         let gone = self.shared.unmapped_pools();
         if !gone.is_empty() {
             // Unmapping a large pool takes long: not on the caller's thread if it can be helped.
@@ -356,6 +385,16 @@ impl Manager {
         self.shared.offloads.len() + self.shared.onboards.len() + disk
     }
 
+    /// What is found, and what other capacities would find.
+    pub fn what_if(&self) -> WhatIfReport {
+        self.shared.what_if.report(self.sizes(), self.shared.now())
+    }
+
+    fn sizes(&self) -> Sizes {
+        let disk_bytes = self.shared.disk.as_ref().map_or(0, DiskTier::capacity_bytes);
+        Sizes { host_bytes: self.host_bytes().0, disk_bytes }
+    }
+
     /// The disk tier; `None` if it was not configured.
     pub fn disk(&self) -> Option<DiskFigures> {
         self.shared.disk.as_ref().map(DiskTier::figures)
@@ -375,7 +414,7 @@ impl Shared {
             let locked = Instant::now();
             let now = self.now();
             let result = decide(&mut ledger, now);
-            self.queue_offloads(&mut ledger);
+            self.queue_offloads(&mut ledger, now);
             self.queue_demotes(&mut ledger, now);
             self.events.append(ledger.take_events());
             let reports = ledger.take_arrivals();
@@ -395,21 +434,21 @@ impl Shared {
         self.pools.take_all_but(|id| ledger.pool(id).is_some())
     }
 
-    fn queue_offloads(&self, ledger: &mut Ledger) {
+    fn queue_offloads(&self, ledger: &mut Ledger, now: Millis) {
         if self.host_plan.lock().is_none_or(|(count, _)| count == 0) {
             return;
         }
         while self.offloads.has_room() {
-            let Some(batch) = ledger.next_offload(self.config.batch_blocks) else { return };
+            let Some(batch) = ledger.next_offload(self.config.batch_blocks, now) else { return };
             self.bind_segments(ledger);
             let memory = self.pools.get(batch.pool);
             let Some(memory) = memory else {
                 // The pool was added to the ledger a moment ago and is not mapped here yet: it has no blocks.
-                ledger.finish_offload(batch, false);
+                ledger.finish_offload(batch, false, now);
                 return;
             };
             if let Err(job) = self.offloads.push(OffloadJob { batch, memory }) {
-                ledger.finish_offload(job.batch, false);
+                ledger.finish_offload(job.batch, false, now);
                 return;
             }
         }

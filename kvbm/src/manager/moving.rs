@@ -7,32 +7,41 @@ use kvbm_hash::SequenceHash;
 use super::copy::OnboardJob;
 use super::{Done, Manager, Outcome, Prefetched, Shared};
 use crate::error::Refused;
-use crate::ledger::{BlockRef, LeaseId, Ledger, Matched, Millis, NamespaceId, PoolId, SessionId};
+use crate::ledger::{BlockRef, LeaseId, Ledger, Matched, Millis, NamespaceId, PoolId, Retention, SessionId};
+use crate::what_if::Asked;
 
 impl Manager {
-    /// The longest prefix of `keys` that is held, pinned.
+    /// The longest prefix of `keys` that is held, pinned. `retention` says how the first of them are kept from now on; none
+    /// is given: priorities stay, durations end.
     pub fn match_prefix(
         &self,
         session: SessionId,
         namespace: NamespaceId,
         keys: &[SequenceHash],
         pool: Option<PoolId>,
+        retention: &[Option<Retention>],
     ) -> Result<Matched, Refused> {
-        let matched = self.shared.with_ledger(|ledger, now| {
-            let matched = ledger.match_prefix(session, namespace, keys, pool, now)?;
+        let (matched, block_bytes) = self.shared.with_ledger(|ledger, now| {
+            let matched = ledger.match_prefix(session, namespace, keys, pool, retention, now)?;
             if matched.disk_blocks > 0 {
                 self.shared.queue_promotes(ledger, session, namespace, keys, now)?;
             }
-            Ok(matched)
+            Ok((matched, ledger.block_bytes(namespace)))
         })?;
         let wanted = keys.len() - matched.device.len();
         self.shared.counters.looked_up(matched.host_blocks, matched.disk_blocks, wanted);
+        if let Some(block_bytes) = block_bytes {
+            let in_host = matched.device.len() + matched.host_blocks;
+            let on_disk = in_host + matched.disk_blocks;
+            let asked = Asked { session, namespace, keys, block_bytes, in_host, on_disk };
+            self.shared.what_if.asked(&asked, self.shared.now());
+        }
         Ok(matched)
     }
 
     /// The lease is not wanted any more.
     pub fn release_lease(&self, session: SessionId, lease: LeaseId) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.release_lease(session, lease))
+        self.shared.with_ledger(|ledger, now| ledger.release_lease(session, lease, now))
     }
 
     /// Copies the first blocks of a lease into granted blocks. Unless refused, `done` is called exactly once, on
@@ -46,19 +55,19 @@ impl Manager {
         done: Done,
     ) -> Result<(), Refused> {
         let memory = self.shared.pools.get(pool).ok_or(Refused::Unknown { what: "pool" })?;
-        self.shared.with_ledger(|ledger, _| {
+        self.shared.with_ledger(|ledger, now| {
             // Only pushed to under this lock: room that is there now is there below.
             if !self.shared.onboards.has_room() {
                 self.shared.counters.was_busy("onboard");
                 return Err(self.shared.full("onboard"));
             }
-            let batch = ledger.begin_onboard(session, lease, pool, targets)?;
+            let batch = ledger.begin_onboard(session, lease, pool, targets, now)?;
             let tokens_per_block = ledger.pool(pool).map_or(0, |pool| pool.identity.tokens_per_block);
             self.shared.gate.enter();
             let job = OnboardJob { batch, memory, tokens_per_block, done };
             if let Err(job) = self.shared.onboards.push(job) {
                 self.shared.gate.leave();
-                ledger.cancel_onboard(job.batch);
+                ledger.cancel_onboard(job.batch, now);
                 return Err(self.shared.full("onboard"));
             }
             Ok(())
@@ -147,7 +156,7 @@ impl Shared {
         keys: &[SequenceHash],
         now: Millis,
     ) -> Result<Prefetched, Refused> {
-        let found = ledger.find_prefix(session, namespace, keys)?;
+        let found = ledger.find_prefix(session, namespace, keys, now)?;
         if found.disk_blocks > 0 {
             self.queue_promotes(ledger, session, namespace, keys, now)?;
         }

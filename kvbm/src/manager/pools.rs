@@ -6,7 +6,7 @@ use kvbm_shm::{PoolLayout, PoolMemory};
 
 use super::{AdoptPool, HostCapacity, Manager, OpenPool, OpenedPool, PIECE_BLOCKS, domain_of, populate};
 use crate::error::{Error, Refused};
-use crate::ledger::{BlockRef, CommitBlock, Held, NamespaceId, PoolId, PoolIdentity, Retention, SessionId};
+use crate::ledger::{BlockRef, CommitBlock, Held, NamespaceId, PoolId, PoolIdentity, SessionId};
 
 impl Manager {
     /// Gives a session the pool that a dead worker left, if one fits. It may hold blocks of namespaces that the session
@@ -15,7 +15,7 @@ impl Manager {
         if open.fresh {
             return Ok(None);
         }
-        let inherited = self.shared.with_ledger(|ledger, _| -> Result<_, Refused> {
+        let inherited = self.shared.with_ledger(|ledger, now| -> Result<_, Refused> {
             let fits = |identity: &PoolIdentity| {
                 identity.base == open.base
                     && identity.layout == open.layout
@@ -29,7 +29,7 @@ impl Manager {
                     let (tenant, model) = (&namespace.tenant, &namespace.model);
                     // A session with very many namespaces may not find these blocks; it can still use the pool.
                     let base = namespace.base.unwrap_or(open.base);
-                    let _ = ledger.register_namespace(session, namespace.digest, base, tenant, model);
+                    let _ = ledger.register_namespace(session, namespace.digest, base, tenant, model, now);
                 }
             }
             let epoch = ledger.pool(id).expect("it was just inherited").epoch;
@@ -105,7 +105,7 @@ impl Manager {
         pool: PoolId,
         count: usize,
     ) -> Result<Vec<BlockRef>, Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.request_grants(session, pool, count))
+        self.shared.with_ledger(|ledger, now| ledger.request_grants(session, pool, count, now))
     }
 
     /// Blocks are complete. They are offloaded to host as soon as the queue has room.
@@ -115,14 +115,17 @@ impl Manager {
         namespace: NamespaceId,
         pool: PoolId,
         blocks: &[CommitBlock],
-        retention: Retention,
     ) -> Result<(), Refused> {
         // In pieces: others get their turn in between, and copying begins after the first.
         let mut committed = Ok(());
         for piece in blocks.chunks(PIECE_BLOCKS) {
-            let done = self
-                .shared
-                .with_ledger(|ledger, _| ledger.commit(session, namespace, pool, piece, retention.priority));
+            let (done, block_bytes) = self.shared.with_ledger(|ledger, now| {
+                let done = ledger.commit(session, namespace, pool, piece, now);
+                (done, ledger.block_bytes(namespace))
+            });
+            if let (Ok(()), Some(block_bytes)) = (&done, block_bytes) {
+                self.shared.what_if.stored(namespace, piece.iter().map(|block| block.hash), block_bytes);
+            }
             committed = committed.and(done);
         }
         if !self.shared.offloads.has_room() {
@@ -133,6 +136,6 @@ impl Manager {
 
     /// Gives back pins.
     pub fn release(&self, session: SessionId, pool: PoolId, blocks: &[Held]) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.release(session, pool, blocks))
+        self.shared.with_ledger(|ledger, now| ledger.release(session, pool, blocks, now))
     }
 }

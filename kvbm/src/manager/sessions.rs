@@ -49,6 +49,7 @@ impl Manager {
         tenant: &str,
         model: &str,
     ) -> Result<NamespaceId, Refused> {
-        self.shared.with_ledger(|ledger, _| ledger.register_namespace(session, digest, base, tenant, model))
+        self.shared
+            .with_ledger(|ledger, now| ledger.register_namespace(session, digest, base, tenant, model, now))
     }
 }

@@ -58,15 +58,20 @@ impl Engine {
 
     /// Writes and commits a chain; returns its blocks.
     pub fn compute(&self, keys: &[SequenceHash]) -> Vec<BlockRef> {
+        self.compute_kept(keys, Retention::default())
+    }
+
+    /// As [`Engine::compute`], to be kept in a certain way.
+    pub fn compute_kept(&self, keys: &[SequenceHash], retention: Retention) -> Vec<BlockRef> {
         let blocks = self.granted(keys.len());
         let mut commits = vec![];
         for (i, (block, key)) in blocks.iter().zip(keys).enumerate() {
             self.pool.memory.memory().write(LAYOUT.offset(block.block), &Self::bytes_of(*key));
             let parent = i.checked_sub(1).map(|before| keys[before]);
-            commits.push(CommitBlock { block: *block, hash: *key, parent });
+            commits.push(CommitBlock { block: *block, hash: *key, parent, retention: Some(retention) });
         }
         let (session, namespace, pool) = (self.session, self.namespace, self.pool.pool_id);
-        self.manager.commit(session, namespace, pool, &commits, Retention::default()).unwrap();
+        self.manager.commit(session, namespace, pool, &commits).unwrap();
         blocks
     }
 
@@ -128,13 +133,13 @@ fn blocks_travel_to_host_and_into_another_pool() {
     let keys = a.keys(&(0..24).collect::<Vec<_>>());
     let blocks = a.compute(&keys);
     assert_eq!(a.offloaded(&blocks), Outcome { blocks_done: 6, blocks_failed: 0, bytes: 0, error: None });
-    let matched = manager.match_prefix(b.session, b.namespace, &keys, Some(b.pool.pool_id)).unwrap();
+    let matched = manager.match_prefix(b.session, b.namespace, &keys, Some(b.pool.pool_id), &[]).unwrap();
     assert_eq!((matched.device.len(), matched.host_blocks), (0, 6));
     let targets = manager.request_grants(b.session, b.pool.pool_id, 5).unwrap();
     let outcome = b.onboard(matched.lease.unwrap(), &targets).unwrap();
     assert_eq!((outcome.blocks_done, outcome.bytes), (5, 5 * 8192));
     b.check(&targets, &keys);
-    let again = manager.match_prefix(b.session, b.namespace, &keys, Some(b.pool.pool_id)).unwrap();
+    let again = manager.match_prefix(b.session, b.namespace, &keys, Some(b.pool.pool_id), &[]).unwrap();
     assert_eq!((again.device.len(), again.host_blocks), (5, 1));
     let counters = manager.counters();
     assert_eq!((counters.blocks(Route::DeviceToHost), counters.blocks(Route::HostToDevice)), (6, 5));
@@ -167,8 +172,9 @@ fn without_host_everything_stays_in_the_device() {
     let keys = engine.keys(&(0..8).collect::<Vec<_>>());
     let blocks = engine.compute(&keys);
     engine.release(&blocks);
-    let matched =
-        manager.match_prefix(engine.session, engine.namespace, &keys, Some(engine.pool.pool_id)).unwrap();
+    let matched = manager
+        .match_prefix(engine.session, engine.namespace, &keys, Some(engine.pool.pool_id), &[])
+        .unwrap();
     assert_eq!((matched.device.len(), matched.host_blocks), (2, 0));
     manager.stop();
 }
@@ -197,7 +203,7 @@ fn a_full_onboard_queue_answers_busy_and_keeps_the_lease() {
     let (send, receive) = mpsc::channel();
     let mut busy = None;
     for target in &targets {
-        let matched = manager.match_prefix(b.session, b.namespace, &keys, None).unwrap();
+        let matched = manager.match_prefix(b.session, b.namespace, &keys, None, &[]).unwrap();
         let (lease, send) = (matched.lease.unwrap(), send.clone());
         let done = Box::new(move |outcome| send.send(outcome).unwrap());
         match manager.onboard(b.session, lease, b.pool.pool_id, &[*target], done) {
@@ -236,6 +242,7 @@ fn copies_of_an_older_epoch_do_not_count_and_a_table_is_adopted() {
         hash: *key,
         parent: i.checked_sub(1).map(|before| keys[before]),
         held: i == 0,
+        retention: Retention::default(),
     });
     let (send, receive) = mpsc::channel();
     let adopt = AdoptPool {
@@ -249,7 +256,7 @@ fn copies_of_an_older_epoch_do_not_count_and_a_table_is_adopted() {
     };
     manager.adopt_pool(session, adopt, Box::new(move |opened| send.send(opened).unwrap()));
     let pool = receive.recv().unwrap().unwrap();
-    let matched = manager.match_prefix(session, namespace, &keys, Some(pool.pool_id)).unwrap();
+    let matched = manager.match_prefix(session, namespace, &keys, Some(pool.pool_id), &[]).unwrap();
     assert_eq!(matched.device.len(), 3);
     assert!(
         manager.request_grants(engine.session, engine.pool.pool_id, 1).is_err(),
@@ -270,8 +277,9 @@ fn a_successor_inherits_what_a_dead_worker_left() {
     manager.session_dead(first.session);
     let second = Engine::attach(&manager, false);
     assert!(second.pool.inherited && second.pool.entries.len() == 3);
-    let matched =
-        manager.match_prefix(second.session, second.namespace, &keys, Some(second.pool.pool_id)).unwrap();
+    let matched = manager
+        .match_prefix(second.session, second.namespace, &keys, Some(second.pool.pool_id), &[])
+        .unwrap();
     assert_eq!(matched.device, blocks);
     second.check(&matched.device, &keys);
     let third = Engine::attach(&manager, false);
@@ -303,7 +311,7 @@ fn every_adoption_waits_for_copies_into_the_pool_to_end() {
     let keys = a.keys(&(0..4).collect::<Vec<_>>());
     a.offloaded(&a.compute(&keys));
     let targets = b.granted(1);
-    let lease = manager.match_prefix(b.session, b.namespace, &keys, None).unwrap().lease.unwrap();
+    let lease = manager.match_prefix(b.session, b.namespace, &keys, None, &[]).unwrap().lease.unwrap();
     let (send, ends) = mpsc::channel();
     let ended = send.clone();
     let done = Box::new(move |_| ended.send("copy").unwrap());
@@ -404,8 +412,9 @@ fn concurrent_engines_always_read_what_was_stored() {
                     let tokens: Vec<u32> = (0..16).map(|i| topic * 100 + i).collect();
                     let keys = engine.keys(&tokens);
                     let pool = engine.pool.pool_id;
-                    let matched =
-                        manager.match_prefix(engine.session, engine.namespace, &keys, Some(pool)).unwrap();
+                    let matched = manager
+                        .match_prefix(engine.session, engine.namespace, &keys, Some(pool), &[])
+                        .unwrap();
                     engine.check(&matched.device, &keys);
                     engine.release(&matched.device);
                     let Some(lease) = matched.lease else {

@@ -5,6 +5,7 @@ pub mod disk_io;
 mod host;
 mod pools;
 mod table;
+pub(crate) mod wall_time;
 mod warm;
 
 pub(crate) use host::{HostSegments, Pages, segment_plan};

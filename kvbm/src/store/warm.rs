@@ -9,13 +9,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvbm_shm::{Error, SharedMemory};
 use parking_lot::RwLock;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::table::{Binding, Decoded, Entry, PAGE_BYTES, SegmentTable};
+use super::wall_time::{self, expires_at_s, now_s};
 use crate::ledger::{Class, FoundBlock, FoundSegment, Place, SegmentId, StoredBlock, TrustDomain};
 
 /// A host segment and its table.
@@ -145,7 +145,7 @@ impl WarmTables {
 
     /// All bytes of these blocks are there.
     pub fn set(&self, stride: usize, blocks: impl Iterator<Item = (Place, StoredBlock)>) {
-        let stored_at_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let stored_at_s = now_s();
         let tables = self.tables.read();
         for (place, block) in blocks {
             let Some(table) = tables.get(&place.segment) else { continue };
@@ -158,9 +158,9 @@ impl WarmTables {
                     generation: 0,
                     payload_check: 0,
                     payload_bytes: u32::try_from(stride).unwrap_or(u32::MAX),
-                    priority: block.priority,
+                    priority: block.retention.priority,
                     stored_at_s,
-                    expires_at_s: None,
+                    expires_at_s: expires_at_s(block.retention, stored_at_s),
                 },
             );
         }
@@ -174,7 +174,7 @@ fn block(table: &SegmentTable, index: u32) -> Option<FoundBlock> {
         index,
         key: kvbm_hash::SequenceHash(entry.key),
         parent: entry.parent.map(kvbm_hash::SequenceHash),
-        priority: entry.priority,
+        retention: wall_time::found(entry.priority, entry.stored_at_s, entry.expires_at_s, now_s()),
         stored: entry.stored_at_s,
     })
 }

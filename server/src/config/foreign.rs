@@ -5,7 +5,6 @@ use super::nearest::nearest;
 use super::settings::SETTINGS;
 
 const DISK: &str = "O_DIRECT is used where the file system has it, see DYN_KVBM_DISK_DISABLE_O_DIRECT";
-const ADMISSION: &str = "every complete block is offloaded to host memory";
 const BATCHES: &str = "copies are batched by KVBM_BATCH_BLOCKS and queued by KVBM_QUEUE_DEPTH";
 const PINNED: &str = "host memory is not registered with a GPU yet";
 const ZMQ: &str = "engines reach the daemon over a Unix socket (KVBM_SOCKET), not over ZMQ";
@@ -20,7 +19,6 @@ const START: &str = "ports cannot clash: a busy metrics port gives way to the ne
 /// Exact names first, prefixes (ending in `_`) after them.
 const WITHOUT_EFFECT: &[(&str, &str)] = &[
     ("DYN_KVBM_DISK_ALLOCATOR_TYPE", DISK),
-    ("DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY", ADMISSION),
     ("DYN_KVBM_MAX_CONCURRENT_TRANSFERS", BATCHES),
     ("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", BATCHES),
     ("DYN_KVBM_TRANSFER_BATCH_SIZE", BATCHES),
@@ -41,6 +39,7 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
 const ELSEWHERE: &[&str] = &[
     "KVBM_WORKER_",
     "KVBM_FRONTEND_",
+    "KVBM_LOCAL_KV_RETENTION_",
     "KVBM_CONNECTOR_",
     "KVBM_DAEMON_",
     "KVBM_UP_",

@@ -8,9 +8,9 @@ use thiserror::Error;
 
 use super::nearest::nearest;
 use super::settings::{Default, SETTINGS, Setting};
-use super::{Config, foreign, memory};
+use super::{Config, foreign, memory, quotas};
 use crate::DaemonArgs;
-use crate::remote::{Credentials, Misfit};
+use crate::remote::{Credentials, Misfit, Token};
 
 /// Name of the file that is read when no other is named.
 const FILE: &str = "kvbm.toml";
@@ -176,13 +176,15 @@ pub(super) fn load_within(
             continue;
         };
         if !setting.write(&mut config, text.trim()) {
-            return Err(ConfigError::Value { setting: source, value: text, permitted: setting.permitted() });
+            let permitted = setting.permitted_instead_of(&text);
+            return Err(ConfigError::Value { setting: source, value: text, permitted });
         }
         sources.push((setting, source));
     }
     let mut warnings = foreign::warnings(environment);
     warnings.extend(without_effect(&config));
     warnings.extend(idle_disk(&config).map(str::to_owned));
+    warnings.extend(quotas::warnings(&config.tenants, &capacities(&config)));
     let loaded = Loaded { config, warnings, sources };
     // What a holder keeps for this daemon is in use, and still to be had.
     let held = if loaded.config.holder.is_some() { shared } else { 0 };
@@ -270,6 +272,17 @@ fn text_of(value: &toml::Value) -> String {
     }
 }
 
+/// Bytes of the tiers whose size is known before the first worker comes.
+fn capacities(config: &Config) -> BTreeMap<&'static str, Option<u64>> {
+    let bytes = |gigabytes: f64, blocks: Option<u64>| match blocks {
+        Some(0) => Some(0),
+        Some(_) => None,
+        None => Some(super::gigabytes(gigabytes)),
+    };
+    let host = bytes(config.cpu_cache_gb, config.cpu_cache_blocks);
+    [("host", host), ("disk", bytes(config.disk_cache_gb, config.disk_cache_blocks))].into()
+}
+
 /// Settings of a disk tier that will not write anything.
 fn idle_disk(config: &Config) -> Option<&'static str> {
     let off = |gigabytes: f64, blocks: Option<u64>| blocks.map_or(gigabytes == 0.0, |blocks| blocks == 0);
@@ -302,7 +315,9 @@ fn without_effect(config: &Config) -> Option<String> {
 
 /// A port that would not be protected as it was meant to be is not opened.
 fn check_remote(loaded: &Loaded) -> Result<(), ConfigError> {
-    let Err(Misfit { key, permitted }) = Credentials::read(&loaded.config) else { return Ok(()) };
+    let checked = Credentials::read(&loaded.config).map(drop);
+    let checked = checked.and_then(|()| Token::for_admin(&loaded.config).map(drop));
+    let Err(Misfit { key, permitted }) = checked else { return Ok(()) };
     let setting = loaded.sources.iter().find(|(setting, _)| setting.key == key);
     let (setting, source) = setting.expect("misfits are named by keys of the table");
     let value = match setting.read(&loaded.config) {

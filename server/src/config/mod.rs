@@ -8,6 +8,7 @@ mod foreign;
 mod load;
 pub(crate) mod memory;
 mod nearest;
+mod quotas;
 mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -16,7 +17,7 @@ use std::time::Duration;
 
 use kvbm::disk_io::IoKind;
 use kvbm::ledger::Millis;
-use kvbm::{AdmissionRules, DiskCapacity, DiskTierConfig, HostCapacity, ManagerConfig};
+use kvbm::{AdmissionRules, DiskCapacity, DiskTierConfig, HostCapacity, ManagerConfig, PolicyKind, Quotas};
 
 pub use load::{ConfigError, Environment, Loaded, Source, load};
 pub use settings::{SETTINGS, Setting};
@@ -30,6 +31,7 @@ pub struct Config {
     pub holder: Option<PathBuf>,
     pub cpu_cache_gb: f64,
     pub cpu_cache_blocks: Option<u64>,
+    pub host_offload_prefix_min_priority: u64,
     pub disk_cache_gb: f64,
     pub disk_cache_blocks: Option<u64>,
     pub disk_cache_dir: Vec<PathBuf>,
@@ -51,6 +53,9 @@ pub struct Config {
     pub grpc_tls_key: Option<PathBuf>,
     pub grpc_tls_client_ca: Option<PathBuf>,
     pub grpc_token_file: Option<PathBuf>,
+    pub record: Option<PathBuf>,
+    pub record_max_gb: f64,
+    pub admin_token_file: Option<PathBuf>,
     pub init_timeout_secs: u64,
     pub queue_depth: u64,
     pub batch_blocks: u64,
@@ -58,6 +63,10 @@ pub struct Config {
     pub orphan_pools_max: u64,
     pub orphan_pool_ttl_secs: u64,
     pub events_kept: u64,
+    pub what_if_window_secs: u64,
+    pub eviction_policy: String,
+    pub pin_budget_gb: f64,
+    pub tenants: Quotas,
     pub sessions_max: u64,
     pub session_queue_depth: u64,
     pub session_stall_ms: u64,
@@ -77,6 +86,7 @@ impl Config {
             holder: None,
             cpu_cache_gb: 0.0,
             cpu_cache_blocks: None,
+            host_offload_prefix_min_priority: 0,
             disk_cache_gb: 0.0,
             disk_cache_blocks: None,
             disk_cache_dir: Vec::new(),
@@ -98,6 +108,9 @@ impl Config {
             grpc_tls_key: None,
             grpc_tls_client_ca: None,
             grpc_token_file: None,
+            record: None,
+            record_max_gb: 0.0,
+            admin_token_file: None,
             init_timeout_secs: 0,
             queue_depth: 0,
             batch_blocks: 0,
@@ -105,6 +118,10 @@ impl Config {
             orphan_pools_max: 0,
             orphan_pool_ttl_secs: 0,
             events_kept: 0,
+            what_if_window_secs: 0,
+            eviction_policy: String::new(),
+            pin_budget_gb: 0.0,
+            tenants: Quotas::default(),
             sessions_max: 0,
             session_queue_depth: 0,
             session_stall_ms: 0,
@@ -119,6 +136,21 @@ impl Config {
     /// Host memory asked for, bytes; what a number of blocks needs is known only when their size is.
     pub fn cpu_cache_bytes(&self) -> u64 {
         gigabytes(self.cpu_cache_gb)
+    }
+
+    /// Size at which a recorded trace is full, bytes.
+    pub fn record_max_bytes(&self) -> u64 {
+        gigabytes(self.record_max_gb)
+    }
+
+    /// What pins of one namespace may keep, bytes.
+    pub fn pin_budget_bytes(&self) -> u64 {
+        gigabytes(self.pin_budget_gb)
+    }
+
+    /// Which block goes first among those of equal right.
+    fn policy(&self) -> PolicyKind {
+        self.eviction_policy.parse().expect("the table of settings permits no other")
     }
 
     /// Where the admin HTTP server should listen; the port may turn out to be busy.
@@ -139,7 +171,12 @@ impl Config {
             lease: Duration::from_millis(self.lease_ms),
             orphan_pools_max: bounded(self.orphan_pools_max),
             orphan_pool_ttl: Duration::from_secs(self.orphan_pool_ttl_secs),
+            offload_priority_min: u8::try_from(self.host_offload_prefix_min_priority).expect("as above"),
             events_kept: bounded(self.events_kept),
+            what_if_window: Duration::from_secs(self.what_if_window_secs),
+            policy: self.policy(),
+            quotas: self.tenants.clone(),
+            pin_budget_bytes: self.pin_budget_bytes(),
             copy_delay: Duration::from_micros(self.copy_delay_us),
             secret,
         }

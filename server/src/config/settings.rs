@@ -4,11 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use kvbm::{PolicyKind, Quotas};
 use tracing_subscriber::EnvFilter;
 
-use super::Config;
+use super::{Config, quotas};
 
-/// One setting. Its flag is `--` and the key with dashes.
+/// One setting. Its flag is `--` and the key with dashes; of `tenants`, `--tenant-quota`.
 #[derive(Debug)]
 pub struct Setting {
     /// Key in `kvbm.toml`.
@@ -48,11 +49,17 @@ pub(super) enum Kind {
     Address { field: fn(&mut Config) -> &mut IpAddr },
     OptionalListen { field: fn(&mut Config) -> &mut Option<SocketAddr> },
     Users { field: fn(&mut Config) -> &mut Vec<u32> },
+    Policy { field: fn(&mut Config) -> &mut String },
+    Quotas { field: fn(&mut Config) -> &mut Quotas },
     Filter { field: fn(&mut Config) -> &mut String },
 }
 
 /// The kernel takes no longer ones.
 const PATH_BYTES_MAX: usize = 4095;
+
+fn policy_names() -> impl Iterator<Item = &'static str> {
+    PolicyKind::ALL.into_iter().map(PolicyKind::name)
+}
 
 /// Rows are resolved in this order; a default may refer to rows above it.
 pub static SETTINGS: &[Setting] = &[
@@ -92,6 +99,13 @@ pub static SETTINGS: &[Setting] = &[
         default: Default::Unset,
         kind: Kind::OptionalCount { range: 0..=u32::MAX as u64, field: |c| &mut c.cpu_cache_blocks },
         help: "Host memory for that many blocks of the first pool's size; wins over cpu_cache_gb",
+    },
+    Setting {
+        key: "host_offload_prefix_min_priority",
+        env: &["DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY"],
+        default: Default::Text("0"),
+        kind: Kind::Count { range: 0..=100, field: |c| &mut c.host_offload_prefix_min_priority },
+        help: "A prompt goes to host memory up to its first block below this retention priority; 0 is off",
     },
     Setting {
         key: "disk_cache_gb",
@@ -241,6 +255,27 @@ pub static SETTINGS: &[Setting] = &[
         help: "File with the token that each request over TCP must carry; only its owner may read it",
     },
     Setting {
+        key: "record",
+        env: &["KVBM_RECORD"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.record },
+        help: "Record what engines look up and store, keys only, into this file, for `kvbm replay`",
+    },
+    Setting {
+        key: "record_max_gb",
+        env: &["KVBM_RECORD_MAX_GB"],
+        default: Default::Text("1"),
+        kind: Kind::Number { range: 0.000001..=65536.0, field: |c| &mut c.record_max_gb },
+        help: "Size at which that file is full and nothing more is recorded, GB of 10^9 bytes",
+    },
+    Setting {
+        key: "admin_token_file",
+        env: &["KVBM_ADMIN_TOKEN_FILE"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.admin_token_file },
+        help: "File with the token that changes over admin HTTP must carry; only its owner may read it",
+    },
+    Setting {
         key: "init_timeout_secs",
         env: &["DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS"],
         default: Default::Text("30"),
@@ -288,6 +323,34 @@ pub static SETTINGS: &[Setting] = &[
         default: Default::Text("65536"),
         kind: Kind::Count { range: 1..=100_000_000, field: |c| &mut c.events_kept },
         help: "KV events kept for watchers that fall behind",
+    },
+    Setting {
+        key: "what_if_window_secs",
+        env: &["KVBM_WHAT_IF_WINDOW_SECS"],
+        default: Default::Text("3600"),
+        kind: Kind::Count { range: 0..=604_800, field: |c| &mut c.what_if_window_secs },
+        help: "How far back the hit rates by capacity look, seconds; 0 turns them off",
+    },
+    Setting {
+        key: "eviction_policy",
+        env: &["KVBM_EVICTION_POLICY"],
+        default: Default::Text("gittins"),
+        kind: Kind::Policy { field: |c| &mut c.eviction_policy },
+        help: "Which block is evicted first among those of equal right",
+    },
+    Setting {
+        key: "pin_budget_gb",
+        env: &["KVBM_PIN_BUDGET_GB"],
+        default: Default::Text("1"),
+        kind: Kind::Number { range: 0.0..=1_048_576.0, field: |c| &mut c.pin_budget_gb },
+        help: "GB of 10^9 bytes that pins of one namespace may keep; 0 turns pins off",
+    },
+    Setting {
+        key: "tenants",
+        env: &["KVBM_TENANT_QUOTAS"],
+        default: Default::Text(""),
+        kind: Kind::Quotas { field: |c| &mut c.tenants },
+        help: "What tenants may have at most, and what is not evicted for others; may be given several times",
     },
     Setting {
         key: "sessions_max",
@@ -351,7 +414,12 @@ pub static SETTINGS: &[Setting] = &[
 impl Setting {
     /// Name on the command line, without the leading dashes.
     pub fn flag(&self) -> String {
-        self.key.replace('_', "-")
+        if self.is_repeated() { "tenant-quota".to_owned() } else { self.key.replace('_', "-") }
+    }
+
+    /// True for settings that may be given several times on the command line.
+    pub(crate) fn is_repeated(&self) -> bool {
+        matches!(self.kind, Kind::Quotas { .. })
     }
 
     /// True for settings that need no value on the command line.
@@ -373,7 +441,9 @@ impl Setting {
     /// What may be written, in words.
     pub fn permitted(&self) -> String {
         match &self.kind {
-            Kind::Number { range, .. } => format!("a number from {} to {}", range.start(), range.end()),
+            Kind::Number { range, .. } => {
+                format!("a number from {} to {}", range.start(), range.end())
+            }
             Kind::Count { range, .. } | Kind::OptionalCount { range, .. } => {
                 format!("a whole number from {} to {}", range.start(), range.end())
             }
@@ -383,6 +453,7 @@ impl Setting {
                 format!("1 to {count_max} different paths of 1 to {bytes_max} bytes, separated by commas")
             }
             Kind::Choice { words, .. } => words.join(", "),
+            Kind::Policy { .. } => policy_names().collect::<Vec<_>>().join(", "),
             Kind::OptionalPath { bytes_max, .. } => {
                 format!("a path of at most {bytes_max} bytes, or nothing")
             }
@@ -391,9 +462,18 @@ impl Setting {
                 "an IP address and a port, as in 127.0.0.1:6881 or [::]:6881".to_owned()
             }
             Kind::Users { .. } => "user ids from 0 to 4294967294, separated by commas".to_owned(),
+            Kind::Quotas { .. } => quotas::PERMITTED.to_owned(),
             Kind::Filter { .. } => {
                 "levels error, warn, info, debug, trace or off, or target=level".to_owned()
             }
+        }
+    }
+
+    /// What would have been permitted instead of `text`, in words.
+    pub(super) fn permitted_instead_of(&self, text: &str) -> String {
+        match &self.kind {
+            Kind::Quotas { .. } => quotas::parse(text).err().unwrap_or_else(|| self.permitted()),
+            _ => self.permitted(),
         }
     }
 
@@ -426,6 +506,10 @@ impl Setting {
             Kind::Address { field } => put(field(config), text.parse().ok()),
             Kind::OptionalListen { field } => put(field(config), text.parse().ok().map(Some)),
             Kind::Users { field } => put(field(config), users(text)),
+            Kind::Policy { field } => {
+                put(field(config), policy_names().any(|name| name == text).then(|| text.to_owned()))
+            }
+            Kind::Quotas { field } => put(field(config), quotas::parse(text).ok()),
             Kind::Filter { field } => put(field(config), filter(text)),
         }
     }
@@ -455,7 +539,10 @@ impl Setting {
             Kind::Users { field } => {
                 Some(toml::Value::Array(field(config).iter().map(|uid| whole((*uid).into())).collect()))
             }
-            Kind::Filter { field } => Some(toml::Value::String(field(config).clone())),
+            Kind::Quotas { field } => Some(quotas::table(field(config))),
+            Kind::Policy { field } | Kind::Filter { field } => {
+                Some(toml::Value::String(field(config).clone()))
+            }
         }
     }
 }

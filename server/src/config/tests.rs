@@ -18,6 +18,7 @@ fn every_setting_is_documented_with_its_variables() {
 use super::load::load_within;
 use super::*;
 use crate::DaemonArgs;
+use kvbm::PolicyKind;
 
 const PLENTY: Option<u64> = Some(1 << 40);
 
@@ -384,4 +385,58 @@ fn protection_of_a_port_that_is_not_opened_is_a_warning() {
         loaded.warnings,
         ["without grpc_listen these settings have no effect: grpc_tls_cert, grpc_token_file"]
     );
+}
+
+#[test]
+fn quotas_come_from_flags_environment_or_tables() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(
+        dir.path(),
+        "[tenants.\"a b\".host]\nmin = \"100MB\"\nmax = \"2GB\"\n[tenants.blue.disk]\nmax = \"1.5TB\"",
+    );
+    let load = |flags: &[&str], pairs: &[(&str, &str)]| {
+        load_within(&parse(flags), &environment(pairs), PLENTY, 0).unwrap()
+    };
+    let from_file = load(&["--config", &path], &[]);
+    let quota = from_file.config.manager(1).quotas.tenants["a b"];
+    assert_eq!((quota.host.min_bytes, quota.host.max_bytes), (100_000_000, Some(2_000_000_000)));
+    assert_eq!(from_file.config.tenants.tenants["blue"].disk.max_bytes, Some(1_500_000_000_000));
+    let printed = from_file.print();
+    let again = load(&["--config", &file(dir.path(), &printed)], &[]);
+    assert_eq!(again.config.tenants, from_file.config.tenants, "{printed}");
+
+    // The strongest source counts alone.
+    let variable = ("KVBM_TENANT_QUOTAS", "red:host:max=1GB;red:device:min=1MB");
+    let from_environment = load(&["--config", &path], &[variable]).config.tenants.tenants;
+    assert_eq!(from_environment.keys().collect::<Vec<_>>(), ["red"]);
+    let flags = ["--tenant-quota", "x:host:max=3GB", "--tenant-quota=y:disk:min=1GB,max=2GB"];
+    let loaded = load(&flags, &[variable]);
+    assert_eq!(loaded.config.tenants.tenants.keys().collect::<Vec<_>>(), ["x", "y"]);
+    assert_eq!(loaded.source("tenants").unwrap().to_string(), "--tenant-quota");
+    // The disk is off: its minimum cannot be kept.
+    assert!(
+        loaded.warnings.iter().any(|line| line.contains("in disk add up to 1000000000 bytes")),
+        "{loaded:?}"
+    );
+    fails(
+        &["--tenant-quota", "x:host:max=3"],
+        &[],
+        "invalid --tenant-quota = \"x:host:max=3\": permitted is a size as in 500MB, 2GB or 0, not \"3\" (in \
+         \"x:host:max=3\")",
+    );
+}
+
+#[test]
+fn every_policy_has_a_name() {
+    let policy = |flags: &[&str]| {
+        let loaded = load_within(&parse(flags), &environment(&[]), PLENTY, 0).unwrap();
+        loaded.config.manager(1).policy
+    };
+    for kind in PolicyKind::ALL {
+        assert_eq!(policy(&["--eviction-policy", kind.name()]), kind);
+    }
+    assert_eq!(policy(&[]), PolicyKind::DEFAULT);
+    let names = PolicyKind::ALL.map(PolicyKind::name).join(", ");
+    let line = format!("invalid --eviction-policy = \"best\": permitted is {names}");
+    fails(&["--eviction-policy", "best"], &[], &line);
 }

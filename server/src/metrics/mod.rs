@@ -1,7 +1,9 @@
 //! What Prometheus scrapes. Nothing is counted here: the block manager counts completions, this only writes them down.
 
 mod disk;
+mod rights;
 mod text;
+mod what_if;
 
 use kvbm::{Counters, Histogram, Refused, Route, Tier};
 
@@ -20,10 +22,26 @@ pub(crate) fn render(core: &Core) -> String {
     text.gauge("kvbm_ready", "1 when /ready answers 200.", u8::from(status.daemon.ready));
     found(&mut text, counters);
     moved(&mut text, counters);
+    what_if::render(&mut text, &status);
+    let help = "Requests and commits that came too fast for these figures.";
+    text.counter("kvbm_what_if_unseen_total", help, core.manager.what_if().unseen);
+    rights::render(&mut text, &status);
     held(&mut text, core, &status);
     disk::render(&mut text, core);
     refused(&mut text, core, counters);
+    recorded(&mut text, core);
     text.finish()
+}
+
+/// Only while something is recorded.
+fn recorded(text: &mut Text, core: &Core) {
+    let Some(recorder) = &core.recorder else { return };
+    let (lines, bytes, dropped) = recorder.figures();
+    text.counter("kvbm_record_lines_total", "Lines written to the recorded trace.", lines);
+    text.gauge("kvbm_record_file_bytes", "Size of the recorded trace.", bytes);
+    let help =
+        "Matches and commits that are missing in the recorded trace: it was full, or writing too slow.";
+    text.counter("kvbm_record_dropped_total", help, dropped);
 }
 
 fn found(text: &mut Text, counters: &Counters) {
@@ -132,6 +150,11 @@ fn refused(text: &mut Text, core: &Core, counters: &Counters) {
             "kvbm_host_exhausted_total",
             "Blocks not offloaded because all host memory was in use.",
             tally.host_exhausted,
+        ),
+        (
+            "kvbm_offloads_unimportant_total",
+            "Blocks not offloaded because of too low a priority, their own or that of one before them.",
+            tally.offloads_unimportant,
         ),
         (
             "kvbm_grants_short_total",

@@ -84,7 +84,19 @@ impl Credentials {
 #[derive(Clone)]
 pub(crate) struct Token(blake3::Hash);
 
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token")
+    }
+}
+
 impl Token {
+    /// What changes over admin HTTP must show; `None` if nothing is configured.
+    pub fn for_admin(config: &Config) -> Result<Option<Self>, Misfit> {
+        let token = config.admin_token_file.as_deref().map(Self::read).transpose();
+        token.map_err(|permitted| misfit("admin_token_file", permitted))
+    }
+
     /// Fails with what is permitted.
     fn read(path: &Path) -> Result<Self, String> {
         let unreadable = |error| format!("a file that can be read ({error})");

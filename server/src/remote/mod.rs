@@ -1,6 +1,7 @@
 //! The registry over TCP, for frontends and routers on other machines.
 //!
-//! Engines must be on the node, so sessions are not served here: only workers, KV events, snapshots and status.
+//! Engines must be on the node, so sessions are not served here: only workers, KV events, snapshots and status; and
+//! pins, for whoever shows a token.
 //!
 //! ```text
 //!  connection ──► a place ──► TLS ──► token ──► Registry
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvbm_proto::MESSAGE_BYTES_MAX;
+use kvbm_proto::v1::admin_server::AdminServer;
 use kvbm_proto::v1::registry_server::RegistryServer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -32,8 +34,9 @@ use tonic::transport::Server;
 use crate::core::Core;
 use crate::error::StartError;
 use crate::registry::RegistryService;
-pub(crate) use credentials::Credentials;
+use crate::rights::AdminService;
 pub use credentials::Misfit;
+pub(crate) use credentials::{Credentials, Token};
 pub(crate) use door::Door;
 use door::{Doorkeeper, Reason};
 use guest::{Bytes, Guest};
@@ -79,6 +82,8 @@ impl Remote {
         core.tasks.spawn(accept(Arc::clone(&core), listener, tls, sender));
         let registry = RegistryServer::new(RegistryService::new(Arc::clone(&core), WATCHERS_MAX))
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        // A certificate alone lets look, not change.
+        let admin = token.is_some().then(|| AdminServer::new(AdminService::behind_token(Arc::clone(&core))));
         let hanging_up = core.hanging_up.clone();
         let server = Server::builder()
             .max_concurrent_streams(STREAMS_MAX)
@@ -86,7 +91,8 @@ impl Remote {
             .http2_keepalive_interval(Some(PING_INTERVAL))
             .http2_keepalive_timeout(Some(PING_DEADLINE))
             .layer(InterceptorLayer::new(Doorkeeper::new(core, token)))
-            .add_service(registry);
+            .add_service(registry)
+            .add_optional_service(admin);
         let served =
             server.serve_with_incoming_shutdown(ReceiverStream::new(guests), hanging_up.cancelled_owned());
         if let Err(error) = served.await {

@@ -140,8 +140,12 @@ impl Attached {
 
     fn commit(&self, message: &v1::Commit) -> Result<(), Refused> {
         let (namespace, pool) = (NamespaceId(message.namespace_id), PoolId(message.pool_id));
-        let (blocks, retention) = (wire::commits(message)?, wire::retention(message)?);
-        self.core.manager.commit(self.id, namespace, pool, &blocks, retention)
+        let blocks = wire::commits(message)?;
+        self.core.manager.commit(self.id, namespace, pool, &blocks)?;
+        if let Some(recorder) = &self.core.recorder {
+            recorder.committed(&self.core.manager, namespace, &blocks);
+        }
+        Ok(())
     }
 
     fn release(&self, message: &v1::Release) -> Result<(), Refused> {
@@ -161,9 +165,13 @@ impl Attached {
 
     fn find(&self, message: &v1::Match) -> Result<Body, Refused> {
         let keys = wire::hashes("keys", &message.keys)?;
+        let retention = wire::match_retention(message, keys.len())?;
         let pool = (message.pool_id > 0).then_some(PoolId(message.pool_id));
         let namespace = NamespaceId(message.namespace_id);
-        let matched = self.core.manager.match_prefix(self.id, namespace, &keys, pool)?;
+        let matched = self.core.manager.match_prefix(self.id, namespace, &keys, pool, &retention)?;
+        if let Some(recorder) = &self.core.recorder {
+            recorder.matched(&self.core.manager, namespace, keys, &matched);
+        }
         Ok(Body::Match(v1::MatchReply {
             device: matched.device.into_iter().map(wire::block_out).collect(),
             host_blocks: wire::count(matched.host_blocks),

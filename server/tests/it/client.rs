@@ -161,7 +161,10 @@ impl Client {
     }
 
     pub async fn find(&mut self, namespace_id: u32, pool_id: u32, keys: &[[u8; 16]]) -> v1::MatchReply {
-        match self.ask(Ask::Match(v1::Match { namespace_id, keys: pack_keys(keys), pool_id })).await {
+        match self
+            .ask(Ask::Match(v1::Match { namespace_id, keys: pack_keys(keys), pool_id, ..Default::default() }))
+            .await
+        {
             Body::Match(reply) => reply,
             other => panic!("{other:?}"),
         }
@@ -181,12 +184,29 @@ impl Client {
 
     /// Fills, commits and offloads the blocks of `keys`; all stay held.
     pub async fn store(&mut self, namespace_id: u32, pool: &Pool, keys: &[[u8; 16]]) -> Vec<v1::BlockRef> {
+        self.store_behind(namespace_id, pool, keys, 0).await
+    }
+
+    /// As [`Client::store`], but for the first `there`, which are there.
+    pub async fn store_behind(
+        &mut self,
+        namespace_id: u32,
+        pool: &Pool,
+        keys: &[[u8; 16]],
+        there: usize,
+    ) -> Vec<v1::BlockRef> {
+        let parent = there.checked_sub(1).map(|last| keys[last]);
+        let keys = &keys[there..];
         let blocks = self.grants(pool.id, keys.len() as u32).await;
         assert_eq!(blocks.len(), keys.len());
         for (block, key) in blocks.iter().zip(keys) {
             pool.memory.memory().write(pool.memory.layout().offset(block.block), &content(key));
         }
-        self.stream.send(Ask::Commit(commit(namespace_id, pool.id, &blocks, keys))).await;
+        let mut commit = commit(namespace_id, pool.id, &blocks, keys);
+        if let Some(parent) = parent {
+            commit.parents[..16].copy_from_slice(&parent);
+        }
+        self.stream.send(Ask::Commit(commit)).await;
         let offload = v1::Offload { pool_id: pool.id, blocks: blocks.clone() };
         let done = self.transfer(Ask::Offload(offload)).await;
         assert_eq!((done.blocks_done, done.blocks_failed), (keys.len() as u32, 0), "{done:?}");

@@ -147,6 +147,7 @@ async fn a_silent_holder_is_quarantined_until_it_hands_its_pool_back() {
         key: keys(0, 3)[i].to_vec(),
         parent: i.checked_sub(1).map_or_else(Vec::new, |i| keys(0, 3)[i].to_vec()),
         held: i == 0,
+        ..Default::default()
     };
     let adoption = v1::Adoption {
         pool_uuid: uuid.to_vec(),
@@ -184,7 +185,8 @@ async fn a_client_that_takes_no_answers_is_disconnected() {
     // Questions with long answers, until neither the daemon nor the connection takes more.
     let Client { mut stream, side, .. } = client;
     let asking = tokio::spawn(async move {
-        let find = || v1::Match { namespace_id: namespace, keys: vec![9; 3], pool_id: 0 };
+        let find =
+            || v1::Match { namespace_id: namespace, keys: vec![9; 3], pool_id: 0, ..Default::default() };
         for _ in 0..100_000 {
             if stream.try_send(Ask::Match(find())).await.is_err() {
                 break;

@@ -164,15 +164,32 @@ async fn what_breaks_the_contract_is_refused_and_the_stream_goes_on() {
     let rig = Rig::start(&[]).await;
     let mut client = Client::attach(rig.socket()).await;
     let (namespace, pool) = (client.namespace().await, client.pool(4).await);
-    let refused =
-        client.refused(Ask::Match(v1::Match { namespace_id: 99, keys: vec![0; 16], pool_id: 0 })).await;
+    let refused = client
+        .refused(Ask::Match(v1::Match {
+            namespace_id: 99,
+            keys: vec![0; 16],
+            pool_id: 0,
+            ..Default::default()
+        }))
+        .await;
     assert_eq!(refused.0, Refusal::Unknown);
     let refused = client
-        .refused(Ask::Match(v1::Match { namespace_id: namespace, keys: vec![0; 15], pool_id: 0 }))
+        .refused(Ask::Match(v1::Match {
+            namespace_id: namespace,
+            keys: vec![0; 15],
+            pool_id: 0,
+            ..Default::default()
+        }))
         .await;
     assert_eq!(refused, (Refusal::Invalid, "keys: 15 bytes, expected a multiple of 16".to_owned()));
-    let refused =
-        client.refused(Ask::Match(v1::Match { namespace_id: namespace, keys: vec![], pool_id: 7 })).await;
+    let refused = client
+        .refused(Ask::Match(v1::Match {
+            namespace_id: namespace,
+            keys: vec![],
+            pool_id: 7,
+            ..Default::default()
+        }))
+        .await;
     assert_eq!(refused.0, Refusal::Unknown);
     let staged = v1::OpenPool { mode: v1::PoolMode::Staged.into(), ..crate::client::open_pool(4) };
     assert_eq!(client.refused(Ask::OpenPool(staged)).await.0, Refusal::Invalid);

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
+use kvbm_proto::v1::admin_client::AdminClient;
 use kvbm_proto::v1::cache_client::CacheClient;
 use kvbm_proto::v1::registry_client::RegistryClient;
 use kvbm_proto::v1::{self, client_message::Body as Ask};
@@ -322,4 +323,27 @@ async fn nothing_is_bound_when_the_token_file_became_readable_by_others() {
         )
     );
     assert!(!socket.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pins_are_changed_by_whoever_has_the_token_and_not_by_a_certificate_alone() {
+    for (demands, expected) in [
+        (Demands::Token, Code::Ok),
+        (Demands::Both, Code::Ok),
+        (Demands::ClientCertificate, Code::Unimplemented),
+    ] {
+        let needs_certificate = !matches!(demands, Demands::Token);
+        let served = Served::start(demands, &[]).await;
+        let pair = served.authority.sign("client");
+        let channel = served.channel(needs_certificate.then_some(&pair)).await.unwrap();
+        let mut admin = AdminClient::new(channel);
+        let answer = admin.list_pins(with_token(v1::ListPinsRequest {})).await;
+        assert_eq!(answer.map_or_else(|status| status.code(), |_| Code::Ok), expected);
+        if expected == Code::Ok {
+            let wrong = bearing(v1::UnpinRequest { pin_id: 1 }, "Bearer another-token-of-letters");
+            assert_eq!(admin.unpin(wrong).await.unwrap_err().code(), Code::Unauthenticated);
+            let right = with_token(v1::UnpinRequest { pin_id: 1 });
+            assert_eq!(admin.unpin(right).await.unwrap_err().code(), Code::NotFound);
+        }
+    }
 }

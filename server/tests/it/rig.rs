@@ -58,8 +58,20 @@ impl Rig {
 
     /// Code and body of an admin page.
     pub async fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = tokio::net::TcpStream::connect(self.daemon.addresses().admin).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: kvbm\r\nconnection: close\r\n\r\n");
+        self.send("GET", path, None, "").await
+    }
+
+    /// Code and body of the answer to a request with a body of JSON, with a token or without.
+    pub async fn send(&self, method: &str, path: &str, token: Option<&str>, body: &str) -> (u16, String) {
+        let mut address = self.daemon.addresses().admin;
+        address.set_ip([127, 0, 0, 1].into());
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let token = token.map_or_else(String::new, |token| format!("authorization: Bearer {token}\r\n"));
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: kvbm\r\nconnection: close\r\n{token}content-type: application/json\r\n\
+             content-length: {length}\r\n\r\n{body}"
+        );
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();

@@ -1,6 +1,6 @@
 //! What the scheduler needs of a cache.
 
-use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_hash::{Namespace, Retention, SequenceHash};
 
 use crate::BlockId;
 
@@ -18,8 +18,15 @@ pub struct LeaseId(pub u64);
 /// [`Cache::release`] takes one back. A cache that has lost its daemon goes on answering, with fewer hits.
 pub trait Cache {
     /// Asks for the longest prefix of `keys` that is held. [`CacheEvent::Looked`] will come, whatever happens; before
-    /// it, if blocks have to come from disk, [`CacheEvent::Promoting`].
-    fn lookup(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>);
+    /// it, if blocks have to come from disk, [`CacheEvent::Promoting`]. `retention` is empty, or says of each key what its
+    /// block is to be kept like from now on; `None`: its priority stays.
+    fn lookup(
+        &mut self,
+        ticket: Ticket,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+        retention: Vec<Option<Retention>>,
+    );
 
     /// Takes `count` free blocks, all or none.
     fn allocate(&mut self, count: usize) -> Allocate;
@@ -30,13 +37,14 @@ pub trait Cache {
     fn onboard(&mut self, ticket: Ticket, lease: LeaseId, targets: Vec<BlockId>);
 
     /// Tells that all KV of a block is written and will not change; others may use it from now on. References stay.
-    /// `parent` is the key of the block before it in the sequence.
+    /// `parent` is the key of the block before it in the sequence; `retention`, what the block is to be kept like.
     fn commit(
         &mut self,
         block: BlockId,
         namespace: Namespace,
         key: SequenceHash,
         parent: Option<SequenceHash>,
+        retention: Retention,
     );
 
     /// Gives back one reference to each block.

@@ -86,7 +86,8 @@ impl Scheduler {
             if !keys.is_empty() {
                 let ticket = self.ticket();
                 sequence.phase = Phase::Looking(ticket);
-                cache.lookup(ticket, sequence.request.namespace, keys);
+                let retention = sequence.retention(keys.len());
+                cache.lookup(ticket, sequence.request.namespace, keys, retention);
             }
             self.active.insert(arrival, sequence);
         }

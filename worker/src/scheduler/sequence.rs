@@ -1,6 +1,6 @@
 //! One request on its way.
 
-use kvbm_hash::{Chain, SequenceHash};
+use kvbm_hash::{Chain, Retention, RetentionConfig, SequenceHash};
 
 use super::cache::{LeaseId, Ticket};
 use crate::request::{CachedTokens, Eos, FinishReason, Request};
@@ -78,6 +78,8 @@ pub(super) struct Sequence {
     pub(super) start: Start,
     keys: Vec<SequenceHash>,
     chain: Chain,
+    /// What the request says of the blocks of its prompt, if it says anything.
+    prompt_retention: Vec<Option<Retention>>,
     tokens_per_block: usize,
 }
 
@@ -105,6 +107,9 @@ impl Sequence {
             start: Start::Unreported,
             keys: Vec::new(),
             chain: Chain::new(request.namespace),
+            prompt_retention: request.retention.as_ref().map_or_else(Vec::new, |retention| {
+                retention.per_block(tokens_per_block, request.prompt.len())
+            }),
             tokens_per_block,
             request,
         }
@@ -127,6 +132,21 @@ impl Sequence {
         self.keys[..count].to_vec()
     }
 
+    /// What the request says of its blocks up to `count`; empty if it says nothing at all. Those that begin behind the
+    /// prompt were generated.
+    pub(super) fn retention(&self, count: usize) -> Vec<Option<Retention>> {
+        if self.request.retention.is_none() {
+            Vec::new()
+        } else {
+            (0..count).map(|at| self.kept(at)).collect()
+        }
+    }
+
+    fn kept(&self, block: usize) -> Option<Retention> {
+        let decode = || self.request.retention.as_ref().map(RetentionConfig::decode);
+        self.prompt_retention.get(block).copied().unwrap_or_else(decode)
+    }
+
     /// Takes over blocks whose KV came from the cache.
     pub(super) fn adopt(&mut self, blocks: Vec<BlockId>) {
         self.blocks.extend(blocks);
@@ -147,7 +167,8 @@ impl Sequence {
         while self.committed < complete {
             let index = self.committed;
             let parent = index.checked_sub(1).map(|before| self.keys[before]);
-            cache.commit(self.blocks[index], self.request.namespace, self.keys[index], parent);
+            let retention = self.kept(index).unwrap_or_default();
+            cache.commit(self.blocks[index], self.request.namespace, self.keys[index], parent, retention);
             self.committed += 1;
         }
     }

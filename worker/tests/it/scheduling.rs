@@ -1,8 +1,9 @@
 //! The scheduler under random workloads: every output equals that of a run alone, and nothing is left behind.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use kvbm_hash::Namespace;
+use kvbm_hash::{Namespace, Retention, RetentionConfig, TokenRange};
 use kvbm_worker::{
     BlockId, Cache, Counters, Eos, Event, FinishReason, KvMemory, Limits, Llama, Logits, Model, Refusal,
     Request, RequestId, Sampling, Scheduler, SchedulerOptions,
@@ -44,6 +45,7 @@ pub fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
         max_tokens,
         eos: Eos::Ignored,
         stop_token_ids: vec![],
+        retention: None,
     }
 }
 
@@ -378,4 +380,33 @@ fn the_bundled_model_answers_the_same_in_company() {
     );
     cache.assert_nothing_held();
     assert_eq!(model.kv.read_block(BlockId(0)).len(), model.kv.layout().block_bytes());
+}
+
+/// Blocks of 16 tokens: 3 of the prompt (40 tokens), the third being finished by the answer, and 2 of the answer.
+#[test]
+fn each_block_is_kept_as_its_first_token_is_to_be() {
+    let kept = |priority, duration| Retention { priority, duration };
+    let (first, decode) = (kept(90, Some(Duration::from_secs(30))), kept(0, None));
+    let ranges = vec![
+        TokenRange { start: 0, end: Some(1), retention: first },
+        TokenRange { start: 32, end: None, retention: kept(60, None) },
+    ];
+    let config = RetentionConfig::new(ranges, decode).unwrap();
+    let mut scheduler = scheduler(EASY, |_| ());
+    let (mut cache, contents) = TestCache::new(EASY, 1);
+    let mut model = TestModel { contents, tokens_per_block: 16 };
+    let prompt: Vec<u32> = (10..50).collect();
+    let retention = Some(config);
+    for (id, retention) in [(1, retention), (2, None)] {
+        scheduler.submit(Request { retention, ..request(id, prompt.clone(), 41) });
+        while !scheduler.is_idle() {
+            turn(&mut scheduler, &mut cache, &mut model);
+        }
+    }
+    // The last token's KV is never computed: 80 tokens are.
+    let said = [first, Retention::default(), kept(60, None), decode, decode];
+    assert_eq!(cache.committed[..5], said);
+    assert_eq!(cache.looked_up[0], [Some(first), None]);
+    assert!(cache.looked_up[1].is_empty(), "who says nothing changes nothing");
+    assert!(cache.committed[5..].iter().all(|retention| *retention == Retention::default()));
 }

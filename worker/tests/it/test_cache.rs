@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
 
-use kvbm_hash::{Namespace, SequenceHash};
+use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_worker::{Allocate, BlockId, Cache, CacheEvent, Chunk, LeaseId, Logits, Model, Onboard, Ticket};
 
 use crate::support::Random;
@@ -83,6 +83,10 @@ pub struct TestCache {
     now: u64,
     next_lease: u64,
     pub evictions: usize,
+    /// What each lookup said of its keys.
+    pub looked_up: Vec<Vec<Option<Retention>>>,
+    /// What each block was committed with.
+    pub committed: Vec<Retention>,
     pub onboards: usize,
 }
 
@@ -107,6 +111,8 @@ impl TestCache {
             now: 0,
             next_lease: 0,
             evictions: 0,
+            looked_up: Vec::new(),
+            committed: Vec::new(),
             onboards: 0,
         };
         (cache, contents)
@@ -267,8 +273,15 @@ impl TestCache {
 }
 
 impl Cache for TestCache {
-    fn lookup(&mut self, ticket: Ticket, namespace: Namespace, keys: Vec<SequenceHash>) {
-        assert!(!keys.is_empty());
+    fn lookup(
+        &mut self,
+        ticket: Ticket,
+        namespace: Namespace,
+        keys: Vec<SequenceHash>,
+        retention: Vec<Option<Retention>>,
+    ) {
+        assert!(!keys.is_empty() && (retention.is_empty() || retention.len() == keys.len()));
+        self.looked_up.push(retention);
         self.later(Job::Look { ticket, namespace, keys });
     }
 
@@ -307,7 +320,9 @@ impl Cache for TestCache {
         namespace: Namespace,
         key: SequenceHash,
         parent: Option<SequenceHash>,
+        retention: Retention,
     ) {
+        self.committed.push(retention);
         assert!(self.slots[block.0 as usize].references > 0, "committed blocks are held");
         assert_ne!(Some(key), parent);
         let content = self.contents.borrow()[block.0 as usize].clone();

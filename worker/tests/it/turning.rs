@@ -37,6 +37,7 @@ fn request(handle: &Handle, prompt: Vec<u32>, max_tokens: usize) -> Request {
         max_tokens,
         eos: Eos::Ends,
         stop_token_ids: vec![],
+        retention: None,
     }
 }
 

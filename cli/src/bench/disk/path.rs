@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvbm::ledger::Millis;
 use kvbm::{
     BlockRef, CommitBlock, DiskCapacity, DiskState, DiskTierConfig, Held, HostCapacity, Manager,
-    ManagerConfig, NamespaceId, OpenPool, OpenedPool, Retention, Route, SessionId, TrustDomain,
+    ManagerConfig, NamespaceId, OpenPool, OpenedPool, Route, SessionId, TrustDomain,
 };
 use kvbm_hash::SequenceHash;
 use kvbm_shm::PoolLayout;
@@ -179,10 +179,11 @@ impl WholePath {
                 block: *block,
                 hash: chain[i],
                 parent: i.checked_sub(1).map(|before| chain[before]),
+                retention: None,
             };
             let commits: Vec<CommitBlock> = targets.iter().enumerate().map(commit).collect();
             let (session, namespace, pool) = (self.session, self.namespace, self.pool.pool_id);
-            self.manager.commit(session, namespace, pool, &commits, Retention::default()).map_err(failed)?;
+            self.manager.commit(session, namespace, pool, &commits).map_err(failed)?;
             let (send, receive) = mpsc::channel();
             let done = Box::new(move |outcome| {
                 let _ = send.send(outcome);

@@ -39,7 +39,7 @@ impl Engine {
     /// Looks up `count` blocks, of which `host` are in host memory and those behind them on disk. Returns the question
     /// that waits, and for how many blocks.
     fn wait(&mut self, ticket: u64, count: u8, host: u32, disk: u32) -> (QuestionId, usize) {
-        self.cache.lookup(ticket, NAMESPACE, keys(count));
+        self.cache.lookup(ticket, NAMESPACE, keys(count), vec![]);
         assert_eq!(self.matched(reply(host, disk)), [CacheEvent::Promoting { ticket }]);
         let (Asked::Prefetch(question, blocks), returned) = self.asked() else { panic!("a wait is asked") };
         assert_eq!(returned, if host > 0 { vec![LEASE] } else { vec![] }, "nothing is held meanwhile");
@@ -102,7 +102,13 @@ fn what_others_brought_meanwhile_is_not_counted_as_this_wait_s() {
     let mut engine = Engine::holding(32, &[0, 1]);
     let (question, _) = engine.wait(1, 9, 0, 3);
     for (block, at) in [(0, 0), (1, 1)] {
-        engine.cache.commit(block, NAMESPACE, keys(2)[at], at.checked_sub(1).map(|before| keys(2)[before]));
+        engine.cache.commit(
+            block,
+            NAMESPACE,
+            keys(2)[at],
+            at.checked_sub(1).map(|before| keys(2)[before]),
+            Retention::default(),
+        );
     }
     engine.arrived(question);
     let device = [0, 1].map(|block| v1::BlockRef { block, generation: engine.generation_of(block) });
@@ -113,9 +119,9 @@ fn what_others_brought_meanwhile_is_not_counted_as_this_wait_s() {
 #[test]
 fn pins_go_back_before_the_wait() {
     let mut engine = Engine::holding(32, &[0]);
-    engine.cache.commit(0, NAMESPACE, keys(1)[0], None);
+    engine.cache.commit(0, NAMESPACE, keys(1)[0], None, Retention::default());
     engine.cache.release(&[0]);
-    engine.cache.lookup(1, NAMESPACE, keys(3));
+    engine.cache.lookup(1, NAMESPACE, keys(3), vec![]);
     let device = v1::BlockRef { block: 0, generation: engine.generation_of(0) };
     let events = engine.matched(v1::MatchReply { device: vec![device], ..reply(0, 2) });
     assert_eq!(events, [CacheEvent::Promoting { ticket: 1 }]);
@@ -184,20 +190,20 @@ fn only_blocks_that_could_be_used_are_waited_for() {
     assert_eq!(engine.wait(1, 30, 5, 20).1, 8);
     for (blocks, first) in [(3, reply(3, 9)), (30, reply(8, 9)), (30, reply(20, 9)), (3, reply(0, 0))] {
         let mut engine = Engine::attached(16);
-        engine.cache.lookup(1, NAMESPACE, keys(blocks));
+        engine.cache.lookup(1, NAMESPACE, keys(blocks), vec![]);
         let host = first.host_blocks.min(8);
         assert_eq!(counts(&engine.matched(first)).0, host, "answered at once");
     }
     let mut engine = Engine::attached(16);
     engine.cache.config.disk_wait_max = Duration::ZERO;
-    engine.cache.lookup(1, NAMESPACE, keys(9));
+    engine.cache.lookup(1, NAMESPACE, keys(9), vec![]);
     assert_eq!(counts(&engine.matched(reply(1, 4))), (1, 0, 4), "known, and not waited for");
 }
 
 #[test]
 fn a_wait_ends_with_the_session() {
     let mut engine = Engine::holding(16, &[0]);
-    engine.cache.commit(0, NAMESPACE, keys(1)[0], None);
+    engine.cache.commit(0, NAMESPACE, keys(1)[0], None, Retention::default());
     engine.wait(1, 4, 0, 2);
     let events = engine.turn([Arrival::Down { reason: DetachReason::Silent, daemon_dead: false }]);
     let [CacheEvent::Looked { ticket: 1, device, lease: None, .. }, CacheEvent::Detached { .. }] =
@@ -212,7 +218,7 @@ fn a_wait_ends_with_the_session() {
 #[test]
 fn a_lookup_whose_wait_cannot_be_asked_is_answered() {
     let mut engine = Engine::attached(16);
-    engine.cache.lookup(1, NAMESPACE, keys(4));
+    engine.cache.lookup(1, NAMESPACE, keys(4), vec![]);
     let Asked::Match(question) = engine.asked().0 else { panic!("a match is asked") };
     engine.fill_the_queue();
     let events = engine.turn([Arrival::Matched { question, result: Ok(reply(1, 2)) }]);
@@ -228,7 +234,7 @@ fn a_lookup_whose_wait_cannot_be_asked_is_answered() {
 fn a_wait_that_is_abandoned_ends_without_a_word() {
     for early in [true, false] {
         let mut engine = Engine::attached(16);
-        engine.cache.lookup(1, NAMESPACE, keys(4));
+        engine.cache.lookup(1, NAMESPACE, keys(4), vec![]);
         let Asked::Match(question) = engine.asked().0 else { panic!("a match is asked") };
         if early {
             // Its event is still to be taken.

@@ -132,7 +132,7 @@ impl Daemon {
 
     fn note(&mut self, note: Note) {
         match note {
-            Note::Commit { block, content } => {
+            Note::Commit { block, content, .. } => {
                 assert_eq!(self.slots[block.block as usize].0, block.generation);
                 let parent_is_there = content.parent.is_none_or(|parent| self.resident(parent).is_some());
                 if parent_is_there && self.resident(content.key).is_none() {
@@ -215,7 +215,7 @@ impl World {
             Op::Look { sequence, length } => {
                 self.last_ticket += 1;
                 self.looking.insert(self.last_ticket, (sequence, length));
-                self.engine.cache.lookup(self.last_ticket, NAMESPACE, chain(sequence, length));
+                self.engine.cache.lookup(self.last_ticket, NAMESPACE, chain(sequence, length), vec![]);
             }
             Op::Abandon(which) => self.abandon(which),
             Op::Fill(which) => self.fill(which),
@@ -290,7 +290,13 @@ impl World {
         let Allocate::Blocks(blocks) = self.engine.cache.allocate(1) else { return };
         let parent = at.checked_sub(1).map(|before| key(request.sequence, before));
         self.bytes[blocks[0] as usize] = Some(key(request.sequence, at));
-        self.engine.cache.commit(blocks[0], NAMESPACE, key(request.sequence, at), parent);
+        self.engine.cache.commit(
+            blocks[0],
+            NAMESPACE,
+            key(request.sequence, at),
+            parent,
+            Retention::default(),
+        );
         request.blocks.extend(blocks);
     }
 

@@ -54,6 +54,10 @@ impl Policy for Lru {
         self.touch(slot);
     }
 
+    fn released(&mut self, slot: SlotIndex, _: Millis) {
+        self.touch(slot);
+    }
+
     fn offered(&mut self, slot: SlotIndex, queue: QueueId, _: Millis) {
         self.enter(slot, queue);
     }
@@ -80,6 +84,12 @@ impl Policy for Lru {
                 self.enter(parent, queue);
             }
         }
+    }
+
+    fn bytes(&self) -> usize {
+        // A node of the tree is two thirds full on average.
+        let offered: usize = self.queues.values().map(BTreeSet::len).sum();
+        self.slots.capacity() * size_of::<Entry>() + offered * size_of::<(u64, SlotIndex)>() * 3 / 2
     }
 
     fn check_integrity(&self) {

@@ -7,15 +7,24 @@
 //!
 //! The table sees to it that only leaves are offered: a block goes before the blocks in front of it.
 
+mod gittins;
+mod kind;
 mod lru;
+mod s3fifo;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod workloads;
 
 use std::fmt::Debug;
 
 use super::Millis;
 use super::slots::SlotIndex;
 
-#[allow(unused_imports, reason = "the tables come next")]
+pub use gittins::Gittins;
+pub use kind::{PolicyKind, UnknownPolicy};
 pub use lru::Lru;
+pub use s3fifo::S3Fifo;
 
 /// Blocks of equal right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,6 +53,9 @@ pub trait Policy: Debug + Send {
     /// told one by one: they matter only once their children are gone.
     fn used(&mut self, slot: SlotIndex, now: Millis);
 
+    /// The last who held the block let go of it, or its priority ended. No further use of it.
+    fn released(&mut self, _slot: SlotIndex, _now: Millis) {}
+
     /// Nobody holds the block and no child hangs on it: it may be chosen, as one of `queue`.
     fn offered(&mut self, slot: SlotIndex, queue: QueueId, now: Millis);
 
@@ -61,6 +73,13 @@ pub trait Policy: Debug + Send {
     fn admits(&mut self, _newcomer: &Newcomer, _victim: SlotIndex, _now: Millis) -> bool {
         true
     }
+
+    /// A block of a request was not stored: it was not admitted, or it is behind one that was not, or there was no
+    /// room. Told so that the policy can learn from blocks that it did not want.
+    fn left_out(&mut self, _fingerprint: u64, _depth: u32, _now: Millis) {}
+
+    /// Bytes of memory it takes.
+    fn bytes(&self) -> usize;
 
     /// Panics if what the policy keeps contradicts itself. O(everything).
     fn check_integrity(&self) {}

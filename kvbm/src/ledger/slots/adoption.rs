@@ -1,6 +1,6 @@
 //! A table made elsewhere: the engine kept it while no daemon served it.
 
-use super::{SlotIndex, SlotTable, State};
+use super::{GroupId, SlotIndex, SlotTable, State};
 
 impl SlotTable {
     /// Takes this very slot from the free list, in this generation, with one pin. False if it is not free.
@@ -9,9 +9,9 @@ impl SlotTable {
             return false;
         }
         // Adoption fills a new table in one go; the free list is put right once, by `finish_adoption`.
-        self.set_state(slot, State::Filling { key: None, parent: None });
-        self.slots[slot.at()].generation = generation;
-        self.slots[slot.at()].pins = 1;
+        let s = &mut self.slots[slot.at()];
+        (s.generation, s.pins, s.group) = (generation, 1, GroupId::COMMON);
+        self.set_state(slot, State::Granted);
         true
     }
 

@@ -8,13 +8,19 @@ use crate::ledger::key::Key;
 impl SlotTable {
     /// The slot in which `key` is resident.
     pub fn resident(&self, key: Key) -> Option<SlotIndex> {
-        let slot = *self.index.get(&key)?;
-        matches!(self.slots[slot.at()].state, State::Resident { .. }).then_some(slot)
+        let slot = self.index.find(&self.slots, key)?;
+        self.slots[slot.at()].is_resident().then_some(slot)
+    }
+
+    /// True if `key` is resident in this very slot.
+    pub fn holds(&self, slot: SlotIndex, key: Key) -> bool {
+        let slot = &self.slots[slot.at()];
+        slot.is_resident() && slot.key == key
     }
 
     /// True if `key` is resident or being filled under that name.
     pub fn knows(&self, key: Key) -> bool {
-        self.index.contains_key(&key)
+        self.index.find(&self.slots, key).is_some()
     }
 
     /// Number of leading `keys` that are resident, and the slot of the last of them. Gallops: O(log n) lookups.
@@ -37,50 +43,29 @@ impl SlotTable {
         (known, deepest)
     }
 
-    pub(super) fn depth(&self, slot: Option<SlotIndex>) -> usize {
+    /// Blocks up to the one in a slot, of its sequence; none: 0.
+    pub fn depth(&self, slot: Option<SlotIndex>) -> usize {
         slot.map_or(0, |slot| self.slots[slot.at()].depth as usize)
-    }
-
-    pub(super) fn place_behind(&mut self, slot: SlotIndex, parent: Option<SlotIndex>) {
-        self.slots[slot.at()].depth = self.depth(parent) as u32 + 1;
     }
 
     /// The chain that ends in `deepest`: its last `count` slots, first block first.
     pub fn chain(&self, deepest: SlotIndex, count: usize) -> Vec<SlotIndex> {
-        let mut slots: Vec<_> = self.ancestors(deepest).take(count).collect();
+        let mut slots = Vec::with_capacity(count);
+        slots.extend(self.ancestors(deepest).take(count));
         slots.reverse();
         slots
     }
 
     /// A slot, the one before it, and so on to the first of the sequence.
     pub fn ancestors(&self, deepest: SlotIndex) -> impl Iterator<Item = SlotIndex> + '_ {
-        std::iter::successors(Some(deepest), |slot| self.parent_of(*slot))
+        std::iter::successors(Some(deepest), |slot| self.slots[slot.at()].parent())
     }
 
     /// Key and parent's key of a resident slot.
     pub fn block(&self, slot: SlotIndex) -> Option<(Key, Option<SequenceHash>)> {
-        match self.slots.get(slot.at())?.state {
-            State::Resident { key, parent } => Some((key, parent.and_then(|parent| self.hash_of(parent)))),
-            _ => None,
-        }
-    }
-
-    pub(super) fn hash_of(&self, slot: SlotIndex) -> Option<SequenceHash> {
-        match self.slots[slot.at()].state {
-            State::Filling { key, .. } => key.map(|key| key.hash),
-            State::Resident { key, .. } => Some(key.hash),
-            State::Free | State::Failed { .. } | State::Retired | State::Bad => None,
-        }
-    }
-
-    /// Priority of the block in a slot, 0..=100.
-    pub fn priority(&self, slot: SlotIndex) -> u8 {
-        self.slots[slot.at()].priority
-    }
-
-    /// Sets the priority of the block in a slot.
-    pub fn set_priority(&mut self, slot: SlotIndex, priority: u8) {
-        self.slots[slot.at()].priority = priority;
+        let slot = self.slots.get(slot.at()).filter(|slot| slot.is_resident())?;
+        let parent = slot.parent().map(|parent| self.slots[parent.at()].key.hash);
+        Some((slot.key, parent))
     }
 
     /// Generation of a slot.
@@ -88,18 +73,35 @@ impl SlotTable {
         self.slots[slot.at()].generation
     }
 
-    /// True if the slot exists, is being filled in this generation and has a holder.
+    /// True if the slot exists, is granted in this generation and has a holder.
     pub fn is_granted(&self, slot: SlotIndex, generation: u32) -> bool {
         let slot = self.slots.get(slot.at());
-        slot.is_some_and(|s| {
-            s.generation == generation && s.pins > 0 && matches!(s.state, State::Filling { key: None, .. })
-        })
+        slot.is_some_and(|s| s.generation == generation && s.pins > 0 && s.state == State::Granted)
     }
 
     /// True if the slot is resident in this generation.
     pub fn is_resident(&self, slot: SlotIndex, generation: u32) -> bool {
         let slot = self.slots.get(slot.at());
-        slot.is_some_and(|s| s.generation == generation && matches!(s.state, State::Resident { .. }))
+        slot.is_some_and(|s| s.generation == generation && s.is_resident())
+    }
+
+    /// Whether the block was not worth a place in the next tier when it was last tried.
+    pub fn is_left_out(&self, slot: SlotIndex) -> bool {
+        self.slots[slot.at()].left_out
+    }
+
+    /// The block was not worth a place in the next tier.
+    pub fn leave_out(&mut self, slot: SlotIndex) {
+        self.slots[slot.at()].left_out = true;
+    }
+
+    /// The block, and those before it, may be tried again.
+    pub fn try_again(&mut self, slot: SlotIndex) {
+        let mut next = Some(slot);
+        while let Some(slot) = next.filter(|slot| self.slots[slot.at()].left_out) {
+            self.slots[slot.at()].left_out = false;
+            next = self.slots[slot.at()].parent();
+        }
     }
 
     /// Everything resident, parents before children.
@@ -112,7 +114,7 @@ impl SlotTable {
             while let Some(slot) = next.filter(|slot| !done[slot.at()]) {
                 done[slot.at()] = true;
                 path.push(slot);
-                next = self.parent_of(slot);
+                next = self.slots[slot.at()].parent();
             }
             while let Some(slot) = path.pop() {
                 if let Some((key, parent)) = self.block(slot) {

@@ -1,11 +1,13 @@
 //! A table of what an earlier life of the daemon left.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use kvbm_hash::SequenceHash;
 
-use super::{SlotIndex, SlotTable, State};
+use super::{GroupId, SlotIndex, SlotTable, State, TableRules};
 use crate::ledger::key::{Key, KeyHasher};
+use crate::ledger::policy::Newcomer;
+use crate::ledger::{Millis, Retention};
 
 /// A block that was found in a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,8 +18,10 @@ pub struct Restored {
     pub key: Key,
     /// Key of the block before it.
     pub parent: Option<SequenceHash>,
-    /// 0..=100, higher stays longer.
-    pub priority: u8,
+    /// How it is kept; the clock of a duration begins to run now.
+    pub retention: Retention,
+    /// Whose share it counts for.
+    pub group: GroupId,
     /// When it was stored, on any scale: later ones stay longer.
     pub stored: u64,
 }
@@ -33,14 +37,14 @@ enum Parent {
 impl SlotTable {
     /// A table of `slots` slots that holds these blocks, and how many of them were left out: those whose slot or key is
     /// taken by a later one, and those with a block missing before them.
-    pub fn restore(slots: u32, mut found: Vec<Restored>, hasher: KeyHasher) -> (Self, usize) {
+    pub fn restore(slots: u32, mut found: Vec<Restored>, rules: TableRules, now: Millis) -> (Self, usize) {
         let all = found.len();
-        let mut table = Self::new(0, hasher);
-        table.grow(slots);
+        let mut table = Self::new(slots, rules);
         found.retain(|block| block.slot.0 < slots);
         found.sort_unstable_by_key(|block| (std::cmp::Reverse(block.stored), block.slot));
         let mut taken = vec![false; slots as usize];
-        let mut by_key: HashMap<Key, u32, KeyHasher> = HashMap::with_capacity_and_hasher(found.len(), hasher);
+        let mut by_key: HashMap<Key, u32, KeyHasher> =
+            HashMap::with_capacity_and_hasher(found.len(), rules.hasher);
         let mut kept = Vec::with_capacity(found.len());
         for block in found {
             if taken[block.slot.at()] || by_key.contains_key(&block.key) {
@@ -58,41 +62,47 @@ impl SlotTable {
         });
         let parents: Vec<Parent> = parents.collect();
         let depths = depths(&parents);
-        // The latest has the highest tick.
-        table.tick = kept.len() as u64;
-        table.index.reserve(kept.len());
-        for (i, block) in kept.iter().enumerate().filter(|(i, _)| depths[*i] > 0) {
-            let parent = match parents[i] {
-                Parent::At(at) => Some(kept[at as usize].slot),
-                Parent::None | Parent::Missing => None,
-            };
-            if let Some(parent) = parent {
-                table.slots[parent.at()].children += 1;
+        // The policy hears of the earliest first, and of each after the block before it.
+        let mut path = Vec::new();
+        for earliest in (0..kept.len()).rev().filter(|i| depths[*i] > 0) {
+            let mut next = Some(earliest);
+            while let Some(i) = next.filter(|i| !table.slots[kept[*i].slot.at()].is_resident()) {
+                path.push(i);
+                next = match parents[i] {
+                    Parent::At(at) => Some(at as usize),
+                    Parent::None | Parent::Missing => None,
+                };
             }
-            let slot = &mut table.slots[block.slot.at()];
-            slot.state = State::Resident { key: block.key, parent };
-            (slot.generation, slot.depth, slot.priority) = (1, depths[i], block.priority);
-            slot.last_used = (kept.len() - i) as u64;
-            table.index.insert(block.key, block.slot);
+            while let Some(i) = path.pop() {
+                let parent = match parents[i] {
+                    Parent::At(at) => Some(kept[at as usize].slot),
+                    Parent::None | Parent::Missing => None,
+                };
+                table.put_back(&kept[i], parent, now);
+            }
         }
-        table.resident = table.index.len();
-        table.list_restored();
+        table.free.retain(|slot| table.slots[slot.at()].state == State::Free);
+        for slot in (0..slots).map(SlotIndex) {
+            table.settle(slot, now);
+        }
         let left_out = all - table.resident;
         (table, left_out)
     }
 
-    /// Free list and eviction order from the slots' states.
-    fn list_restored(&mut self) {
-        let slots = &self.slots;
-        self.free.retain(|slot| slots[slot.at()].state == State::Free);
-        let mut order = Vec::new();
-        for (i, slot) in self.slots.iter_mut().enumerate() {
-            slot.ordered = matches!(slot.state, State::Resident { .. }) && slot.children == 0;
-            if slot.ordered {
-                order.push((slot.last_used, SlotIndex(i as u32)));
-            }
+    /// To be settled once all of them are there.
+    fn put_back(&mut self, block: &Restored, parent: Option<SlotIndex>, now: Millis) {
+        let slot = block.slot;
+        if let Some(parent) = parent {
+            self.slots[parent.at()].children += 1;
         }
-        self.order = BTreeSet::from_iter(order);
+        self.place(slot, block.key, parent);
+        let s = &mut self.slots[slot.at()];
+        (s.generation, s.group, s.used_at) = (1, block.group, now);
+        self.set_state(slot, State::Filling);
+        self.set_retention(slot, block.retention, now);
+        self.set_state(slot, State::Resident);
+        let (fingerprint, depth) = (self.index.fingerprint(block.key), self.slots[slot.at()].depth);
+        self.policy.stored(slot, Newcomer { fingerprint, parent, depth }, now);
     }
 }
 
@@ -130,6 +140,7 @@ fn depths(parents: &[Parent]) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Allowances, Incoming, Need};
     use super::*;
     use crate::ledger::key::NamespaceId;
 
@@ -141,11 +152,19 @@ mod tests {
 
     fn block(slot: u32, n: u32, parent: Option<u32>, stored: u64) -> Restored {
         let key = Key { namespace: NamespaceId(1), hash: hash(n) };
-        Restored { slot: SlotIndex(slot), key, parent: parent.map(hash), priority: 35, stored }
+        let retention = Retention::default();
+        Restored {
+            slot: SlotIndex(slot),
+            key,
+            parent: parent.map(hash),
+            retention,
+            group: GroupId::COMMON,
+            stored,
+        }
     }
 
     fn restore(slots: u32, found: Vec<Restored>) -> (SlotTable, usize) {
-        let (table, left_out) = SlotTable::restore(slots, found, KeyHasher::new(1));
+        let (table, left_out) = SlotTable::restore(slots, found, TableRules::of_tests(), Millis(0));
         table.check_integrity();
         (table, left_out)
     }
@@ -163,8 +182,9 @@ mod tests {
         assert_eq!(table.prefix(|i| keys[i], 3).0, 3);
         let new = |n| Key { namespace: NamespaceId(1), hash: hash(n) };
         for n in [10, 11] {
-            let reserved = table.reserve(new(n), None).unwrap();
-            assert!(table.commit(reserved));
+            let block = Incoming::of_tests(new(n), None);
+            let reserved = table.reserve(block, Need::Wanted, Allowances::NONE, Millis(1)).unwrap();
+            assert!(table.commit(reserved, Millis(1)));
             table.check_integrity();
         }
         assert!(!holds(&table, 3) && holds(&table, 2));
@@ -203,7 +223,7 @@ mod tests {
             }
         }
         let started = std::time::Instant::now();
-        let (table, left_out) = SlotTable::restore(1_000_000, found, KeyHasher::new(1));
+        let (table, left_out) = SlotTable::restore(1_000_000, found, TableRules::of_tests(), Millis(0));
         eprintln!("{:?}", started.elapsed());
         assert_eq!((left_out, table.counts().resident), (0, 1_000_000));
     }

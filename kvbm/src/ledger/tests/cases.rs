@@ -4,7 +4,7 @@ use super::*;
 
 /// A worker with namespace and pool, and `segments` of host memory.
 fn small_world(segments: u32) -> World {
-    let mut world = World::new();
+    let mut world = World::new(Quotas::default());
     (0..segments).for_each(|_| world.apply(&Op::Segment));
     world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });
     world
@@ -130,7 +130,10 @@ fn a_chain_that_host_can_never_hold_does_not_block_others() {
     assert!(world.ledger.tally().host_exhausted > 0);
     let id = world.workers[0].namespaces[0].1;
     let hashes: Vec<_> = path(32).into_iter().map(hash).collect();
-    assert_eq!(world.ledger.find_prefix(world.workers[0].session, id, &hashes).unwrap().host_blocks, 4);
+    assert_eq!(
+        world.ledger.find_prefix(world.workers[0].session, id, &hashes, Millis(0)).unwrap().host_blocks,
+        4
+    );
 }
 
 #[test]
@@ -188,6 +191,7 @@ fn keys_that_are_no_prefix_are_not_found_beyond_what_is_one() {
         worker.namespaces[0].1,
         &keys,
         Some(worker.pool),
+        &[],
         Millis(0),
     );
     assert_eq!(matched.unwrap().device, []);
@@ -210,6 +214,6 @@ fn ancestors_that_host_lost_go_along() {
     offload_all(&mut world);
     let hashes: Vec<_> = path(8).into_iter().map(hash).collect();
     let id = world.workers[0].namespaces[0].1;
-    assert_eq!(world.ledger.find_prefix(session, id, &hashes).unwrap().host_blocks, 4);
+    assert_eq!(world.ledger.find_prefix(session, id, &hashes, Millis(0)).unwrap().host_blocks, 4);
     assert!(world.ledger.pool(pool).is_some());
 }

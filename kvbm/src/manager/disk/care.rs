@@ -79,7 +79,7 @@ impl Scrub {
         let looked_at =
             items.into_iter().zip(outcomes).map(|(item, outcome)| (item, outcome != Promoted::Corrupt));
         let looked_at = looked_at.chain(large.into_iter().map(|item| (item, true))).collect();
-        shared.with_ledger(|ledger, _| ledger.finish_scrub(looked_at));
+        shared.with_ledger(|ledger, now| ledger.finish_scrub(looked_at, now));
     }
 
     fn scratch(&mut self) -> Option<Arc<SharedMemory>> {

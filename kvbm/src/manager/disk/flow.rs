@@ -11,6 +11,7 @@ use crate::error::Refused;
 use crate::ledger::{DemoteBatch, Ledger, Millis, NamespaceId, Place, PromoteBatch, Promoted, SessionId};
 use crate::store::disk::{DiskPlace, DiskRead, DiskStore, DiskWrite, ReadFailure, WriteFailure};
 use crate::store::disk_io::IoFailure;
+use crate::store::wall_time::{expires_at_s, now_s};
 use crate::tier::Route;
 
 /// Batches one after the other of which nothing could be read, after which the drive is to blame and not the place.
@@ -55,7 +56,7 @@ impl Shared {
             self.bind_segments(ledger);
             let Some(store) = tier.store() else {
                 let none = vec![false; batch.copies().len()];
-                ledger.finish_demote(batch, &none);
+                ledger.finish_demote(batch, &none, now);
                 break;
             };
             let number = tier.demotes_planned.fetch_add(1, Relaxed);
@@ -63,7 +64,7 @@ impl Shared {
             if let Err(job) = pushed {
                 // Closed: nothing follows that would wait for its number.
                 let none = vec![false; job.batch.copies().len()];
-                ledger.finish_demote(job.batch, &none);
+                ledger.finish_demote(job.batch, &none, now);
                 break;
             }
         }
@@ -106,8 +107,8 @@ impl Shared {
         let (blocks, stride) = (written.len(), batch.stride() as u64);
         let arrived = written.iter().filter(|written| **written).count();
         tier.write_failures.fetch_add((blocks - arrived) as u64, Relaxed);
-        self.with_ledger(|ledger, _| {
-            let stored = ledger.finish_demote(batch, &written);
+        self.with_ledger(|ledger, now| {
+            let stored = ledger.finish_demote(batch, &written, now);
             if stored > 0 {
                 self.counters.moved(Route::HostToDisk, stored, stored as u64 * stride, took);
             }
@@ -178,6 +179,7 @@ pub(super) fn run_demotes(shared: &Shared, tier: &DiskTier) {
 
 fn write(shared: &Shared, tier: &DiskTier, store: &DiskStore, batch: &DemoteBatch) -> Vec<bool> {
     let (segments, stride) = (shared.host.segments(), batch.stride());
+    let stored_at_s = now_s();
     let writes: Vec<DiskWrite> = batch
         .copies()
         .map(|copy| DiskWrite {
@@ -185,8 +187,8 @@ fn write(shared: &Shared, tier: &DiskTier, store: &DiskStore, batch: &DemoteBatc
             namespace: copy.namespace,
             key: copy.key.0,
             parent: copy.parent.map(|parent| parent.0),
-            priority: copy.priority,
-            expires_at_s: None,
+            priority: copy.retention.priority,
+            expires_at_s: expires_at_s(copy.retention, stored_at_s),
             source: Arc::clone(&segments[copy.from.segment.0 as usize]),
             source_offset: copy.from.offset(stride),
             bytes: stride,

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use kvbm_hash::SequenceHash;
 
 use super::{DiskState, DiskTier, Recovery, Shared};
 use crate::ledger::{FoundBlock, FoundSegment, SegmentId};
 use crate::store::disk::{DiskError, DiskStore, Recovered};
+use crate::store::wall_time::{self, now_s};
 use crate::tier::Tier;
 
 /// How often the drive is looked at.
@@ -135,7 +136,7 @@ fn prepare(shared: &Shared, tier: &DiskTier, store: &Arc<DiskStore>) -> Result<(
     let (damaged, unclean) = (report.damaged as u64, report.unclean);
     let (found, unbound) = found(recovered, store.segment_count());
     let slots_in = store.slots_in();
-    let names = shared.with_ledger(|ledger, _| ledger.name_found(&found));
+    let names = shared.with_ledger(|ledger, now| ledger.name_found(&found, now));
     let tables = names.tables(found, &slots_in);
     let left_out = tables.left_out as u64;
     let blocks = shared.with_ledger(|ledger, _| {
@@ -167,7 +168,7 @@ fn prepare(shared: &Shared, tier: &DiskTier, store: &Arc<DiskStore>) -> Result<(
 
 /// Splits what was recovered into segments with a class and those without.
 fn found(recovered: Recovered, segment_count: u32) -> (Vec<FoundSegment>, Vec<SegmentId>) {
-    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now_s = now_s();
     let mut unbound: Vec<SegmentId> = (0..segment_count).map(SegmentId).collect();
     let mut found = Vec::with_capacity(recovered.segments.len());
     for segment in recovered.segments {
@@ -176,16 +177,12 @@ fn found(recovered: Recovered, segment_count: u32) -> (Vec<FoundSegment>, Vec<Se
             continue;
         }
         unbound.retain(|id| *id != segment.segment);
-        let alive = segment
-            .entries
-            .into_iter()
-            .filter(|(_, entry)| entry.expires_at_s.is_none_or(|expires| expires > now_s));
-        let blocks = alive.map(|(index, entry)| FoundBlock {
+        let blocks = segment.entries.into_iter().map(|(index, entry)| FoundBlock {
             namespace: entry.namespace,
             index,
             key: SequenceHash(entry.key),
             parent: entry.parent.map(SequenceHash),
-            priority: entry.priority,
+            retention: wall_time::found(entry.priority, entry.stored_at_s, entry.expires_at_s, now_s),
             stored: entry.stored_at_s,
         });
         let (segment_id, class, blocks) = (segment.segment, segment.class, blocks.collect());

@@ -240,6 +240,11 @@ impl DiskTier {
         Ok(tier)
     }
 
+    /// Bytes of all segments; 0 until they are known, and while they are out of service.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.store().map_or(0, |store| store.capacity_bytes())
+    }
+
     fn open_store(&self, capacity_bytes: u64) -> Result<Arc<DiskStore>, DiskError> {
         let config = DiskConfig {
             directories: self.config.directories.clone(),

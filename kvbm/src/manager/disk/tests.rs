@@ -11,7 +11,7 @@ use kvbm_hash::SequenceHash;
 use kvbm_shm::SharedMemory;
 
 use super::*;
-use crate::ledger::{AdmissionRules, Ledger, Millis};
+use crate::ledger::{AdmissionRules, Ledger, Millis, Retention};
 use crate::manager::tests::{Engine, with_host};
 use crate::store::disk_io::{IoBatch, IoFailure};
 use crate::{Manager, ManagerConfig, Prefetched, Refused, Route, Tier};
@@ -84,7 +84,7 @@ fn prefetch(engine: &Engine, keys: &[SequenceHash]) -> Prefetched {
 /// Takes a prefix into the pool; returns how many blocks there were.
 fn fetch(engine: &Engine, keys: &[SequenceHash]) -> usize {
     prefetch(engine, keys);
-    let matched = engine.manager.match_prefix(engine.session, engine.namespace, keys, None).unwrap();
+    let matched = engine.manager.match_prefix(engine.session, engine.namespace, keys, None, &[]).unwrap();
     let Some(lease) = matched.lease else { return 0 };
     let targets = engine.granted(matched.host_blocks);
     assert_eq!(engine.onboard(lease, &targets).unwrap().blocks_done, matched.host_blocks);
@@ -107,6 +107,37 @@ fn flip(directory: &Path, key: SequenceHash) -> usize {
     places.len()
 }
 
+/// Priority of a block on disk, and whether it holds for a time only.
+fn kept_on_disk(manager: &Manager, key: SequenceHash) -> Option<Retention> {
+    manager.inspect(|ledger| ledger.retention_on_disk(key))
+}
+
+#[test]
+fn priorities_come_back_from_disk_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = config(&[directory.path()]);
+    let manager = start(config.clone());
+    let engine = Engine::attach(&manager, true);
+    let hour = Some(Duration::from_secs(3600));
+    let kept = [(90, hour), (80, None), (20, Some(Duration::from_millis(1)))];
+    let kept = kept.map(|(priority, duration)| Retention { priority, duration });
+    let keys = [0, 100, 200].map(|first| engine.keys(&(first..first + 4).collect::<Vec<_>>()));
+    for (keys, retention) in keys.iter().zip(kept) {
+        let blocks = engine.compute_kept(keys, retention);
+        assert_eq!(engine.offloaded(&blocks).blocks_failed, 0);
+        until("it is on disk", || on_disk(&manager, keys));
+    }
+    manager.stop();
+    let manager = start(config);
+    let found = keys.map(|keys| kept_on_disk(&manager, keys[0]).expect("it is there"));
+    let left = found[0].duration.expect("it holds for a time");
+    assert!(found[0].priority == 90 && left <= Duration::from_secs(3600) && left > Duration::from_secs(3000));
+    assert_eq!(found[1], kept[1]);
+    // A second is the least that an entry says.
+    assert!(found[2].duration.is_none_or(|left| left <= Duration::from_secs(1)), "{:?}", found[2]);
+    manager.stop();
+}
+
 #[test]
 fn blocks_come_back_from_disk_after_a_restart() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -122,7 +153,7 @@ fn blocks_come_back_from_disk_after_a_restart() {
     let recovery = manager.disk().unwrap().recovery;
     assert_eq!((recovery.blocks, recovery.damaged, recovery.left_out), (12, 0, 0));
     let engine = Engine::attach(&manager, true);
-    let matched = manager.match_prefix(engine.session, engine.namespace, &keys, None).unwrap();
+    let matched = manager.match_prefix(engine.session, engine.namespace, &keys, None, &[]).unwrap();
     assert_eq!((matched.host_blocks, matched.disk_blocks), (0, 12));
     assert_eq!(fetch(&engine, &keys), 12);
     assert_eq!(manager.counters().blocks(Route::DiskToHost), 12);
@@ -233,7 +264,7 @@ fn a_directory_that_vanishes_takes_the_tier_out_and_a_new_one_brings_it_back() {
     std::fs::remove_dir_all(&directory).unwrap();
     std::fs::write(&directory, b"").unwrap();
     until("the tier is out", || matches!(state(&manager), DiskState::Out(_)));
-    let matched = manager.match_prefix(engine.session, engine.namespace, &keys, None).unwrap();
+    let matched = manager.match_prefix(engine.session, engine.namespace, &keys, None, &[]).unwrap();
     assert_eq!((matched.host_blocks, matched.disk_blocks), (4, 0), "host is as it was");
     std::fs::remove_file(&directory).unwrap();
     until("the tier is back", || state(&manager) == DiskState::On);
@@ -374,7 +405,7 @@ fn begin_moody(config: ManagerConfig, mood: Mood) -> (Manager, Arc<Moody>) {
 
 /// What goes on while a drive misbehaves: everything but the disk.
 fn host_serves(engine: &Engine, keys: &[SequenceHash]) {
-    let found = engine.manager.match_prefix(engine.session, engine.namespace, keys, None).unwrap();
+    let found = engine.manager.match_prefix(engine.session, engine.namespace, keys, None, &[]).unwrap();
     assert_eq!((found.host_blocks, found.disk_blocks), (keys.len(), 0));
     engine.manager.release_lease(engine.session, found.lease.unwrap()).unwrap();
 }
@@ -428,7 +459,7 @@ fn a_drive_that_stalls_holds_up_nobody() {
     manager.prefetch_and_wait(engine.session, engine.namespace, &keys, done).unwrap();
     until("the tier is out", || matches!(state(&manager), DiskState::Out(_)));
     host_serves(&engine, &host);
-    let nothing = manager.match_prefix(engine.session, engine.namespace, &keys, None).unwrap();
+    let nothing = manager.match_prefix(engine.session, engine.namespace, &keys, None, &[]).unwrap();
     assert_eq!((nothing.host_blocks, nothing.disk_blocks), (0, 0));
     // Whoever waited is told, while the kernel may still write to the slots that were to be filled.
     assert_eq!(receive.recv().unwrap().host_blocks, 0);
@@ -451,7 +482,7 @@ fn stopping_does_not_wait_for_a_dead_drive() {
     engine.offloaded(&engine.compute(&engine.keys(&[5; 16])));
     until("the tier is out", || matches!(state(&manager), DiskState::Out(_)));
     manager.stop();
-    let refused = manager.match_prefix(engine.session, engine.namespace, &engine.keys(&[5; 4]), None);
+    let refused = manager.match_prefix(engine.session, engine.namespace, &engine.keys(&[5; 4]), None, &[]);
     assert!(!matches!(refused, Err(Refused::Closed)), "what is known can still be asked");
     drive.set(Mood::Well);
 }

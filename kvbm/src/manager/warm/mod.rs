@@ -29,7 +29,7 @@ impl Shared {
         if there == 0 {
             return 0;
         }
-        let names = self.with_ledger(|ledger, _| ledger.name_found(&bound));
+        let names = self.with_ledger(|ledger, now| ledger.name_found(&bound, now));
         let tables = names.tables(bound, &SlotsIn::bytes(segment_bytes));
         let left_out = tables.left_out;
         let blocks = self.with_ledger(|ledger, _| {

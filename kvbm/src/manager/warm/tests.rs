@@ -48,7 +48,7 @@ fn start(config: ManagerConfig, kept: &Kept) -> Manager {
 }
 
 fn found(engine: &Engine, keys: &[kvbm_hash::SequenceHash]) -> usize {
-    let matched = engine.manager.match_prefix(engine.session, engine.namespace, keys, None).unwrap();
+    let matched = engine.manager.match_prefix(engine.session, engine.namespace, keys, None, &[]).unwrap();
     let Some(lease) = matched.lease else { return 0 };
     let targets = engine.granted(matched.host_blocks);
     assert_eq!(engine.onboard(lease, &targets).unwrap().blocks_done, matched.host_blocks);

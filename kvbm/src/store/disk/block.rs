@@ -30,7 +30,7 @@ pub struct DiskWrite {
     pub parent: Option<[u8; 16]>,
     /// Retention priority, 0..=100.
     pub priority: u8,
-    /// When it is of no more use, in seconds since 1970.
+    /// When its priority ends if nobody uses it, in seconds since 1970.
     pub expires_at_s: Option<u64>,
     /// Its bytes, which stay as they are until the write ended.
     pub source: Arc<SharedMemory>,

@@ -41,7 +41,7 @@ pub struct Entry {
     pub priority: u8,
     /// When it was stored, in seconds since 1970.
     pub stored_at_s: u64,
-    /// When it is of no more use, in seconds since 1970.
+    /// When its priority ends if nobody uses it, in seconds since 1970.
     pub expires_at_s: Option<u64>,
 }
 
