@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 
 use kvbm_shm::{PoolLayout, PoolMemory};
 use parking_lot::Mutex;
+use rustix::process::setpriority_process;
+use rustix::thread::gettid;
 
 use crate::counters::Counters;
 use crate::error::{Error, Refused};
@@ -57,6 +59,9 @@ pub const PIN_BUDGET_BYTES: u64 = 1_000_000_000;
 
 /// Blocks that one acquisition of the ledger's lock deals with, at most, where a request may have many.
 const PIECE_BLOCKS: usize = 256;
+
+/// How often what was asked for is looked at for [`Manager::what_if`].
+const WHAT_IF_EVERY: Duration = Duration::from_millis(250);
 
 /// Settings of a manager.
 #[derive(Debug, Clone)]
@@ -287,6 +292,10 @@ impl Manager {
             manager.size_host(bytes)?;
         }
         manager.start_disk()?;
+        if !manager.shared.config.what_if_window.is_zero() {
+            let looking = manager.clone();
+            manager.spawn("kvbm-what-if", move |_| looking.look_on())?;
+        }
         Ok(manager)
     }
 
@@ -321,6 +330,7 @@ impl Manager {
         self.shared.onboards.close();
         self.stop_disk();
         for thread in std::mem::take(&mut *self.shared.threads.lock()) {
+            thread.thread().unpark();
             if thread.join().is_err() {
                 tracing::error!("a block manager thread panicked");
             }
@@ -334,10 +344,21 @@ impl Manager {
 
     // ---- time and accounts --------------------------------------------------------------------------------------------
 
+    /// Follows what would be found with other capacities, until the manager stops: nothing in the process is less urgent.
+    fn look_on(&self) {
+        let modest = setpriority_process(Some(gettid()), 19);
+        if let Err(error) = modest {
+            tracing::debug!(%error, "what-if runs at normal priority");
+        }
+        while !self.shared.stopping.load(Ordering::SeqCst) {
+            std::thread::park_timeout(WHAT_IF_EVERY);
+            self.shared.what_if.tick(self.sizes(), self.shared.now());
+        }
+    }
+
     /// Ends leases and pools whose time has come. To be called a few times per second.
     pub fn tick(&self) {
         self.shared.with_ledger(|ledger, now| ledger.tick(now));
-        self.shared.what_if.tick(self.sizes(), self.shared.now());
         let gone = self.shared.unmapped_pools();
         if !gone.is_empty() {
             // Unmapping a large pool takes long: not on the caller's thread if it can be helped.

@@ -9,8 +9,8 @@ use crate::ledger::{Millis, NamespaceId, SessionId};
 
 /// Requests and commits that may wait for the model.
 const SIGHTINGS_MAX: usize = 1 << 13;
-/// Sampled keys that may wait for the model: 1 MiB of them.
-const SAMPLES_MAX: usize = 1 << 16;
+/// Sampled keys that may wait for the model, which works off so many in about 5 ms.
+const SAMPLES_MAX: usize = 1 << 14;
 /// Requests waiting for a disk that are remembered.
 const WAITING_MAX: usize = 64;
 /// How long such a request may take to ask again; engines wait no longer than that by default.
@@ -119,7 +119,8 @@ impl Feed {
     ) {
         let Batch { sightings, samples } = &mut self.batch;
         let before = samples.len();
-        if sightings.len() == SIGHTINGS_MAX || before + keys.len() > SAMPLES_MAX {
+        let is_full = before > 0 && before + keys.len() > SAMPLES_MAX;
+        if sightings.len() == SIGHTINGS_MAX || is_full {
             self.unseen += 1;
             return;
         }

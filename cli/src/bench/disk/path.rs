@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvbm::ledger::Millis;
 use kvbm::{
     BlockRef, CommitBlock, DiskCapacity, DiskState, DiskTierConfig, Held, HostCapacity, Manager,
-    ManagerConfig, NamespaceId, OpenPool, OpenedPool, Route, SessionId, TrustDomain,
+    ManagerConfig, NamespaceId, OpenPool, OpenedPool, PolicyKind, Route, SessionId, TrustDomain,
 };
 use kvbm_hash::SequenceHash;
 use kvbm_shm::PoolLayout;
@@ -21,7 +21,7 @@ const SETS_ON_DISK: u64 = 9;
 /// Sets that host memory has room for: a set is gone when so many others came after it.
 const SETS_IN_HOST: u64 = 5;
 /// Sets that are moved in a turn: more than what starting and ending take.
-const SETS_PER_TURN: usize = 2;
+const SETS_PER_TURN: usize = 4;
 /// Blocks of one sequence.
 const CHAIN: usize = 128;
 /// How long anything may take.
@@ -60,6 +60,8 @@ impl WholePath {
             host: HostCapacity::Bytes(set_bytes * SETS_IN_HOST * 21 / 20),
             disk: Some(disk),
             queue_depth: 1024,
+            // What is in host memory must be foreseen.
+            policy: PolicyKind::Lru,
             ..ManagerConfig::default()
         })
         .map_err(|error| told(&error))?;

@@ -96,7 +96,7 @@ impl DiskTierConfig {
             rules: DiskRules::default(),
             io: IoOptions::default(),
             scrub_bytes_per_second: 16 << 20,
-            batch: BatchLimit { blocks: 64, bytes: 16 << 20 },
+            batch: BatchLimit { blocks: 256, bytes: 16 << 20 },
         }
     }
 }
