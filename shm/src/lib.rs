@@ -12,7 +12,7 @@ mod side_socket;
 mod streaming_copy;
 
 pub use error::Error;
-pub use memory::SharedMemory;
+pub use memory::{Copies, SharedMemory};
 pub use pool_memory::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
 pub use process_watch::ProcessWatch;
 pub use side_socket::{Packet, Peer, SideListener, SideSocket};

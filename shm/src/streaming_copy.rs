@@ -15,20 +15,32 @@ use std::ptr;
 /// more from 64 KiB on.
 const STREAM_BYTES_MIN: usize = 16 << 10;
 
-/// Copies `len` bytes.
+/// Copies `len` bytes. Others may see them late: see [`settle`]. Where the next copy will begin to read may be told, or is
+/// null: the first lines of a copy cost a wait each, unless they were fetched during the one before.
 ///
 /// # Safety
-/// As for [`ptr::copy_nonoverlapping`], except that both ranges may be changed by other processes meanwhile.
-pub(crate) unsafe fn streaming_copy(from: *const u8, to: *mut u8, len: usize) {
+/// As for [`ptr::copy_nonoverlapping`], except that both ranges may be changed by other processes meanwhile. `next` is not
+/// accessed.
+pub(crate) unsafe fn streaming_copy(from: *const u8, to: *mut u8, len: usize, next: *const u8) {
     #[cfg(target_arch = "x86_64")]
     if len >= STREAM_BYTES_MIN
         && let Some(kernel) = x86::kernel()
     {
         // SAFETY: the caller's promise; `kernel` only returns what this processor can execute.
-        return unsafe { x86::copy(kernel, from, to, len) };
+        return unsafe { x86::copy(kernel, from, to, len, next) };
     }
+    let _ = next;
     // SAFETY: the caller's promise.
     unsafe { ptr::copy_nonoverlapping(from, to, len) }
+}
+
+/// Whoever is told from now on of the copies of this thread sees all of them: streaming stores are not ordered with later
+/// ones. Waiting for them costs as much as some KiB, so it is done once for several copies.
+pub(crate) fn settle() {
+    #[cfg(target_arch = "x86_64")]
+    if x86::kernel().is_some() {
+        x86::settle();
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -47,7 +59,7 @@ mod x86 {
     const AHEAD: usize = 2 << 10;
 
     /// Streams `len` bytes, a multiple of [`STRIDE`], to an address that is a multiple of [`LINE`].
-    pub(super) type Kernel = unsafe fn(from: *const u8, to: *mut u8, len: usize);
+    pub(super) type Kernel = unsafe fn(from: *const u8, to: *mut u8, len: usize, next: *const u8);
 
     /// What long copies are done with; `None`: the C library's copy is as fast.
     pub(super) fn kernel() -> Option<Kernel> {
@@ -79,24 +91,27 @@ mod x86 {
     ///
     /// # Safety
     /// As for [`ptr::copy_nonoverlapping`], and the processor can execute `kernel`.
-    pub(super) unsafe fn copy(kernel: Kernel, from: *const u8, to: *mut u8, len: usize) {
+    pub(super) unsafe fn copy(kernel: Kernel, from: *const u8, to: *mut u8, len: usize, next: *const u8) {
         let head = to.align_offset(LINE).min(len);
         let body = (len - head) / STRIDE * STRIDE;
         let tail = head + body;
         // SAFETY: the three pieces follow each other within `len`; after `head` bytes `to` is aligned to a line.
         unsafe {
             ptr::copy_nonoverlapping(from, to, head);
-            kernel(from.add(head), to.add(head), body);
+            kernel(from.add(head), to.add(head), body, next);
             ptr::copy_nonoverlapping(from.add(tail), to.add(tail), len - tail);
-            // Streaming stores are not ordered with later ones; who is told of this copy must see all of it.
-            _mm_sfence();
         }
     }
 
+    pub(super) fn settle() {
+        // SAFETY: every x86-64 processor has it.
+        unsafe { _mm_sfence() }
+    }
+
     #[target_feature(enable = "avx512f")]
-    unsafe fn stream_avx512(from: *const u8, to: *mut u8, len: usize) {
+    unsafe fn stream_avx512(from: *const u8, to: *mut u8, len: usize, next: *const u8) {
         for at in (0..len).step_by(STRIDE) {
-            fetch(from, at, len);
+            fetch(from, at, len, next);
             // SAFETY: `at + STRIDE <= len`, because `len` is a multiple of it; `to` is aligned to a line.
             unsafe {
                 let (from, to): (*const __m512i, *mut __m512i) = (from.add(at).cast(), to.add(at).cast());
@@ -111,9 +126,9 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2")]
-    unsafe fn stream_avx2(from: *const u8, to: *mut u8, len: usize) {
+    unsafe fn stream_avx2(from: *const u8, to: *mut u8, len: usize, next: *const u8) {
         for at in (0..len).step_by(STRIDE) {
-            fetch(from, at, len);
+            fetch(from, at, len, next);
             for half in [at, at + STRIDE / 2] {
                 // SAFETY: as for `stream_avx512`.
                 unsafe {
@@ -130,15 +145,15 @@ mod x86 {
         }
     }
 
-    /// Asks for the source's lines `AHEAD` of `at`, unless they are behind its end: what is there is not wanted.
+    /// Asks for the source's lines `AHEAD` of `at`; behind its end for those of the next copy, if there is one.
     #[inline(always)]
-    fn fetch(from: *const u8, at: usize, len: usize) {
-        if at + AHEAD < len {
+    fn fetch(from: *const u8, at: usize, len: usize, next: *const u8) {
+        let (source, ahead) =
+            if at + AHEAD < len { (from, at + AHEAD) } else { (next, (at + AHEAD).wrapping_sub(len)) };
+        if !source.is_null() {
             for line in 0..STRIDE / LINE {
                 // SAFETY: a prefetch never faults, whatever the address.
-                unsafe {
-                    _mm_prefetch::<_MM_HINT_NTA>(from.wrapping_add(at + AHEAD + line * LINE).cast());
-                }
+                unsafe { _mm_prefetch::<_MM_HINT_NTA>(source.wrapping_add(ahead + line * LINE).cast()) }
             }
         }
     }
@@ -184,7 +199,7 @@ mod tests {
 
     fn public(from: *const u8, to: *mut u8, len: usize) {
         // SAFETY: `check` hands out distinct buffers of at least `len` bytes.
-        unsafe { streaming_copy(from, to, len) }
+        unsafe { streaming_copy(from, to, len, ptr::null()) }
     }
 
     #[test]
@@ -211,7 +226,7 @@ mod tests {
             for len in (0..2 * x86::STRIDE + 70).chain([4096, 5000, 100_003]) {
                 check(len % 61, len % 73, len, |from, to, len| {
                     // SAFETY: as for `public`; only kernels of this processor are listed.
-                    unsafe { x86::copy(kernel, from, to, len) }
+                    unsafe { x86::copy(kernel, from, to, len, from) }
                 });
             }
         }

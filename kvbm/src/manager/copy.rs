@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvbm_shm::PoolMemory;
+use kvbm_shm::{Copies, PoolMemory};
 
 use super::{Done, Outcome, PIECE_BLOCKS, Shared};
 use crate::error::Refused;
@@ -46,23 +46,23 @@ pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
         }
         // When stopping, nobody will read what is copied now.
         let mut copied = !shared.stopping.load(Ordering::SeqCst);
-        for (block, place) in batch.copies() {
+        let copies = Copies::default();
+        let mut rest = batch.copies().peekable();
+        while let Some((block, place)) = rest.next() {
             if !copied {
                 break;
             }
             shared.gate.give_way();
-            let to = &segments[place.segment.0 as usize];
-            memory.memory().copy_to(
-                layout.offset(block),
-                to,
-                place.offset(batch.stride()),
-                layout.block_bytes,
-            );
+            let to = (&*segments[place.segment.0 as usize], place.offset(batch.stride()));
+            let next = rest.peek().map(|(block, _)| layout.offset(*block));
+            memory.memory().copy_in(&copies, layout.offset(block), to, layout.block_bytes, next);
             bytes += layout.block_bytes as u64;
             delay(shared);
             // Checked after each block: once it moved, the rest is not worth copying.
             copied = memory.epoch() == batch.epoch;
         }
+        drop(rest);
+        drop(copies);
         let end = OffloadEnd { batch, copied, bytes, took: started.elapsed() };
         ends.send(end).expect("the thread that settles ends after this one");
     }
@@ -128,6 +128,7 @@ pub(super) fn run_onboards(shared: &Shared, ends: &SyncSender<OnboardEnd>) {
 
 fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPart) -> bool {
     let (layout, segments) = (memory.layout(), shared.host.segments());
+    let copies = Copies::default();
     for (place, block) in part.copies() {
         // The writer quarantines targets whose copy it did not see ending, so writing late does no harm; not writing
         // is still better.
@@ -135,7 +136,8 @@ fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPar
             return false;
         }
         let from = &segments[place.segment.0 as usize];
-        from.copy_to(place.offset(part.stride()), memory.memory(), layout.offset(block), layout.block_bytes);
+        let to = (memory.memory(), layout.offset(block));
+        from.copy_in(&copies, place.offset(part.stride()), to, layout.block_bytes, None);
         delay(shared);
     }
     true
