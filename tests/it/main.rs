@@ -5,6 +5,7 @@ mod cache;
 mod disk;
 mod drills;
 mod keys;
+mod pins;
 mod quotas;
 mod replay;
 mod retention;

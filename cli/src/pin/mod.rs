@@ -34,6 +34,9 @@ pub(crate) struct PinArgs {
     /// LoRA adapter of the requests
     #[arg(long, value_name = "NAME")]
     lora: Option<String>,
+    /// Tenant of the requests, as in their header x-kvbm-tenant
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    tenant: String,
     /// How long, as in 90s, 30m, 12h or 7d
     #[arg(long = "for", value_name = "TIME", default_value = "1h", value_parser = duration)]
     lifetime: Duration,
@@ -127,7 +130,7 @@ fn request(args: &PinArgs) -> Result<v1::PinRequest, String> {
     let tokens = args.prompt.tokens(folder)?;
     let tokens_per_block = args.model.tokens_per_block()?;
     let base = args.model.base()?;
-    let namespace = base.namespace(args.lora.as_deref(), args.salt.as_deref());
+    let namespace = base.namespace(args.lora.as_deref(), args.salt.as_deref()).of_tenant(&args.tenant);
     let keys = sequence_hashes(namespace, tokens_per_block as usize, &tokens);
     if keys.is_empty() {
         return Err(format!(

@@ -289,9 +289,9 @@ fn too_much_at_once_is_counted_and_takes_no_more_memory() {
     let keys: Vec<SequenceHash> = (0..1000).map(key).collect();
     (0..100).for_each(|_| what_if.stored(NAMESPACE, keys.iter().copied(), BLOCK_BYTES));
     let sizes = Sizes { host_bytes: 1 << 40, disk_bytes: 0 };
-    assert_eq!(what_if.report(sizes, Millis(1)).unseen, 35);
+    assert_eq!(what_if.report(sizes, Millis(1)).unseen, 84);
     what_if.stored(NAMESPACE, keys.iter().copied(), BLOCK_BYTES);
-    assert_eq!(what_if.report(sizes, Millis(2)).unseen, 35);
+    assert_eq!(what_if.report(sizes, Millis(2)).unseen, 84);
     assert!(WhatIf::new(Duration::ZERO).report(sizes, Millis(3)).tiers.is_empty(), "it can be turned off");
 }
 
