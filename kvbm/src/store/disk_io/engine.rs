@@ -41,7 +41,7 @@ impl Default for IoOptions {
     fn default() -> Self {
         Self {
             depth: 64,
-            bytes_in_flight_max: 64 << 20,
+            bytes_in_flight_max: 128 << 20,
             deadline: Duration::from_secs(5),
             overdue: Overdue::Cancel,
             waiting_writes_max: 4096,
