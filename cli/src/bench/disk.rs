@@ -34,7 +34,7 @@ pub(super) struct DiskArgs {
     #[arg(long, default_value = ".", value_name = "DIR")]
     dir: PathBuf,
     /// Size of the file, in GB of 10^9 bytes
-    #[arg(long, default_value_t = 4.0, value_parser = size_gb, value_name = "GB")]
+    #[arg(long, default_value_t = 8.0, value_parser = size_gb, value_name = "GB")]
     size_gb: f64,
 }
 

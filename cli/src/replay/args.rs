@@ -69,6 +69,9 @@ pub(crate) struct ReplayArgs {
     /// Bytes that may be written to disk per day of the trace
     #[arg(long, value_name = "BYTES_PER_DAY")]
     disk_write_budget: Option<u64>,
+    /// Secret that keys are spread with; which blocks a policy learns from depends on it
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(super) secret: u64,
     /// Hit ratio over the capacity of host memory
     #[arg(long, conflicts_with = "host_blocks")]
     pub(super) curve: bool,

@@ -71,6 +71,8 @@ pub(super) struct Setup {
     pub policy: PolicyKind,
     pub capacities: Capacities,
     pub disk_rules: DiskRules,
+    /// As a daemon draws one.
+    pub secret: u64,
     /// Bytes of one block.
     pub block_bytes: u64,
 }
@@ -118,7 +120,7 @@ impl<'a> Drive<'a> {
             lease: Duration::from_secs(30),
             orphan_pools_max: 0,
             orphan_pool_ttl: Duration::ZERO,
-            secret: 0x9E37_79B9_7F4A_7C15,
+            secret: setup.secret,
             offload_priority_min: 0,
             disk: setup.disk_rules,
             policy: setup.policy,

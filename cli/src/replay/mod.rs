@@ -78,7 +78,13 @@ fn rows(args: &ReplayArgs, trace: &Trace, capacities: Capacities) -> Result<Vec<
     for candidate in args.policy.candidates() {
         rows.push(match candidate {
             Candidate::Ledger(policy) => {
-                let setup = Setup { policy, capacities, disk_rules: args.disk_rules(), block_bytes };
+                let setup = Setup {
+                    policy,
+                    capacities,
+                    disk_rules: args.disk_rules(),
+                    secret: args.secret,
+                    block_bytes,
+                };
                 let what = format!("{} with {} blocks", policy.name(), capacities.total());
                 let outcome = drive::replay(trace, &setup, Progress::new(what, trace.events.len()))?;
                 Row::of_ledger(policy, trace, capacities, &outcome, block_bytes)

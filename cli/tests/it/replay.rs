@@ -82,6 +82,28 @@ fn the_conversation_trace_gives_the_known_hit_ratios() {
 
 /// Scripts read these: fields may be added.
 #[test]
+fn the_default_policy_is_at_or_above_the_best_known_on_the_conversation_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = file(&dir, "conversation.jsonl", &conversation::mooncake());
+    let sizes = [1_000, 5_000, 10_000, 20_000, 30_000, 50_000, 100_000];
+    let list = sizes.map(|size: u32| size.to_string()).join(",");
+    let all = ["--trace", text(&trace), "--policy", "all", "--curve", "--capacities", &list];
+    for secret in ["1", "2", "3"] {
+        let rows = json(&[&all[..], &["--secret", secret]].concat());
+        for size in sizes {
+            let of_size = rows.as_array().unwrap().iter().filter(|row| row["capacities"]["host"] == size);
+            let of_size = Value::Array(of_size.cloned().collect());
+            let [ours, lru] = ["gittins", "reference-lru"].map(|policy| ratio_of(&of_size, policy));
+            for known in ["lru", "reference-fifo", "reference-lru", "reference-s3fifo", "reference-arc"] {
+                let known_ratio = ratio_of(&of_size, known);
+                assert!(ours >= known_ratio, "{size} blocks: {ours}, {known} {known_ratio}");
+            }
+            assert!(size > 5_000 || ours >= 1.5 * lru, "{size} blocks: {ours}, LRU {lru}");
+        }
+    }
+}
+
+#[test]
 fn the_fields_of_a_row_are_those_documented() {
     let one = json(&["--workload", "chat", "--requests", "200", "--host-blocks", "500"]);
     let page = include_str!("../../../docs/replay.md");

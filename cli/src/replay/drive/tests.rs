@@ -12,6 +12,7 @@ fn setup(device: u32, host: u32, disk: u32) -> Setup {
         policy: BASELINE,
         capacities: Capacities { device, host, disk },
         disk_rules: DiskRules::default(),
+        secret: 1,
         block_bytes: BLOCK_BYTES,
     }
 }
@@ -22,6 +23,28 @@ fn run(trace: &Trace, setup: &Setup) -> Outcome {
 
 fn workload(workload: Workload) -> Trace {
     trace_of(&workload.requests(2, 1500)).unwrap()
+}
+
+/// Against policies that know nothing of leaves: what is known best differs from workload to workload.
+#[test]
+fn the_default_is_nowhere_much_below_the_best_known() {
+    for kind in Workload::ALL {
+        let trace = trace_of(&kind.requests(3, 10_000)).unwrap();
+        for capacity in [500, 2000, 8000] {
+            let ours = Setup { policy: PolicyKind::DEFAULT, ..setup(0, capacity, 0) };
+            let ours = run(&trace, &ours).hits.total();
+            let known = Reference::ALL.into_iter().filter(|known| known.is_attainable());
+            let best = known.map(|known| known.hit_blocks(&trace, capacity as usize)).max().unwrap();
+            assert!(ours as f64 >= 0.99 * best as f64, "{kind:?} with {capacity}: {ours} of {best}");
+        }
+    }
+}
+
+#[test]
+fn the_default_takes_64_bytes_for_a_slot_more_than_lru_at_most() {
+    let trace = workload(Workload::Chat);
+    let bytes = |policy| run(&trace, &Setup { policy, ..setup(0, 20_000, 0) }).metadata_bytes;
+    assert!(bytes(PolicyKind::Gittins) <= bytes(PolicyKind::Lru) + 64 * 20_000);
 }
 
 /// Leaves first, parents as young as their children: that is LRU of blocks whose requests store the last one first.

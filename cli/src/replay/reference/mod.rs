@@ -55,6 +55,12 @@ impl Reference {
         Self::Infinite,
     ];
 
+    /// Whether it knows nothing but the past.
+    #[cfg(test)]
+    pub(super) fn is_attainable(self) -> bool {
+        !matches!(self, Self::Belady | Self::Infinite)
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Fifo => "reference-fifo",

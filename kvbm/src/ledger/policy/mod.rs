@@ -13,8 +13,6 @@ mod lru;
 mod s3fifo;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod workloads;
 
 use std::fmt::Debug;
 

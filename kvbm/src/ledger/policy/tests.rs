@@ -1,13 +1,9 @@
-//! Properties of every policy, and how often what they keep is asked for.
-
-mod small_table;
+//! What every policy keeps to. How often what they keep is asked for is tested where traces are replayed.
 
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use small_table::SmallTable;
 
-use super::workloads::{WorkloadKind, workload};
 use super::*;
 
 /// What may happen to a slot. What is not possible at the time is skipped.
@@ -150,53 +146,4 @@ proptest! {
             }
         }
     }
-}
-
-#[test]
-fn tables_of_few_slots_work_with_every_policy() {
-    let requests = workload(WorkloadKind::Chat, 3, 200);
-    for kind in PolicyKind::ALL {
-        for slots in [1, 2, 3, 4, 8] {
-            let mut table = SmallTable::new(slots, kind.build(slots as u32));
-            requests.iter().for_each(|request| _ = table.request(request));
-            table.check();
-        }
-    }
-}
-
-/// Hit ratio of a table of so many slots.
-fn hit_ratio(kind: PolicyKind, slots: usize, requests: &[workloads::Request]) -> f64 {
-    let mut table = SmallTable::new(slots, kind.build(slots as u32));
-    let hits: usize = requests.iter().map(|request| table.request(request)).sum();
-    table.check();
-    hits as f64 / requests.iter().map(|request| request.blocks.len()).sum::<usize>() as f64
-}
-
-#[test]
-fn the_default_is_never_worse_than_the_others() {
-    for workload_kind in WorkloadKind::ALL {
-        let requests = workload(workload_kind, 11, 4000);
-        for slots in [1000, 4000] {
-            let [lru, s3fifo, ours] = [PolicyKind::Lru, PolicyKind::S3Fifo, PolicyKind::DEFAULT]
-                .map(|kind| hit_ratio(kind, slots, &requests));
-            let best = lru.max(s3fifo);
-            assert!(ours >= 0.99 * best, "{workload_kind}, {slots}: {ours:.4} of {lru:.4}, {s3fifo:.4}");
-        }
-    }
-}
-
-#[test]
-fn the_default_keeps_more_conversations_than_the_least_recently_used() {
-    let requests = workload(WorkloadKind::Chat, 12, 6000);
-    let [lru, ours] = [PolicyKind::Lru, PolicyKind::Gittins].map(|kind| hit_ratio(kind, 1000, &requests));
-    assert!(ours >= 1.3 * lru, "{ours:.4} against {lru:.4}");
-}
-
-#[test]
-fn the_default_takes_64_bytes_for_a_slot() {
-    let slots = 20_000;
-    let requests = workload(WorkloadKind::Chat, 13, 3000);
-    let mut table = SmallTable::new(slots, PolicyKind::DEFAULT.build(slots as u32));
-    requests.iter().for_each(|request| _ = table.request(request));
-    assert!(table.policy.bytes() <= 64 * slots, "{} for a slot", table.policy.bytes() / slots);
 }

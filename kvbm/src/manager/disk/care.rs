@@ -14,8 +14,10 @@ use crate::store::disk::{DiskRead, DiskStore};
 
 /// How often there may be something to do.
 const TURN: Duration = Duration::from_millis(100);
-/// What was written is durable after this long at most, and the time that a flush takes.
-const FLUSH: Duration = Duration::from_millis(500);
+/// What was written is durable after this long and the time that a flush takes: as long as there is more to write, and
+/// when there is not. A drive that flushes writes nothing else.
+const FLUSH_BUSY: Duration = Duration::from_secs(1);
+const FLUSH_IDLE: Duration = Duration::from_millis(500);
 /// Blocks in one acquisition of the ledger's lock.
 const BLOCKS_AT_ONCE: usize = 256;
 /// Memory for blocks that are looked at; larger ones are only looked at when they are wanted.
@@ -28,7 +30,8 @@ pub(super) fn run(shared: &Shared, tier: &DiskTier) {
     while !shared.stopping.load(Ordering::SeqCst) {
         thread::sleep(TURN);
         let Some(store) = tier.store().filter(|_| tier.is_on()) else { continue };
-        if flushed.elapsed() >= FLUSH {
+        let flush = if tier.demotes.len() > 0 { FLUSH_BUSY } else { FLUSH_IDLE };
+        if flushed.elapsed() >= flush {
             flushed = Instant::now();
             if let Err(failure) = store.flush() {
                 shared.disk_fault(tier, &format!("flush to disk: {failure}"));

@@ -31,6 +31,11 @@ impl Class {
         usize::from(self.0)
     }
 
+    /// How often the blocks of a group were used, at most; of the last group, more.
+    pub fn uses_of_group(group: usize) -> f32 {
+        (1_u32 << (group / 2)) as f32
+    }
+
     /// The numbers of the classes of a group.
     pub fn of_group(group: usize) -> Range<usize> {
         group * DEPTHS..(group + 1) * DEPTHS

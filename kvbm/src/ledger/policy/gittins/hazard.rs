@@ -22,13 +22,17 @@ use super::class::{CLASSES, Class, GROUPS};
 /// Number of cells: a cell is a class at an age.
 pub const CELLS: usize = CLASSES * AGES;
 
-/// Chance of use while age grows by its own, as long as nothing is known. The same for all ages: then the index falls
-/// with age, and the order is that of least recent use.
+/// Chance of use while age grows by its own, as long as nothing is known, of a block that was used once. The same for
+/// all ages: then the index falls with age, and the order among blocks of equal uses is that of least recent use.
 const UNKNOWN: f32 = 0.05;
 
 /// Observations that what is expected counts as, against what was seen. Blocks of one request come back together, so a
 /// few dozen observations may be one.
 const EXPECTED_WEIGHT: f32 = 50.0;
+
+/// Uses that the expectation for a group counts as: a block comes back in proportion to how often it did. Without it a
+/// small table forgets popular blocks while it learns that they are.
+const EXPECTED_USES: f32 = 50.0;
 
 /// The number of a cell.
 pub fn cell(class: Class, age: usize) -> usize {
@@ -90,9 +94,10 @@ impl Hazards {
         let general = sum(&counts).hazard_behind_each_other();
         for group in 0..GROUPS {
             let classes = Class::of_group(group);
-            let of_group = sum(&counts[classes.clone()]).hazard(&general);
+            let expected = (EXPECTED_USES, Class::uses_of_group(group));
+            let of_group = sum(&counts[classes.clone()]).hazard(&general, expected);
             for class in classes {
-                let hazard = counts[class].hazard(&of_group);
+                let hazard = counts[class].hazard(&of_group, (1.0, 1.0));
                 self.index[class * AGES..][..AGES].copy_from_slice(&gittins(&hazard));
             }
         }
@@ -127,11 +132,12 @@ impl Counts {
         })
     }
 
-    /// The hazard of each age. What is expected has the shape of `alike`, and the height of what was seen.
-    fn hazard(&self, alike: &PerAge) -> PerAge {
+    /// The hazard of each age. What is expected has the shape of `alike`, and the height of what was seen, to which
+    /// `weight` uses are added that came `times` as often as in `alike`.
+    fn hazard(&self, alike: &PerAge, (weight, times): (f32, f32)) -> PerAge {
         let hits: f32 = self.hits.iter().sum();
         let hits_alike: f32 = self.at_risk.iter().zip(alike).map(|(at_risk, hazard)| at_risk * hazard).sum();
-        let height = (hits + 1.0) / (hits_alike + 1.0);
+        let height = (hits + weight * times) / (hits_alike + weight);
         std::array::from_fn(|age| self.seen_and_expected(age, (alike[age] * height).min(0.9)))
     }
 
@@ -190,11 +196,16 @@ mod tests {
     }
 
     #[test]
-    fn as_long_as_nothing_is_known_the_least_recently_used_is_worth_least() {
+    fn as_long_as_nothing_is_known_the_least_recently_and_least_often_used_is_worth_least() {
         let hazards = Hazards::default();
-        let first = young_to_old(&hazards, Class::new(1, 1, false));
-        assert!(first.is_sorted_by(|young, old| young > old), "{first:?}");
-        assert!(hazards.index().chunks(AGES).all(|class| class == first));
+        for uses in [1, 2, 4, 8] {
+            let index = young_to_old(&hazards, Class::new(uses, 1, false));
+            assert!(index.is_sorted_by(|young, old| young > old), "{uses}: {index:?}");
+            let more = young_to_old(&hazards, Class::new(uses * 2, 1, false));
+            assert!(index.iter().zip(more).all(|(less, more)| less < more), "{uses}: {index:?} {more:?}");
+        }
+        let of_once_used = |depth, at_end| young_to_old(&hazards, Class::new(1, depth, at_end));
+        assert_eq!(of_once_used(1, false), of_once_used(100, true));
     }
 
     #[test]
