@@ -5,14 +5,18 @@
 //! its bytes: they are copied in and out, or reached through an address by code that is allowed unsafe.
 
 mod error;
+mod lent_memory;
 mod memory;
 mod pool_memory;
+mod pool_words;
 mod process_watch;
 mod side_socket;
 mod streaming_copy;
 
 pub use error::Error;
+pub use lent_memory::LentMemory;
 pub use memory::{Copies, SharedMemory};
 pub use pool_memory::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
+pub use pool_words::{PinState, PinnedSlot, PoolWords};
 pub use process_watch::ProcessWatch;
 pub use side_socket::{Packet, Peer, SideListener, SideSocket};

@@ -133,6 +133,34 @@ impl SharedMemory {
         }
     }
 
+    /// Asks that pages which are not there yet come from a node of the machine's memory, as far as it has room. For all
+    /// processes that map the memory.
+    pub fn prefer_node(&self, node: u32) -> Result<(), Error> {
+        /// The kernel's "from there if possible".
+        const MPOL_PREFERRED: libc::c_int = 1;
+        const NODES_MAX: usize = 1024;
+        let mut mask = [0u64; NODES_MAX / 64];
+        let word = mask.get_mut(node as usize / 64);
+        *word.ok_or_else(|| Error::refused(format!("there is no node {node}")))? |= 1 << (node % 64);
+        // SAFETY: the range is our own mapping; the kernel reads one bit less than it is told, which is all of the mask.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.base.as_ptr(),
+                self.bytes,
+                MPOL_PREFERRED,
+                mask.as_ptr(),
+                NODES_MAX + 1,
+                0,
+            )
+        };
+        if done == 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        Err(Error::System { call: "prefer a node for", what: format!("{} bytes", self.bytes), source })
+    }
+
     /// Copies bytes out.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         self.check(offset, to.len());
@@ -192,6 +220,13 @@ impl SharedMemory {
         let (from, to) = self.ends(offset, to, to_offset, len);
         // SAFETY: as for `copy_to`.
         unsafe { ptr::copy_nonoverlapping(from, to, len) }
+    }
+
+    /// Address of `len` bytes at `offset`, whose bounds are checked.
+    pub(crate) fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        self.check(offset, len);
+        // SAFETY: in bounds of our mapping.
+        unsafe { self.base.as_ptr().add(offset) }
     }
 
     /// Addresses of a copy, whose bounds are checked.
@@ -341,6 +376,24 @@ mod tests {
         let mut byte = [1];
         a.read((1 << 20) - 1, &mut byte);
         assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn memory_on_a_node_is_as_any_other_and_one_that_is_not_there_is_refused() {
+        let a = SharedMemory::create("test", 1 << 20).unwrap();
+        // Some containers do not permit the call at all.
+        match a.prefer_node(0) {
+            Ok(()) => {}
+            Err(Error::System { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(Error::System { source, .. }) if source.raw_os_error() == Some(libc::ENOSYS) => {}
+            Err(other) => panic!("{other}"),
+        }
+        a.populate(0..1 << 20).unwrap();
+        a.write(5000, b"hello");
+        let mut seen = [0; 5];
+        a.read(5000, &mut seen);
+        assert_eq!(&seen, b"hello");
+        assert!(a.prefer_node(1023).is_err() && a.prefer_node(5000).is_err());
     }
 
     #[test]

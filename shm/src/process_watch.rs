@@ -24,6 +24,18 @@ impl ProcessWatch {
         Ok(Self { pidfd, pid })
     }
 
+    /// Watches the process that a descriptor names, received from somebody else. Its number is not known: 0.
+    pub fn from_fd(pidfd: OwnedFd) -> Self {
+        Self { pidfd, pid: 0 }
+    }
+
+    /// The same through a descriptor of its own.
+    pub fn try_clone(&self) -> Result<Self, Error> {
+        let pidfd = rustix::io::fcntl_dupfd_cloexec(&self.pidfd, 0);
+        let pidfd = pidfd.map_err(Error::system("duplicate pidfd of", self.pid.to_string()))?;
+        Ok(Self { pidfd, pid: self.pid })
+    }
+
     /// The number it was opened with.
     pub fn pid(&self) -> u32 {
         self.pid

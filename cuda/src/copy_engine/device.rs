@@ -1,0 +1,34 @@
+//! What the executor needs of a device: the seam at which tests put memory of the host in place of a GPU.
+
+use super::{CopyMemory, Direction};
+use crate::{Error, RawCopy};
+
+/// A device with a stream per direction. Used by one thread.
+pub(super) trait CopyDevice: 'static {
+    /// A place in a stream.
+    type Mark;
+
+    /// True if copies may read and write there.
+    fn reaches(memory: &CopyMemory) -> bool
+    where
+        Self: Sized;
+
+    /// Issues copies on the stream of the direction. They may run in any order among each other. After an error some of them
+    /// may be under way.
+    ///
+    /// # Safety
+    /// Both ranges of each copy lie in memory that the device reaches, and stay mapped until a mark set afterwards is reached.
+    unsafe fn issue(&mut self, direction: Direction, copies: &[RawCopy]) -> Result<(), Error>;
+
+    /// Marks what was issued so far on the stream of the direction.
+    fn mark(&mut self, direction: Direction) -> Result<Self::Mark, Error>;
+
+    /// True once everything before the mark has ended.
+    fn is_reached(&mut self, mark: &Self::Mark) -> Result<bool, Error>;
+
+    /// The mark is not needed any more.
+    fn recycle(&mut self, mark: Self::Mark);
+
+    /// Waits until nothing that was issued runs any more, or the device has broken down.
+    fn finish(&mut self);
+}
