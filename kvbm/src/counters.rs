@@ -65,12 +65,19 @@ pub struct Counters {
 
 impl Counters {
     /// Names of the bounded queues, as `Busy` and the metrics call them.
-    pub const QUEUES: [&'static str; 4] = ["offload", "onboard", "adoptions", "promote"];
+    pub const QUEUES: [&'static str; 6] = ["offload", "onboard", "adoptions", "promote", "load", "fences"];
 
     pub(crate) fn moved(&self, route: Route, blocks: usize, bytes: u64, took: Duration) {
         self.blocks[route.index()].fetch_add(blocks as u64, Relaxed);
         self.bytes[route.index()].fetch_add(bytes, Relaxed);
         self.seconds[route.index()].observe(took);
+    }
+
+    /// Blocks that an engine has brought to host memory by itself.
+    pub(crate) fn staged(&self, blocks: usize, bytes: u64) {
+        let route = Route::DeviceToHost.index();
+        self.blocks[route].fetch_add(blocks as u64, Relaxed);
+        self.bytes[route].fetch_add(bytes, Relaxed);
     }
 
     pub(crate) fn failed(&self, route: Route) {

@@ -30,11 +30,15 @@ pub use ledger::{
     TenantQuota, TenantUsage, TierQuota, TrustDomain,
 };
 pub use manager::{
-    AdoptPool, DiskCapacity, DiskFigures, DiskState, DiskTierConfig, HostCapacity, LivePin, Manager,
-    ManagerConfig, OpenPool, OpenedPool, Outcome, PIN_BUDGET_BYTES, Prefetched, Recovery, Resident,
+    AdoptPool, DiskCapacity, DiskFigures, DiskState, DiskTierConfig, Fence, HostCapacity, LivePin, Manager,
+    ManagerConfig, OpenEnginePool, OpenPool, OpenedEnginePool, OpenedPool, Outcome, PIN_BUDGET_BYTES,
+    Prefetched, Recovery, Resident, Staged, StoreRequest,
 };
 pub use store::disk::DiskError;
 pub use store::disk_io;
-pub use store::{Keeper, WarmHost, WarmSegment};
+pub use store::{
+    EngineMemory, Export, Fragment, Keeper, MapExports, MapGpus, MapShared, RangeCopy, WarmHost, WarmSegment,
+    WarmWords,
+};
 pub use tier::{Route, Tier};
 pub use what_if::{CAPACITIES as WHAT_IF_CAPACITIES, TierWhatIf, WhatIfReport};

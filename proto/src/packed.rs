@@ -75,6 +75,16 @@ pub enum SideMessage {
         /// `pool_uuid` of `Adoption` or `PoolReply`.
         uuid: [u8; 16],
     },
+    /// Daemon to client, with one descriptor: the words shared about the pool with this name.
+    PoolWords {
+        /// `pool_uuid` of `PoolReply`.
+        uuid: [u8; 16],
+    },
+    /// Daemon to client, with one descriptor: a segment of host memory.
+    HostSegment {
+        /// Its number.
+        segment: u32,
+    },
 }
 
 impl SideMessage {
@@ -84,6 +94,8 @@ impl SideMessage {
             Self::Bind { token } => [b"B".as_slice(), token].concat(),
             Self::Bound => b"A".to_vec(),
             Self::PoolMemory { uuid } => [b"P".as_slice(), uuid].concat(),
+            Self::PoolWords { uuid } => [b"W".as_slice(), uuid].concat(),
+            Self::HostSegment { segment } => [b"S".as_slice(), &segment.to_le_bytes()].concat(),
         }
     }
 
@@ -93,10 +105,15 @@ impl SideMessage {
             Some((b'B', rest)) => Ok(Self::Bind { token: digest("token", rest)? }),
             Some((b'A', [])) => Ok(Self::Bound),
             Some((b'P', rest)) => Ok(Self::PoolMemory { uuid: uuid("pool_uuid", rest)? }),
+            Some((b'W', rest)) => Ok(Self::PoolWords { uuid: uuid("pool_uuid", rest)? }),
+            Some((b'S', rest)) => {
+                let segment = fixed("segment", rest, "expected 4")?;
+                Ok(Self::HostSegment { segment: u32::from_le_bytes(segment) })
+            }
             _ => Err(Malformed {
                 field: "kind",
                 actual: bytes.len(),
-                expected: "expected a packet of kind B, A or P",
+                expected: "expected a packet of kind B, A, P, W or S",
             }),
         }
     }
@@ -127,6 +144,8 @@ mod tests {
             SideMessage::Bind { token: [3; 32] },
             SideMessage::Bound,
             SideMessage::PoolMemory { uuid: [9; 16] },
+            SideMessage::PoolWords { uuid: [8; 16] },
+            SideMessage::HostSegment { segment: 0x0102_0304 },
         ] {
             assert_eq!(SideMessage::decode(&message.encode()), Ok(message));
         }

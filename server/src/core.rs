@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::Config;
 use crate::config::memory;
+use crate::gpus::NodeGpus;
 use crate::metrics::Refusals;
 use crate::record::Recorder;
 use crate::remote::{Door, Token};
@@ -35,6 +36,8 @@ pub(crate) struct Core {
     pub door: Door,
     /// Changes when events were appended.
     pub events_changed: watch::Sender<()>,
+    /// Changes when engines may have to be given host memory.
+    pub segments_changed: watch::Sender<()>,
     /// No new work: everything is answered with `CLOSED`.
     pub stopping: CancellationToken,
     /// Copies have ended: streams end.
@@ -48,6 +51,8 @@ pub(crate) struct Core {
     pub admin: OnceLock<String>,
     /// URL of gRPC over TCP, if that is served.
     pub grpc: OnceLock<String>,
+    /// What was found at the start; not set: none.
+    pub gpus: OnceLock<NodeGpus>,
     own_uid: u32,
 }
 
@@ -63,6 +68,11 @@ impl Core {
         manager.events().listen(move || {
             wake.send_replace(());
         });
+        let segments_changed = watch::Sender::new(());
+        let given = segments_changed.clone();
+        manager.listen_segments(move || {
+            given.send_replace(());
+        });
         Self {
             config,
             manager,
@@ -73,6 +83,7 @@ impl Core {
             admin_token,
             door: Door::default(),
             events_changed,
+            segments_changed,
             stopping: CancellationToken::new(),
             closing: CancellationToken::new(),
             hanging_up: CancellationToken::new(),
@@ -80,6 +91,7 @@ impl Core {
             started: Instant::now(),
             admin: OnceLock::new(),
             grpc: OnceLock::new(),
+            gpus: OnceLock::new(),
             own_uid: rustix::process::geteuid().as_raw(),
         }
     }
@@ -97,12 +109,17 @@ impl Core {
     /// Pools that a session writes, connected or silent.
     pub fn pool_count(&self, session: SessionId) -> usize {
         self.manager.inspect(|ledger| {
-            ledger.pools().filter(|(id, _)| ledger.pool_owner(*id) == Some(session)).count()
+            let owned = ledger.pools().filter(|(id, _)| ledger.pool_owner(*id) == Some(session)).count();
+            let engines = ledger.engine_pools().filter(|(_, pool)| pool.session() == Some(session));
+            owned + engines.count()
         })
     }
 
     pub fn owns_pool(&self, session: SessionId, pool: PoolId) -> bool {
-        self.manager.inspect(|ledger| ledger.pool_owner(pool) == Some(session))
+        self.manager.inspect(|ledger| {
+            let of_engine = ledger.engine_pool(pool).and_then(|pool| pool.session());
+            ledger.pool_owner(pool).or(of_engine) == Some(session)
+        })
     }
 
     /// Ends sessions whose last holding was adopted by another.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvbm::Manager;
+use kvbm::{Manager, MapGpus};
 use kvbm_proto::MESSAGE_BYTES_MAX;
 use kvbm_proto::v1::admin_server::AdminServer;
 use kvbm_proto::v1::cache_server::CacheServer;
@@ -17,6 +17,7 @@ use tonic::transport::Server;
 
 use crate::core::Core;
 use crate::error::StartError;
+use crate::gpus::NodeGpus;
 use crate::record::Recorder;
 use crate::registry::RegistryService;
 use crate::remote::{Credentials, Remote, Token};
@@ -83,7 +84,8 @@ impl Daemon {
         };
         let record = config.record.as_ref();
         let recorder = record.map(|path| Recorder::start(path, config.record_max_bytes())).transpose()?;
-        let (manager, holder) = start_manager(&config).await?;
+        let gpus = find_gpus(&config).await;
+        let (manager, holder) = start_manager(&config, gpus.as_ref()).await?;
         let addresses = Addresses {
             socket: config.socket.clone(),
             side_socket: config.side_socket(),
@@ -95,6 +97,9 @@ impl Daemon {
         let _ = core.admin.set(addresses.admin_url(""));
         if let Some(url) = addresses.grpc.clone() {
             let _ = core.grpc.set(url);
+        }
+        if let Some(gpus) = gpus {
+            let _ = core.gpus.set(gpus);
         }
         let admin = tokio::spawn(admin::serve(Arc::clone(&core), listener));
         if let Some(side) = sockets.side.take() {
@@ -109,6 +114,7 @@ impl Daemon {
         let grpc = tokio::spawn(serve(Arc::clone(&core), grpc));
         let remote = remote.map(|remote| tokio::spawn(remote.serve(Arc::clone(&core))));
         announce(&core, &addresses);
+        enter(&core, &addresses);
         Ok(Self { core, addresses, grpc, admin, remote, _sockets: sockets })
     }
 
@@ -160,15 +166,39 @@ impl Daemon {
     }
 }
 
+/// Tells other machines where it is, if that is wanted.
+fn enter(core: &Arc<Core>, addresses: &Addresses) {
+    let Some(etcd) = core.config.announce.as_deref().and_then(kvbm_etcd::Etcd::parse) else { return };
+    let Some(url) = core.config.announce_url.clone().or_else(|| addresses.grpc.clone()) else { return };
+    let key = kvbm_etcd::key(kvbm_etcd::DAEMONS, &url);
+    let stopping = core.stopping.clone().cancelled_owned();
+    core.tasks.spawn(kvbm_etcd::announce(etcd, key, url, stopping));
+}
+
 /// With what an earlier daemon left in host memory, if somebody kept it. Opening files and mapping memory blocks.
-async fn start_manager(config: &Config) -> Result<(Manager, Option<Arc<holder::Client>>), StartError> {
-    let settings = config.manager(u64::from_le_bytes(random()));
+async fn start_manager(
+    config: &Config,
+    gpus: Option<&NodeGpus>,
+) -> Result<(Manager, Option<Arc<holder::Client>>), StartError> {
+    let mut settings = config.manager(u64::from_le_bytes(random()));
+    if let Some(found) = gpus {
+        settings.gpu_nodes = found.nodes();
+        settings.exports = Arc::new(MapGpus::new(Arc::clone(&found.gpus)));
+    }
     let holder = config.holder.clone();
     let started = tokio::task::spawn_blocking(move || {
         let (client, warm) = holder.and_then(|path| warm::connect(&path)).unzip();
         Manager::start_warm(settings, warm).map(|manager| (manager, client))
     });
     Ok(started.await.expect("starting the block manager does not panic")?)
+}
+
+/// Starting the driver blocks.
+async fn find_gpus(config: &Config) -> Option<NodeGpus> {
+    let config = config.clone();
+    tokio::task::spawn_blocking(move || NodeGpus::find(&config))
+        .await
+        .expect("looking for GPUs does not panic")
 }
 
 async fn serve(core: Arc<Core>, listener: UnixListenerStream) {

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use kvbm::ledger::{DevicePool, Ledger, Namespace, Owner, SlotCounts};
+use kvbm::ledger::{DevicePool, EngineOwner, EnginePool, Ledger, Namespace, Owner, SlotCounts};
 use kvbm::{DiskState, HostCapacity, LivePin, PoolId, Tier, WHAT_IF_CAPACITIES};
 
 use crate::core::Core;
+use crate::gpus::NodeGpus;
 use crate::rights::{self, By};
 use crate::status::{
-    DaemonStatus, LayoutStatus, NamespaceStatus, PinStatus, PoolStatus, SCHEMA, SlotStatus, Status,
-    TenantStatus, TierStatus, WhatIfStatus,
+    DaemonStatus, EnginePoolStatus, LayoutStatus, NamespaceStatus, PinStatus, PoolStatus, SCHEMA, SlotStatus,
+    Status, TenantStatus, TierStatus, WhatIfStatus,
 };
 
 /// Everything.
@@ -34,6 +35,7 @@ pub(crate) fn figures(core: &Core) -> Status {
     status.what_if = what_if(core);
     status.tenants = tenants(core);
     status.pins = pins(core);
+    status.gpus = core.gpus.get().map(NodeGpus::status).unwrap_or_default();
     status.transfers_in_flight = core.manager.transfers_in_flight() as u64;
     status
 }
@@ -49,6 +51,7 @@ fn from_ledger(core: &Core, ledger: &Ledger, host: HostState) -> Status {
         add(&mut host_slots, slots(summary.counts, 0));
         host_used += used(summary.counts) * stride;
     }
+    host_slots.quarantined = ledger.engine_quarantined() as u64;
     let live = || ledger.pools().filter(|(_, pool)| pool.owner != Owner::Retired);
     let mut device = TierStatus { reason: "no engine has opened a pool".to_owned(), ..off(Tier::Device) };
     for (_, pool) in live() {
@@ -83,6 +86,7 @@ fn from_ledger(core: &Core, ledger: &Ledger, host: HostState) -> Status {
         },
         tiers: vec![device, host],
         pools: ledger.pools().map(|(id, found)| pool(id, found)).collect(),
+        engine_pools: ledger.engine_pools().map(|(id, found)| engine_pool(id, found)).collect(),
         layouts: layouts
             .into_iter()
             .map(|(slot_bytes, segments)| LayoutStatus { slot_bytes, segments })
@@ -95,6 +99,7 @@ fn from_ledger(core: &Core, ledger: &Ledger, host: HostState) -> Status {
         what_if: Vec::new(),
         tenants: Vec::new(),
         pins: Vec::new(),
+        gpus: Vec::new(),
     }
 }
 
@@ -151,6 +156,33 @@ fn pool(id: PoolId, pool: &DevicePool) -> PoolStatus {
         slots: slots(pool.slots.counts(), pool.quarantined()),
         state: state.to_owned(),
         block_bytes: pool.identity.layout.block_bytes as u64,
+    }
+}
+
+fn engine_pool(id: PoolId, pool: &EnginePool) -> EnginePoolStatus {
+    let identity = &pool.identity;
+    let state = match pool.owner {
+        EngineOwner::Session(_) => "attached",
+        EngineOwner::Silent(_) => "silent",
+        EngineOwner::Former(_) => "former",
+        EngineOwner::Rescue(_) => "rescue",
+        EngineOwner::Retired => "retired",
+    };
+    EnginePoolStatus {
+        id: id.0,
+        session: pool.session().map(|session| session.0),
+        engine: identity.engine.0.iter().map(|byte| format!("{byte:02x}")).collect(),
+        rank: identity.rank,
+        rank_count: identity.rank_count,
+        shard: identity.shard,
+        shard_count: identity.shard_count,
+        device: identity.device.clone(),
+        mode: identity.mode.name().to_owned(),
+        state: state.to_owned(),
+        block_bytes: identity.block_bytes as u64,
+        blocks: identity.block_count.into(),
+        registered: pool.registered() as u64,
+        writing: pool.writing() as u64,
     }
 }
 

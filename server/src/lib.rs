@@ -14,11 +14,13 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod ahead;
 mod args;
 pub mod config;
 mod core;
 mod daemon;
 mod error;
+mod gpus;
 pub mod holder;
 mod inventory;
 pub mod log;

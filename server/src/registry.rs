@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::core::Core;
-use crate::{inventory, wire};
+use crate::{ahead, inventory, wire};
 
 /// Messages that a watcher may be behind before it is left to the event log.
 const BACKLOG: usize = 4;
@@ -131,6 +131,29 @@ impl v1::registry_server::Registry for RegistryService {
         let json = serde_json::to_string(&inventory::take(&self.core));
         let json = json.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(v1::StatusReply { json }))
+    }
+
+    async fn prefetch_keys(
+        &self,
+        request: Request<v1::PrefetchKeysRequest>,
+    ) -> Result<Response<v1::PrefetchReply>, Status> {
+        ahead::prefetch(&self.core, request).map(Response::new)
+    }
+
+    async fn hand_over(
+        &self,
+        request: Request<v1::HandOverRequest>,
+    ) -> Result<Response<v1::HandOverReply>, Status> {
+        let place = self.watchers.try_acquire();
+        let _place = place.map_err(|_| Status::resource_exhausted("too many watchers"))?;
+        ahead::hand_over(&self.core, request).await.map(Response::new)
+    }
+
+    async fn end_hand_over(
+        &self,
+        request: Request<v1::EndHandOverRequest>,
+    ) -> Result<Response<v1::EndHandOverReply>, Status> {
+        ahead::end_hand_over(&self.core, &request).map(Response::new)
     }
 }
 

@@ -19,6 +19,9 @@ pub struct Status {
     pub daemon: DaemonStatus,
     pub tiers: Vec<TierStatus>,
     pub pools: Vec<PoolStatus>,
+    /// Pools that engines own.
+    #[serde(default)]
+    pub engine_pools: Vec<EnginePoolStatus>,
     pub layouts: Vec<LayoutStatus>,
     pub namespaces: Vec<NamespaceStatus>,
     pub sessions: Vec<SessionStatus>,
@@ -34,6 +37,9 @@ pub struct Status {
     /// What operators keep.
     #[serde(default)]
     pub pins: Vec<PinStatus>,
+    /// GPUs that this daemon may use.
+    #[serde(default)]
+    pub gpus: Vec<GpuStatus>,
 }
 
 /// The process.
@@ -94,6 +100,33 @@ pub struct PoolStatus {
     /// `attached`, `silent`, `orphan` or `retired`.
     pub state: String,
     pub block_bytes: u64,
+}
+
+/// One pool that an engine owns: one rank of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct EnginePoolStatus {
+    pub id: u32,
+    /// The session that has it; `null` when its process is dead.
+    pub session: Option<u64>,
+    /// The engine, 32 hexadecimal digits: its ranks have the same.
+    pub engine: String,
+    pub rank: u32,
+    pub rank_count: u32,
+    pub shard: u32,
+    pub shard_count: u32,
+    pub device: String,
+    /// `ipc` or `staged`.
+    pub mode: String,
+    /// `attached`, `silent`, `former` (opened anew), `rescue` (its process is dead) or `retired`.
+    pub state: String,
+    /// Bytes of this rank's part of a block.
+    pub block_bytes: u64,
+    pub blocks: u64,
+    /// Complete blocks that are known and not in host memory.
+    pub registered: u64,
+    /// Host slots that its process is writing.
+    pub writing: u64,
 }
 
 /// Host segments of one slot size.
@@ -168,6 +201,33 @@ pub struct PinStatus {
     pub blocks: u64,
     pub bytes: u64,
     pub remaining_s: f64,
+}
+
+/// One GPU.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each field is named as it is shown")]
+pub struct GpuStatus {
+    /// As the vendor's tools print it: `GPU-...`.
+    pub uuid: String,
+    pub name: String,
+    pub pci_bus_id: String,
+    /// Host memory that is closest; `null` where there is only one kind.
+    pub numa_node: Option<u32>,
+    pub memory_bytes: u64,
+    /// `idle` (no engine needed it yet), `on` or `out` (of service).
+    pub state: String,
+    /// Why it is out of service.
+    pub reason: String,
+    pub onboard_bytes: u64,
+    pub offload_bytes: u64,
+    pub onboard_batches: u64,
+    pub offload_batches: u64,
+    pub failed_batches: u64,
+    /// Time during which something was being copied that way.
+    pub onboard_busy_s: f64,
+    pub offload_busy_s: f64,
+    /// Rate of copies in the background while the engine decodes; `null` while they go as fast as they can.
+    pub paced_bytes_per_second: Option<u64>,
 }
 
 /// What requests find down to one tier, and would find.
@@ -256,6 +316,7 @@ pub fn render(status: &Status) -> String {
         pools.row(cells, slots(&pool.slots));
     }
     pools.print(&mut text);
+    print_engine_pools(&status.engine_pools, &mut text);
     let mut layouts = Table::new("layouts", &["slot", "segments"], &[]);
     for layout in &status.layouts {
         layouts.row([bytes(layout.slot_bytes), layout.segments.to_string()], []);
@@ -269,6 +330,15 @@ pub fn render(status: &Status) -> String {
         namespaces.row(labels, [resident.join(", ")]);
     }
     namespaces.print(&mut text);
+    let mut gpus = Table::new("gpus", &["gpu", "name", "node", "memory", "state", "onboard", "offload"], &[]);
+    for gpu in &status.gpus {
+        let state =
+            if gpu.reason.is_empty() { gpu.state.clone() } else { format!("{} ({})", gpu.state, gpu.reason) };
+        let node = gpu.numa_node.map_or_else(|| "-".to_owned(), |node| node.to_string());
+        let what = [gpu.uuid.clone(), gpu.name.clone(), node, bytes(gpu.memory_bytes), state];
+        gpus.row(what, [bytes(gpu.onboard_bytes), bytes(gpu.offload_bytes)]);
+    }
+    gpus.print_if_any(&mut text);
     let mut tenants =
         Table::new("tenants", &["tenant", "tier", "used", "min", "max", "refused", "evicted"], &[]);
     // Those without a quota, and nothing else, are no news.
@@ -296,6 +366,24 @@ pub fn render(status: &Status) -> String {
     }
     workers.print(&mut text);
     text
+}
+
+fn print_engine_pools(pools: &[EnginePoolStatus], text: &mut String) {
+    let mut table = Table::new(
+        "engine pools",
+        &["pool", "session", "engine", "rank", "shard", "device", "mode", "state"],
+        &["block", "blocks", "registered", "writing"],
+    );
+    for pool in pools {
+        let session = pool.session.map_or_else(|| "-".to_owned(), |id| id.to_string());
+        let of = |n: u32, count: u32| format!("{n} of {count}");
+        let ids = [pool.id.to_string(), session, pool.engine.chars().take(8).collect()];
+        let place = [of(pool.rank, pool.rank_count), of(pool.shard, pool.shard_count), pool.device.clone()];
+        let kind = [pool.mode.clone(), pool.state.clone(), bytes(pool.block_bytes)];
+        let counts = [pool.blocks, pool.registered, pool.writing].map(|count| count.to_string());
+        table.row(ids.into_iter().chain(place).chain(kind), counts);
+    }
+    table.print_if_any(text);
 }
 
 /// The pins for people, nothing if there are none.

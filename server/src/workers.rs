@@ -25,16 +25,24 @@ impl Default for Workers {
 }
 
 impl Workers {
-    /// Adds or changes the worker of a session. A worker that comes back under its name replaces what is left of its
-    /// former session.
-    pub fn register(&self, session: SessionId, pid: u32, worker: RegisterWorker) -> Result<(), Refused> {
+    /// Adds or changes the worker of a session, with the base namespace of its pool if it has one. A worker that comes
+    /// back under its name replaces what is left of its former session.
+    pub fn register(
+        &self,
+        session: SessionId,
+        pid: u32,
+        worker: RegisterWorker,
+        base: Option<[u8; 32]>,
+    ) -> Result<(), Refused> {
         check(&worker)?;
         let mut entries = self.entries.lock();
         let name = worker.worker_id.as_str();
         entries.retain(|id, entry| {
             *id == session || entry.worker.as_ref().is_none_or(|other| other.worker_id != name)
         });
-        entries.insert(session, WorkerEntry { worker: Some(worker), pid, session_id: session.0 });
+        let base_namespace = base.map_or_else(Vec::new, Vec::from);
+        let entry = WorkerEntry { worker: Some(worker), pid, session_id: session.0, base_namespace };
+        entries.insert(session, entry);
         self.publish(&entries);
         Ok(())
     }
@@ -132,11 +140,11 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(ids(&mut watch), []);
-        workers.register(SessionId(1), 10, worker("a", "ready")).unwrap();
-        workers.register(SessionId(2), 20, worker("b", "ready")).unwrap();
-        workers.register(SessionId(1), 10, worker("a", "draining")).unwrap();
+        workers.register(SessionId(1), 10, worker("a", "ready"), None).unwrap();
+        workers.register(SessionId(2), 20, worker("b", "ready"), None).unwrap();
+        workers.register(SessionId(1), 10, worker("a", "draining"), None).unwrap();
         assert_eq!(ids(&mut watch), [(1, "draining".to_owned()), (2, "ready".to_owned())]);
-        workers.register(SessionId(3), 10, worker("a", "ready")).unwrap();
+        workers.register(SessionId(3), 10, worker("a", "ready"), None).unwrap();
         assert_eq!(ids(&mut watch), [(2, "ready".to_owned()), (3, "ready".to_owned())]);
         assert_eq!(workers.by_pool()[&PoolId(3)], "a");
         workers.remove(SessionId(1));
@@ -148,7 +156,7 @@ mod tests {
     #[test]
     fn nonsense_is_refused_by_field() {
         let workers = Workers::default();
-        let field = |worker| match workers.register(SessionId(1), 1, worker) {
+        let field = |worker| match workers.register(SessionId(1), 1, worker, None) {
             Err(Refused::Invalid { field, .. }) => field,
             other => panic!("{other:?}"),
         };

@@ -264,6 +264,9 @@ impl Ledger {
             Tier::Device | Tier::Remote => unreachable!("only tiers of segments are restored"),
         };
         for (class, owned, table) in found.classes {
+            if tier == Tier::Host {
+                owned.iter().for_each(|segment| segments.expose_earlier(*segment, class.domain));
+            }
             segments.restore(class, owned, table);
         }
         for (namespace, blocks) in &found.blocks {

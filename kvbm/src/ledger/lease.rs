@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use kvbm_hash::SequenceHash;
 
 use super::device::Backlogged;
+use super::engine::EngineLease;
 use super::key::{Key, NamespaceId};
 use super::pools::Held;
 use super::segments::{Class, SegmentTier};
@@ -41,7 +42,10 @@ pub(super) struct Lease {
     pub deepest: SlotIndex,
     /// Blocks of the prefix that the lease is about: its last `count`.
     pub count: usize,
-    expires: Millis,
+    /// `None`: it does not end by itself.
+    pub expires: Option<Millis>,
+    /// Of an engine: its ranks use it.
+    pub engine: Option<EngineLease>,
 }
 
 /// All leases.
@@ -53,10 +57,12 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    fn add(&mut self, lease: Lease) -> LeaseId {
+    pub fn add(&mut self, lease: Lease) -> LeaseId {
         self.last += 1;
         let id = LeaseId(self.last);
-        self.deadlines.insert((lease.expires, id));
+        if let Some(expires) = lease.expires {
+            self.deadlines.insert((expires, id));
+        }
         self.leases.insert(id, lease);
         id
     }
@@ -65,10 +71,41 @@ impl Leases {
         self.leases.get(&id)
     }
 
+    pub fn get_mut(&mut self, id: LeaseId) -> Option<&mut Lease> {
+        self.leases.get_mut(&id)
+    }
+
     pub fn remove(&mut self, id: LeaseId) -> Option<Lease> {
-        let lease = self.leases.remove(&id)?;
-        self.deadlines.remove(&(lease.expires, id));
-        Some(lease)
+        self.keep(id);
+        self.leases.remove(&id)
+    }
+
+    /// Something has started on it: it has no deadline any more.
+    pub fn keep(&mut self, id: LeaseId) {
+        let expires = self.leases.get_mut(&id).and_then(|lease| lease.expires.take());
+        if let Some(expires) = expires {
+            self.deadlines.remove(&(expires, id));
+        }
+    }
+
+    /// Those that pin tables hold.
+    pub fn held(&self) -> impl Iterator<Item = LeaseId> + '_ {
+        let is_held = |lease: &Lease| lease.engine.as_ref().is_some_and(|of| of.pin.is_some());
+        self.leases.iter().filter(move |(_, lease)| is_held(lease)).map(|(id, _)| *id)
+    }
+
+    /// Those that a rank of an engine is not done with.
+    pub fn held_by(&self, rank: PoolId) -> Vec<LeaseId> {
+        let theirs = |lease: &Lease| lease.engine.as_ref().is_some_and(|of| of.ranks.contains(&rank));
+        let mut ids: Vec<_> =
+            self.leases.iter().filter(|(_, lease)| theirs(lease)).map(|(id, _)| *id).collect();
+        ids.sort();
+        ids
+    }
+
+    /// Whether there is one that a rank of an engine is not done with.
+    pub fn is_held_by(&self, rank: PoolId) -> bool {
+        self.leases.values().any(|lease| lease.engine.as_ref().is_some_and(|of| of.ranks.contains(&rank)))
     }
 
     pub fn of_session(&self, session: SessionId) -> Vec<LeaseId> {
@@ -87,7 +124,8 @@ impl Leases {
     }
 
     pub fn check_integrity(&self, host: &SegmentTier) {
-        assert_eq!(self.leases.len(), self.deadlines.len());
+        let with_deadline = self.leases.values().filter(|lease| lease.expires.is_some()).count();
+        assert_eq!(with_deadline, self.deadlines.len());
         for (id, lease) in &self.leases {
             let table = host.class(lease.class).expect("a lease is about a class that exists");
             assert!(table.slots.pins(lease.deepest) > 0, "{id:?} has its pin");
@@ -178,8 +216,9 @@ impl Ledger {
         }
         table.slots.pin(deepest);
         self.used_in_host(class, key(blocks - 1), priority);
-        let expires = Millis(now.0 + self.config.lease.as_millis() as u64);
-        let lease = Lease { session, namespace, class, deepest, count: blocks - in_device, expires };
+        let expires = Some(Millis(now.0 + self.config.lease.as_millis() as u64));
+        let count = blocks - in_device;
+        let lease = Lease { session, namespace, class, deepest, count, expires, engine: None };
         (blocks, Some(self.leases.add(lease)))
     }
 
@@ -194,6 +233,9 @@ impl Ledger {
         let Some(lease) = self.leases.remove(id) else { return };
         let table = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
         table.slots.unpin(lease.deepest, 1, now);
+        if let Some(engine) = &lease.engine {
+            self.free_lease_pin(engine);
+        }
     }
 
     /// Where the blocks of a base namespace are in host, for this session's domain.

@@ -15,6 +15,7 @@ mod admission;
 mod demote;
 mod device;
 mod disk;
+mod engine;
 mod key;
 mod lease;
 mod offload;
@@ -39,6 +40,10 @@ pub use admission::{AdmissionRules, AdmissionTally};
 pub use demote::{BatchLimit, DemoteBatch, DemoteCopy};
 pub use device::{BlockRef, DevicePool, Owner, PoolId, PoolIdentity};
 pub use disk::{DiskRules, FoundBlock, FoundNames, FoundSegment, FoundTables, ScrubItem, StoredBlock};
+pub use engine::{
+    Copied, EngineAsks, EngineId, EngineMatch, EngineOwner, EnginePool, EnginePoolIdentity, EnginePoolMode,
+    Filled, FoundHold, LeasePin, LoadBatch, StagedSlot, StoreBatch, StoreBlock, StoreCopy, StoreId, Verdict,
+};
 pub use key::{Key, KeyHasher, NamespaceId};
 pub use kvbm_hash::Retention;
 pub use lease::{LeaseId, Matched};
@@ -58,6 +63,7 @@ pub use waiters::{ArrivalReport, WaiterId};
 use crate::error::Refused;
 use crate::event::{Event, EventKind};
 use crate::tier::Tier;
+use engine::Engines;
 use lease::Leases;
 use pins::Pins;
 use quotas::Tenants;
@@ -107,6 +113,10 @@ pub struct LedgerConfig {
     pub quotas: Quotas,
     /// Bytes that pins of one namespace may hold.
     pub pin_budget_bytes: u64,
+    /// How long blocks are copied out of the pool of a dead engine.
+    pub rescue: Duration,
+    /// How long a block waits for shards that nobody has begun to copy.
+    pub shard_wait: Duration,
 }
 
 /// What happened since the start, in blocks.
@@ -126,6 +136,18 @@ pub struct Tally {
     pub grants_short: u64,
     /// Leases that ended by their deadline.
     pub leases_expired: u64,
+    /// What became of blocks that engines stored, by [`Verdict::index`].
+    pub store_verdicts: [u64; Verdict::ALL.len()],
+    /// Blocks of engines that were given up on their way to host: a copy failed, or a shard or the block before is missing.
+    pub store_drops: u64,
+    /// Blocks whose shards did not all come in time.
+    pub shards_late: u64,
+    /// Dead engines of whose pools there was something to rescue.
+    pub rescues: u64,
+    /// Blocks that arrived from pools of dead engines.
+    pub rescued: u64,
+    /// Blocks that were left behind in such pools when the time was up.
+    pub rescue_left: u64,
 }
 
 /// See the module.
@@ -141,6 +163,7 @@ pub struct Ledger {
     strides: HashMap<(TrustDomain, [u8; 32]), usize>,
     host: SegmentTier,
     disk: disk::Disk,
+    engines: Engines,
     leases: Leases,
     pins: Pins,
     waiters: Waiters,
@@ -164,6 +187,7 @@ impl Ledger {
             strides: HashMap::new(),
             host: SegmentTier::new(Some(SlotsIn::bytes(0)), rules),
             disk: disk::Disk::new(config.disk, rules),
+            engines: Engines::default(),
             leases: Leases::default(),
             pins: Pins::default(),
             waiters: Waiters::default(),
@@ -188,13 +212,18 @@ impl Ledger {
         for pool in self.pools.values_mut().filter(|pool| pool.owner == Owner::Session(session)) {
             pool.owner = Owner::Silent(session);
         }
+        self.engine_session_silent(session);
     }
 
     /// Its process is dead (or handed everything back): its leases end, its pools wait for a successor.
     pub fn session_dead(&mut self, session: SessionId, now: Millis) {
         for lease in self.leases.of_session(session) {
-            self.end_lease(lease, now);
+            match self.leases.get(lease).and_then(|lease| lease.engine.as_ref()) {
+                Some(_) => self.withdraw_lease(lease, now),
+                None => self.end_lease(lease, now),
+            }
         }
+        self.engine_session_dead(session, now);
         for id in self.pools_of(session) {
             self.orphan_pool(id, now);
         }
@@ -227,6 +256,11 @@ impl Ledger {
         self.registry.namespace_of(session, namespace).map(|_| ())
     }
 
+    /// A connected session that registered a namespace.
+    pub fn user_of(&self, namespace: NamespaceId) -> Option<SessionId> {
+        self.registry.user_of(namespace)
+    }
+
     /// Sessions and namespaces, to look at.
     pub fn sessions(&self) -> impl Iterator<Item = (&SessionId, &Session)> {
         self.registry.sessions()
@@ -246,6 +280,12 @@ impl Ledger {
 
     /// Populated memory is there to be used.
     pub fn add_segment(&mut self, segment: SegmentId) {
+        self.host.add_segment(segment);
+    }
+
+    /// As [`Ledger::add_segment`], of memory that an earlier life of the daemon may have given to processes of a domain.
+    pub fn add_segment_of(&mut self, segment: SegmentId, domain: TrustDomain) {
+        self.host.expose_earlier(segment, domain);
         self.host.add_segment(segment);
     }
 
@@ -289,6 +329,7 @@ impl Ledger {
             self.end_lease(lease, now);
         }
         self.drop_old_orphans(now);
+        self.tick_engines(now);
         self.end_pins(now);
         self.expire(now);
         self.sweep();
@@ -334,7 +375,7 @@ impl Ledger {
 
     /// Slots that cannot be reused because their holder is silent.
     pub fn quarantined(&self) -> usize {
-        self.pools.values().map(DevicePool::quarantined).sum()
+        self.pools.values().map(DevicePool::quarantined).sum::<usize>() + self.engine_quarantined()
     }
 
     /// Everything resident, parents before children.
@@ -414,6 +455,7 @@ impl Ledger {
         }
         self.leases.check_integrity(&self.host);
         self.pins.check_integrity();
+        self.check_engines();
         for (id, session) in self.registry.sessions() {
             for namespace in &session.namespaces {
                 assert!(self.registry.namespace(*namespace).is_some(), "{id:?} holds a forgotten namespace");

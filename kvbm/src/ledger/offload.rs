@@ -274,6 +274,7 @@ impl Ledger {
             }
             self.waiters.settle(item.key, committed);
         }
+        self.settle_fills(now);
         self.collect_pool(batch.pool);
         self.sweep();
         stored

@@ -90,7 +90,7 @@ impl Ledger {
         }
         let (pool_class, epoch) = ((pool.identity.domain, pool.identity.layout.stride()), pool.epoch);
         let lease = self.leases.get(lease_id).filter(|lease| lease.session == session);
-        let lease = lease.ok_or(Refused::Unknown { what: "lease" })?;
+        let lease = lease.filter(|lease| lease.engine.is_none()).ok_or(Refused::Unknown { what: "lease" })?;
         if (lease.class.domain, lease.class.stride) != pool_class {
             return Err(Refused::invalid("pool_id", "the leased blocks have another size"));
         }

@@ -124,6 +124,23 @@ impl Ledger {
         Ok(found)
     }
 
+    /// As [`Ledger::find_prefix`], but only looks, for whoever uses the namespace: an announced use is not yet a use.
+    pub fn look_at_prefix(&self, namespace: NamespaceId, hashes: &[SequenceHash]) -> PrefixFound {
+        let mut found = PrefixFound::default();
+        let class = self.registry.namespace(namespace).and_then(|known| {
+            let stride = self.stride(known.domain, known.base?)?;
+            Some(Class { domain: known.domain, stride })
+        });
+        let Some(class) = class else { return found };
+        if let Some(table) = self.host.class(class) {
+            found.host_blocks = table.slots.prefix(|i| Key { namespace, hash: hashes[i] }, hashes.len()).0;
+        }
+        if let Some((_, blocks)) = self.disk_prefix(class, namespace, hashes) {
+            found.disk_blocks = blocks.saturating_sub(found.host_blocks);
+        }
+        found
+    }
+
     /// The deepest of the leading blocks on disk, and how many they are.
     pub(super) fn disk_prefix(
         &self,
@@ -258,6 +275,7 @@ impl Ledger {
         let corrupt = sources.iter().filter(|(_, outcome)| *outcome == Promoted::Corrupt);
         disk.slots.condemn(corrupt.map(|(source, _)| source), now);
         sources.into_iter().for_each(|(source, _)| disk.slots.end_copy(source, now));
+        self.settle_fills(now);
         self.sweep();
         arrived
     }

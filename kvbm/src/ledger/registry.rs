@@ -177,6 +177,12 @@ impl Registry {
         self.collect(id);
     }
 
+    /// A session that registered a namespace, and is connected.
+    pub fn user_of(&self, id: NamespaceId) -> Option<SessionId> {
+        let uses = |session: &Session| !session.silent && session.namespaces.contains(&id);
+        self.sessions.iter().find(|(_, session)| uses(session)).map(|(id, _)| *id)
+    }
+
     /// Base namespace of a namespace that the session registered.
     pub fn base_of(&self, session: SessionId, id: NamespaceId) -> Result<[u8; 32], Refused> {
         self.namespace_of(session, id)?.base.ok_or(Refused::Unknown { what: "namespace" })

@@ -96,6 +96,17 @@ impl ClassTable {
         first..first + self.slots_per_segment
     }
 
+    /// The slot at a place, if it is one of this class.
+    pub fn slot_at(&self, segment: SegmentId, index: u32) -> Option<SlotIndex> {
+        let position = self.segments.iter().position(|owned| *owned == Some(segment))?;
+        (index < self.slots_per_segment).then(|| SlotIndex(self.range(position).start + index))
+    }
+
+    /// Segments that it owns.
+    pub fn segments(&self) -> impl Iterator<Item = SegmentId> + '_ {
+        self.segments.iter().flatten().copied()
+    }
+
     fn owned(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.segments.len()).filter(|position| self.segments[*position].is_some())
     }
@@ -113,18 +124,28 @@ impl ClassTable {
         }
     }
 
+    /// Positions of segments that may be given up.
+    fn movable(&self, may_go: impl Fn(SegmentId) -> bool) -> impl Iterator<Item = usize> {
+        self.owned().filter(move |position| self.segments[*position].is_some_and(&may_go))
+    }
+
     /// Gives up a segment without blocks.
-    fn surrender_empty(&mut self, now: Millis) -> Option<SegmentId> {
-        let position = self.owned().find(|position| self.slots.all_free(self.range(*position)))?;
+    fn surrender_empty(&mut self, may_go: impl Fn(SegmentId) -> bool, now: Millis) -> Option<SegmentId> {
+        let position = self.movable(may_go).find(|position| self.slots.all_free(self.range(*position)))?;
         let retired = self.slots.retire(self.range(position), Allowances::NONE, now);
         retired.then(|| self.segments[position].take()).flatten()
     }
 
     /// Gives up the segment whose blocks are of the lowest priority; among those, the one whose latest use is longest ago.
     /// One that holds what is pinned or guaranteed is kept.
-    fn surrender(&mut self, allowances: &Allowances, now: Millis) -> Option<SegmentId> {
+    fn surrender(
+        &mut self,
+        may_go: impl Fn(SegmentId) -> bool,
+        allowances: &Allowances,
+        now: Millis,
+    ) -> Option<SegmentId> {
         self.slots.expire(now);
-        let mut positions: Vec<usize> = self.owned().collect();
+        let mut positions: Vec<usize> = self.movable(may_go).collect();
         positions.sort_by_cached_key(|position| self.slots.worth(self.range(*position)));
         let position = positions.into_iter().take(COLDEST_TRIED).find(|position| {
             let range = self.range(*position);
@@ -161,13 +182,24 @@ pub struct SegmentTier {
     free: Vec<SegmentId>,
     classes: BTreeMap<Class, ClassTable>,
     bound: Vec<(SegmentId, Class)>,
+    /// Segments that processes of a domain have mapped, or may have: none of another domain's blocks are put there.
+    exposed: BTreeMap<SegmentId, Exposed>,
     rules: TableRules,
+}
+
+/// To whom a segment has been shown.
+#[derive(Debug, Clone, Copy)]
+struct Exposed {
+    to: TrustDomain,
+    /// By an earlier life of the daemon: nobody knows to whom of that domain, and whether they live.
+    earlier: bool,
 }
 
 impl SegmentTier {
     /// A tier without segments.
     pub fn new(slots_in: Option<SlotsIn>, rules: TableRules) -> Self {
-        Self { slots_in, free: Vec::new(), classes: BTreeMap::new(), bound: Vec::new(), rules }
+        let (free, classes, bound, exposed) = Default::default();
+        Self { slots_in, free, classes, bound, exposed, rules }
     }
 
     /// False if there will never be a segment.
@@ -197,6 +229,21 @@ impl SegmentTier {
         let segments = segments.into_iter().map(Some).collect();
         let known = self.classes.insert(class, ClassTable { class, slots_per_segment, segments, slots });
         assert!(known.is_none(), "a class is restored once, before it is used");
+    }
+
+    /// Processes of a domain are given a segment, which has a class of that domain.
+    pub fn expose(&mut self, segment: SegmentId, to: TrustDomain) {
+        self.exposed.entry(segment).or_insert(Exposed { to, earlier: false });
+    }
+
+    /// An earlier life of the daemon may have given a segment to processes of a domain.
+    pub fn expose_earlier(&mut self, segment: SegmentId, to: TrustDomain) {
+        self.exposed.insert(segment, Exposed { to, earlier: true });
+    }
+
+    /// No process of a domain has a segment any more that this life of the daemon gave it.
+    pub fn forget_exposure(&mut self, of: TrustDomain) {
+        self.exposed.retain(|_, exposed| exposed.to != of || exposed.earlier);
     }
 
     /// Share of the slots that are in use; segments without a class count as unused.
@@ -253,9 +300,12 @@ impl SegmentTier {
             segments: Vec::new(),
             slots: SlotTable::new(0, self.rules),
         });
+        let exposed = &self.exposed;
+        let may_have = |segment: &SegmentId| exposed.get(segment).is_none_or(|e| e.to == class.domain);
         if table.slots.counts().free == 0
-            && let Some(segment) = self.free.pop()
+            && let Some(at) = self.free.iter().rposition(may_have)
         {
+            let segment = self.free.remove(at);
             table.bind(segment);
             self.bound.push((segment, class));
         }
@@ -284,9 +334,12 @@ impl SegmentTier {
             .map(|table| (table.owned().count(), table.class))
             .collect();
         others.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+        let exposed = self.exposed.clone();
+        let may_go = |segment| exposed.get(&segment).is_none_or(|exposed| exposed.to == class.domain);
         let total = owned + others.iter().map(|(count, _)| count).sum::<usize>();
         for (_, other) in &others {
-            let empty = self.classes.get_mut(other).and_then(|table| table.surrender_empty(rights.now));
+            let empty =
+                self.classes.get_mut(other).and_then(|table| table.surrender_empty(may_go, rights.now));
             if empty.is_some() {
                 return empty;
             }
@@ -298,7 +351,7 @@ impl SegmentTier {
         }
         let richest = others.iter().find(|(count, _)| *count > fair || (owned == 0 && *count > 0))?.1;
         let allowances = rights.tenants.in_segments(rights.tier, self, richest);
-        self.classes.get_mut(&richest)?.surrender(&allowances, rights.now)
+        self.classes.get_mut(&richest)?.surrender(may_go, &allowances, rights.now)
     }
 
     /// Segments that no class owns.

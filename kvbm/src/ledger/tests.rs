@@ -4,6 +4,7 @@
 //! their source both when they are planned and when they end: whatever the ledger reuses too early is seen.
 
 mod cases;
+mod engines;
 mod node;
 mod pins;
 mod quotas;
@@ -216,6 +217,8 @@ impl World {
             policy: PolicyKind::Lru,
             quotas,
             pin_budget_bytes: 12 * 4096,
+            rescue: Duration::from_secs(3),
+            shard_wait: Duration::from_secs(10),
         };
         let mut ledger = Ledger::new(config);
         ledger.set_segments(Some(SlotsIn::bytes(4 * 4096)));

@@ -8,6 +8,7 @@
 mod adopt;
 mod copy;
 mod disk;
+mod engine;
 mod moving;
 mod pins;
 mod pools;
@@ -34,7 +35,10 @@ use crate::ledger::{
     ArrivalReport, DiskRules, Ledger, LedgerConfig, Millis, PolicyKind, PoolEntry, PoolId, Quotas, SessionId,
     SlotsIn, TrustDomain, WaiterId,
 };
-use crate::store::{HostSegments, Pools, WarmHost, WarmSegment, WarmTables, disk_io, segment_plan};
+use crate::store::{
+    HostSegments, Pools, WarmHost, WarmSegment, WarmTables, WarmWords, disk_io, segment_plan,
+};
+use crate::store::{MapExports, MapShared};
 use crate::tier::Tier;
 use crate::transfer::{BoundedQueue, Gate};
 use crate::what_if::{Sizes, WhatIf, WhatIfReport};
@@ -43,7 +47,10 @@ pub use adopt::AdoptPool;
 use copy::{OffloadJob, OnboardJob};
 use disk::DiskTier;
 pub use disk::{DiskCapacity, DiskFigures, DiskState, DiskTierConfig, Recovery};
+use engine::{EngineState, LoadJob, StoreJob};
+pub use engine::{Fence, OpenEnginePool, OpenedEnginePool, Staged, StoreRequest};
 pub use pins::LivePin;
+use warm::FoundWords;
 
 /// How much host memory the cache gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +75,9 @@ const WHAT_IF_EVERY: Duration = Duration::from_millis(250);
 pub struct ManagerConfig {
     /// Size of the host tier; 0 turns it off.
     pub host: HostCapacity,
+    /// Node of the machine's memory that each GPU is closest to, where the machine has several; host memory is spread over
+    /// them.
+    pub gpu_nodes: Vec<u32>,
     /// The disk tier, if there is to be one.
     pub disk: Option<DiskTierConfig>,
     /// Batches that may wait per route, at least 1.
@@ -92,6 +102,12 @@ pub struct ManagerConfig {
     pub quotas: Quotas,
     /// Bytes that pins of one namespace may hold.
     pub pin_budget_bytes: u64,
+    /// How long blocks are copied out of the pool of a dead engine.
+    pub rescue: Duration,
+    /// How long a block waits for shards that nobody has begun to copy.
+    pub shard_wait: Duration,
+    /// Maps the memory of engines that own theirs.
+    pub exports: Arc<dyn MapExports>,
     /// Waits so long after each copied block. For drills that must hit a copy in flight; zero otherwise.
     pub copy_delay: Duration,
     /// Spreads keys over buckets; a random number.
@@ -102,6 +118,7 @@ impl Default for ManagerConfig {
     fn default() -> Self {
         Self {
             host: HostCapacity::Bytes(0),
+            gpu_nodes: Vec::new(),
             disk: None,
             queue_depth: 64,
             batch_blocks: 128,
@@ -114,6 +131,9 @@ impl Default for ManagerConfig {
             policy: PolicyKind::default(),
             quotas: Quotas::default(),
             pin_budget_bytes: PIN_BUDGET_BYTES,
+            rescue: Duration::from_secs(3),
+            shard_wait: Duration::from_secs(10),
+            exports: Arc::new(MapShared),
             copy_delay: Duration::ZERO,
             secret: 0x5DEE_CE66_D1CE_4E5B,
         }
@@ -203,10 +223,19 @@ struct Shared {
     pools: Pools,
     offloads: BoundedQueue<OffloadJob>,
     onboards: BoundedQueue<OnboardJob>,
+    /// From engines' own memory to host memory, and back.
+    stores: BoundedQueue<StoreJob>,
+    loads: BoundedQueue<LoadJob>,
+    engines: EngineState,
+    /// As if the rule of generations were not there: what tests must notice.
+    #[cfg(test)]
+    ignore_generations: AtomicBool,
     /// Tables of host memory, if somebody keeps it.
     warm: Option<WarmTables>,
     /// What an earlier daemon left in host memory, until the size of the tier is known. Held while it is decided.
-    warm_found: Mutex<Vec<WarmSegment>>,
+    warm_found: Mutex<(Vec<WarmSegment>, Vec<WarmWords>)>,
+    /// What engines of an earlier daemon have pinned in it.
+    found_words: Mutex<FoundWords>,
     disk: Option<DiskTier>,
     disk_threads: Mutex<Vec<JoinHandle<()>>>,
     gate: Gate,
@@ -244,7 +273,11 @@ impl Manager {
         start_engine: Box<disk::StartEngine>,
     ) -> Result<Self, Error> {
         config.quotas.validate()?;
-        let (found, keeper) = warm.map_or((Vec::new(), None), |warm| (warm.found, Some(warm.keeper)));
+        let (found, keeper) = match warm {
+            Some(WarmHost { found, words, keeper }) => ((found, words), Some(keeper)),
+            None => Default::default(),
+        };
+        let words_from = found.1.iter().map(|words| words.number + 1).max().unwrap_or(0);
         let disk = config.disk.clone();
         let disk = disk.map(|disk| DiskTier::open(disk, config.queue_depth, start_engine)).transpose()?;
         let ledger = Ledger::new(LedgerConfig {
@@ -257,6 +290,8 @@ impl Manager {
             policy: config.policy,
             quotas: config.quotas.clone(),
             pin_budget_bytes: config.pin_budget_bytes,
+            rescue: config.rescue,
+            shard_wait: config.shard_wait,
         });
         let shared = Arc::new(Shared {
             started: Instant::now(),
@@ -267,8 +302,14 @@ impl Manager {
             pools: Pools::default(),
             offloads: BoundedQueue::new(config.queue_depth),
             onboards: BoundedQueue::new(config.queue_depth),
-            warm: keeper.map(WarmTables::new),
+            stores: BoundedQueue::new(config.queue_depth),
+            loads: BoundedQueue::new(config.queue_depth),
+            engines: EngineState::default(),
+            #[cfg(test)]
+            ignore_generations: AtomicBool::new(false),
+            warm: keeper.map(|keeper| WarmTables::new(keeper, words_from)),
             warm_found: Mutex::new(found),
+            found_words: Mutex::default(),
             disk,
             disk_threads: Mutex::default(),
             gate: Gate::default(),
@@ -288,6 +329,9 @@ impl Manager {
         let (ended, ends) = sync_channel(manager.shared.config.queue_depth);
         manager.spawn("kvbm-onboard", move |shared| copy::run_onboards(&shared, &ended))?;
         manager.spawn("kvbm-onboarded", move |shared| copy::settle_onboards(&shared, &ends))?;
+        manager.spawn("kvbm-store", move |shared| engine::run_stores(&shared))?;
+        manager.spawn("kvbm-load", move |shared| engine::run_loads(&shared))?;
+        manager.spawn("kvbm-fences", move |shared| shared.watch_fences())?;
         if let HostCapacity::Bytes(bytes) = manager.shared.config.host {
             manager.size_host(bytes)?;
         }
@@ -328,6 +372,9 @@ impl Manager {
         self.shared.stopping.store(true, Ordering::SeqCst);
         self.shared.offloads.close();
         self.shared.onboards.close();
+        self.shared.stores.close();
+        self.shared.loads.close();
+        self.shared.engines.fences.wake();
         self.stop_disk();
         for thread in std::mem::take(&mut *self.shared.threads.lock()) {
             thread.thread().unpark();
@@ -358,7 +405,13 @@ impl Manager {
 
     /// Ends leases and pools whose time has come. To be called a few times per second.
     pub fn tick(&self) {
-        self.shared.with_ledger(|ledger, now| ledger.tick(now));
+        self.shared.with_ledger(|ledger, now| {
+            self.shared.read_pins(ledger, now);
+            self.shared.read_found_pins(ledger, now);
+            ledger.tick(now);
+        });
+        self.shared.forget_engine_pools();
+        self.shared.settle_openings();
         let gone = self.shared.unmapped_pools();
         if !gone.is_empty() {
             // Unmapping a large pool takes long: not on the caller's thread if it can be helped.
@@ -403,7 +456,8 @@ impl Manager {
     /// Batches waiting or being copied.
     pub fn transfers_in_flight(&self) -> usize {
         let disk = self.shared.disk.as_ref().map_or(0, |tier| tier.demotes.len() + tier.promotes.len());
-        self.shared.offloads.len() + self.shared.onboards.len() + disk
+        let engines = self.shared.stores.len() + self.shared.loads.len();
+        self.shared.offloads.len() + self.shared.onboards.len() + engines + disk
     }
 
     /// What is found, and what other capacities would find.
@@ -430,18 +484,22 @@ impl Shared {
     /// Runs `decide` under the lock, then does what follows from any change: events are numbered, offloads queued,
     /// answers given.
     fn with_ledger<R>(&self, decide: impl FnOnce(&mut Ledger, Millis) -> R) -> R {
-        let (result, reports) = {
+        let (result, reports, stored) = {
             let mut ledger = self.ledger.lock();
             let locked = Instant::now();
             let now = self.now();
             let result = decide(&mut ledger, now);
             self.queue_offloads(&mut ledger, now);
             self.queue_demotes(&mut ledger, now);
+            let stored = self.engines_decided(&mut ledger, now);
             self.events.append(ledger.take_events());
             let reports = ledger.take_arrivals();
             self.counters.held(locked.elapsed());
-            (result, reports)
+            (result, reports, stored)
         };
+        for (done, verdicts) in stored {
+            done(verdicts);
+        }
         for (waiter, report) in reports {
             self.report_arrival(waiter, report);
         }
@@ -478,6 +536,9 @@ impl Shared {
     /// Segments that were given to another class: what is kept about them outside the ledger is void.
     fn bind_segments(&self, ledger: &mut Ledger) {
         let bound = ledger.take_bound(Tier::Host);
+        if !bound.is_empty() {
+            self.engines.segments_changed();
+        }
         if let Some(warm) = &self.warm {
             for (segment, class) in bound {
                 warm.bind(segment, class, ledger.host_slots_in(class.stride));
@@ -493,6 +554,10 @@ impl Shared {
         let Some(done) = self.waiters.lock().remove(&waiter) else { return };
         let error = (report.failed > 0).then(|| self.ledger.lock().host_exhausted(report.failed));
         done(Outcome { blocks_done: report.done, blocks_failed: report.failed, bytes: 0, error });
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
     }
 
     fn full(&self, queue: &'static str) -> Refused {

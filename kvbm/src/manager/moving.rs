@@ -41,7 +41,7 @@ impl Manager {
 
     /// The lease is not wanted any more.
     pub fn release_lease(&self, session: SessionId, lease: LeaseId) -> Result<(), Refused> {
-        self.shared.with_ledger(|ledger, now| ledger.release_lease(session, lease, now))
+        self.release_lease_of(session, lease, true)
     }
 
     /// Copies the first blocks of a lease into granted blocks. Unless refused, `done` is called exactly once, on
@@ -97,6 +97,22 @@ impl Manager {
         keys: &[SequenceHash],
     ) -> Result<Prefetched, Refused> {
         self.shared.with_ledger(|ledger, now| self.shared.prefetch(ledger, session, namespace, keys, now))
+    }
+
+    /// Begins to promote what disk has of a prefix that some session is about to ask for: any that registered the
+    /// namespace. Nothing happens while there is none.
+    pub fn prefetch_ahead(
+        &self,
+        namespace: NamespaceId,
+        keys: &[SequenceHash],
+    ) -> Result<Prefetched, Refused> {
+        self.shared.with_ledger(|ledger, now| {
+            let found = ledger.look_at_prefix(namespace, keys);
+            if let Some(session) = ledger.user_of(namespace).filter(|_| found.disk_blocks > 0) {
+                self.shared.queue_promotes(ledger, session, namespace, keys, now)?;
+            }
+            Ok(Prefetched { host_blocks: found.host_blocks, promoting_blocks: found.disk_blocks })
+        })
     }
 
     /// As [`Manager::prefetch`]; `done` is called once, when all of it has arrived or no more of it will.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvbm_shm::{PoolLayout, PoolMemory};
+use kvbm_shm::PoolMemory;
 
 use super::{AdoptPool, HostCapacity, Manager, OpenPool, OpenedPool, PIECE_BLOCKS, domain_of, populate};
 use crate::error::{Error, Refused};
@@ -47,7 +47,7 @@ impl Manager {
             return Ok(inherited);
         }
         let memory = Arc::new(PoolMemory::create(open.uuid, open.layout)?);
-        self.size_host_for(open.layout)?;
+        self.size_host_for(open.layout.stride())?;
         let epoch = memory.epoch();
         let pool_id = self.shared.with_ledger(|ledger, _| {
             let domain = domain_of(ledger, session)?;
@@ -75,11 +75,11 @@ impl Manager {
         drop(self.shared.unmapped_pools());
     }
 
-    fn size_host_for(&self, layout: PoolLayout) -> Result<(), Error> {
-        self.shared.size_disk(layout.stride() as u64);
+    pub(super) fn size_host_for(&self, stride: usize) -> Result<(), Error> {
+        self.shared.size_disk(stride as u64);
         match self.shared.config.host {
             HostCapacity::Bytes(_) => Ok(()),
-            HostCapacity::Blocks(blocks) => self.size_host(u64::from(blocks) * layout.stride() as u64),
+            HostCapacity::Blocks(blocks) => self.size_host(u64::from(blocks) * stride as u64),
         }
     }
 
@@ -91,7 +91,7 @@ impl Manager {
         adopt: AdoptPool,
         done: Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>,
     ) {
-        let sized = self.size_host_for(adopt.memory.layout());
+        let sized = self.size_host_for(adopt.memory.layout().stride());
         if let Err(error) = sized {
             *self.shared.host_error.lock() = Some(error.to_string());
         }

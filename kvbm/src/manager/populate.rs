@@ -8,7 +8,7 @@ use std::time::Instant;
 use kvbm_shm::PoolMemory;
 
 use super::Shared;
-use crate::store::Pages;
+use crate::store::{Pages, SegmentNodes};
 
 /// Populating is bound by the kernel zeroing pages: a few threads help on large machines, more do not.
 const THREADS_MAX: usize = 8;
@@ -21,8 +21,14 @@ pub(super) fn run(shared: &Shared, there: u32, count: u32, segment_bytes: usize)
     let started = Instant::now();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let next = AtomicU32::new(there);
+    let nodes = SegmentNodes::new(&shared.config.gpu_nodes);
     let work = || {
-        while next.fetch_add(1, Ordering::Relaxed) < count && add_segment(shared, segment_bytes) {}
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count || !add_segment(shared, segment_bytes, nodes.node_of(number)) {
+                return;
+            }
+        }
     };
     thread::scope(|scope| {
         for _ in 1..(cores / 4).clamp(1, THREADS_MAX) {
@@ -53,10 +59,10 @@ pub(super) fn run_pool(shared: &Shared, pool: &PoolMemory) {
     }
 }
 
-fn add_segment(shared: &Shared, bytes: usize) -> bool {
+fn add_segment(shared: &Shared, bytes: usize, node: Option<u32>) -> bool {
     let stopping = || shared.stopping.load(Ordering::SeqCst);
     let pages = if shared.disk.is_some() { Pages::Large } else { Pages::Any };
-    match shared.host.add(bytes, pages, stopping) {
+    match shared.host.add(bytes, pages, node, stopping) {
         Ok(Some(segment)) => {
             let memory = Arc::clone(&shared.host.segments()[segment.0 as usize]);
             if let Some(Err(error)) = shared.warm.as_ref().map(|warm| warm.add(segment, &memory)) {

@@ -13,6 +13,7 @@ impl Manager {
     /// Its process is dead: what it held is released after copies in flight ended. A pool whose epoch moved is not kept:
     /// the engine had gone its own way in it, and what the ledger knows of it is of the past.
     pub fn session_dead(&self, session: SessionId) {
+        self.shared.register_last(session);
         self.shared.with_ledger(|ledger, now| {
             for id in ledger.pools_of(session) {
                 let known = ledger.pool(id).map(|pool| pool.epoch);
@@ -24,10 +25,10 @@ impl Manager {
         });
     }
 
-    /// Its connection is gone while its process lives. If it holds no pool, it ends now; false if it does.
+    /// Its connection is gone while its process lives. If it holds no pool and no memory, it ends now; false if it does.
     pub fn end_session_without_pools(&self, session: SessionId) -> bool {
         self.shared.with_ledger(|ledger, now| {
-            let idle = ledger.pools_of(session).is_empty();
+            let idle = ledger.pools_of(session).is_empty() && !ledger.is_engine_session(session);
             if idle {
                 ledger.session_dead(session, now);
             }

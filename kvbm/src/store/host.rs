@@ -48,14 +48,20 @@ pub(crate) type Segments = Arc<Vec<Arc<SharedMemory>>>;
 pub(crate) struct HostSegments(RwLock<Segments>);
 
 impl HostSegments {
-    /// Makes one more segment and populates it; gives up early, with `None`, when `stop` says so.
+    /// Makes one more segment and populates it, on a node of the machine's memory if one is named and has room; gives up
+    /// early, with `None`, when `stop` says so.
     pub fn add(
         &self,
         bytes: usize,
         pages: Pages,
+        node: Option<u32>,
         stop: impl Fn() -> bool,
     ) -> Result<Option<SegmentId>, Error> {
         let memory = SharedMemory::create("kvbm-host", bytes)?;
+        // Containers often forbid it: then the kernel chooses, which costs some speed and nothing else.
+        if let Some(Err(error)) = node.map(|node| memory.prefer_node(node)) {
+            tracing::debug!(%error, node, "a host segment lies where the kernel likes");
+        }
         for start in (0..bytes).step_by(POPULATE_BYTES) {
             if stop() {
                 return Ok(None);

@@ -2,13 +2,20 @@
 
 pub(crate) mod disk;
 pub mod disk_io;
+mod engine_memory;
+mod gpu_memory;
 mod host;
+mod nodes;
 mod pools;
 mod table;
 pub(crate) mod wall_time;
 mod warm;
 
+pub use engine_memory::{EngineMemory, Export, Fragment, MapExports, MapShared, RangeCopy};
+pub(crate) use engine_memory::{EnginePoolMemory, MappedBlocks};
+pub use gpu_memory::MapGpus;
 pub(crate) use host::{HostSegments, Pages, segment_plan};
+pub(crate) use nodes::SegmentNodes;
 pub(crate) use pools::Pools;
 pub(crate) use warm::WarmTables;
-pub use warm::{Keeper, WarmHost, WarmSegment};
+pub use warm::{Keeper, WarmHost, WarmSegment, WarmWords};

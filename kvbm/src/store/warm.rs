@@ -9,8 +9,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use kvbm_shm::{Error, SharedMemory};
+use kvbm_shm::{Error, PoolWords, ProcessWatch, SharedMemory};
 use parking_lot::RwLock;
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -38,12 +39,31 @@ pub trait Keeper: Send + Sync {
 
     /// No longer.
     fn discard(&self, index: u32);
+
+    /// From now on, what is shared with an engine, and the process that shares it.
+    fn keep_words(&self, number: u32, words: &PoolWords, process: &ProcessWatch);
+
+    /// No longer.
+    fn discard_words(&self, number: u32);
+}
+
+/// What an earlier daemon shared with an engine, which may be touching the host slots that are pinned there.
+#[derive(Debug)]
+pub struct WarmWords {
+    /// The number it was kept under.
+    pub number: u32,
+    /// The words.
+    pub words: PoolWords,
+    /// The engine's process.
+    pub process: ProcessWatch,
 }
 
 /// Host memory that outlives the daemon.
 pub struct WarmHost {
     /// What an earlier daemon left.
     pub found: Vec<WarmSegment>,
+    /// What it shared with engines.
+    pub words: Vec<WarmWords>,
     /// Who kept it.
     pub keeper: Box<dyn Keeper>,
 }
@@ -52,11 +72,26 @@ pub struct WarmHost {
 pub(crate) struct WarmTables {
     keeper: Box<dyn Keeper>,
     tables: RwLock<HashMap<SegmentId, SegmentTable>>,
+    /// Under which number the words of the next engine are kept.
+    next_words: AtomicU32,
 }
 
 impl WarmTables {
-    pub fn new(keeper: Box<dyn Keeper>) -> Self {
-        Self { keeper, tables: RwLock::default() }
+    /// `words_from`: words of earlier daemons have smaller numbers.
+    pub fn new(keeper: Box<dyn Keeper>, words_from: u32) -> Self {
+        Self { keeper, tables: RwLock::default(), next_words: AtomicU32::new(words_from) }
+    }
+
+    /// Has the words of an engine outlive the daemon; returns their number.
+    pub fn keep_words(&self, words: &PoolWords, process: &ProcessWatch) -> u32 {
+        let number = self.next_words.fetch_add(1, Ordering::Relaxed);
+        self.keeper.keep_words(number, words, process);
+        number
+    }
+
+    /// Nobody needs these words any more.
+    pub fn discard_words(&self, number: u32) {
+        self.keeper.discard_words(number);
     }
 
     /// A segment that nothing is in.

@@ -308,7 +308,10 @@ fn without_effect(config: &Config) -> Option<String> {
         ("grpc_tls_client_ca", &config.grpc_tls_client_ca),
         ("grpc_token_file", &config.grpc_token_file),
     ];
-    let set: Vec<&str> = set.iter().filter(|(_, path)| path.is_some()).map(|(key, _)| *key).collect();
+    let announced = [("announce", &config.announce), ("announce_url", &config.announce_url)];
+    let announced = announced.iter().filter(|(_, text)| text.is_some()).map(|(key, _)| *key);
+    let set = set.iter().filter(|(_, path)| path.is_some()).map(|(key, _)| *key);
+    let set: Vec<&str> = set.chain(announced).collect();
     let idle = config.grpc_listen.is_none() && !set.is_empty();
     idle.then(|| format!("without grpc_listen these settings have no effect: {}", set.join(", ")))
 }

@@ -13,11 +13,14 @@ mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvbm::disk_io::IoKind;
 use kvbm::ledger::Millis;
-use kvbm::{AdmissionRules, DiskCapacity, DiskTierConfig, HostCapacity, ManagerConfig, PolicyKind, Quotas};
+use kvbm::{
+    AdmissionRules, DiskCapacity, DiskTierConfig, HostCapacity, ManagerConfig, MapShared, PolicyKind, Quotas,
+};
 
 pub use load::{ConfigError, Environment, Loaded, Source, load};
 pub use settings::{SETTINGS, Setting};
@@ -53,6 +56,8 @@ pub struct Config {
     pub grpc_tls_key: Option<PathBuf>,
     pub grpc_tls_client_ca: Option<PathBuf>,
     pub grpc_token_file: Option<PathBuf>,
+    pub announce: Option<String>,
+    pub announce_url: Option<String>,
     pub record: Option<PathBuf>,
     pub record_max_gb: f64,
     pub admin_token_file: Option<PathBuf>,
@@ -60,6 +65,10 @@ pub struct Config {
     pub queue_depth: u64,
     pub batch_blocks: u64,
     pub lease_ms: u64,
+    /// How long a block waits for the shards of other ranks, milliseconds.
+    pub shard_wait_ms: u64,
+    /// How long blocks are copied out of the memory of a dead engine, milliseconds.
+    pub rescue_ms: u64,
     pub orphan_pools_max: u64,
     pub orphan_pool_ttl_secs: u64,
     pub events_kept: u64,
@@ -72,6 +81,8 @@ pub struct Config {
     pub session_stall_ms: u64,
     pub bind_timeout_ms: u64,
     pub allowed_uids: Vec<u32>,
+    /// By how much copies in the background may make decode steps longer, percent.
+    pub gpu_slowdown_percent: f64,
     pub copy_delay_us: u64,
     pub log: String,
     pub log_json: bool,
@@ -108,6 +119,8 @@ impl Config {
             grpc_tls_key: None,
             grpc_tls_client_ca: None,
             grpc_token_file: None,
+            announce: None,
+            announce_url: None,
             record: None,
             record_max_gb: 0.0,
             admin_token_file: None,
@@ -115,6 +128,8 @@ impl Config {
             queue_depth: 0,
             batch_blocks: 0,
             lease_ms: 0,
+            shard_wait_ms: 0,
+            rescue_ms: 0,
             orphan_pools_max: 0,
             orphan_pool_ttl_secs: 0,
             events_kept: 0,
@@ -127,6 +142,7 @@ impl Config {
             session_stall_ms: 0,
             bind_timeout_ms: 0,
             allowed_uids: Vec::new(),
+            gpu_slowdown_percent: 0.0,
             copy_delay_us: 0,
             log: String::new(),
             log_json: false,
@@ -165,10 +181,14 @@ impl Config {
         let blocks = self.cpu_cache_blocks.map(|blocks| u32::try_from(blocks).expect("as above"));
         ManagerConfig {
             host: blocks.map_or(HostCapacity::Bytes(self.cpu_cache_bytes()), HostCapacity::Blocks),
+            gpu_nodes: Vec::new(),
             disk: self.disk(),
             queue_depth: bounded(self.queue_depth),
             batch_blocks: bounded(self.batch_blocks),
             lease: Duration::from_millis(self.lease_ms),
+            shard_wait: Duration::from_millis(self.shard_wait_ms),
+            rescue: Duration::from_millis(self.rescue_ms),
+            exports: Arc::new(MapShared),
             orphan_pools_max: bounded(self.orphan_pools_max),
             orphan_pool_ttl: Duration::from_secs(self.orphan_pool_ttl_secs),
             offload_priority_min: u8::try_from(self.host_offload_prefix_min_priority).expect("as above"),

@@ -38,20 +38,61 @@ pub(super) enum Default {
 /// How it is read and where it goes.
 #[derive(Debug)]
 pub(super) enum Kind {
-    Number { range: RangeInclusive<f64>, field: fn(&mut Config) -> &mut f64 },
-    Count { range: RangeInclusive<u64>, field: fn(&mut Config) -> &mut u64 },
-    OptionalCount { range: RangeInclusive<u64>, field: fn(&mut Config) -> &mut Option<u64> },
-    Switch { field: fn(&mut Config) -> &mut bool },
-    Path { bytes_max: usize, field: fn(&mut Config) -> &mut PathBuf },
-    Paths { count_max: usize, bytes_max: usize, field: fn(&mut Config) -> &mut Vec<PathBuf> },
-    Choice { words: &'static [&'static str], field: fn(&mut Config) -> &mut String },
-    OptionalPath { bytes_max: usize, field: fn(&mut Config) -> &mut Option<PathBuf> },
-    Address { field: fn(&mut Config) -> &mut IpAddr },
-    OptionalListen { field: fn(&mut Config) -> &mut Option<SocketAddr> },
-    Users { field: fn(&mut Config) -> &mut Vec<u32> },
-    Policy { field: fn(&mut Config) -> &mut String },
-    Quotas { field: fn(&mut Config) -> &mut Quotas },
-    Filter { field: fn(&mut Config) -> &mut String },
+    Number {
+        range: RangeInclusive<f64>,
+        field: fn(&mut Config) -> &mut f64,
+    },
+    Count {
+        range: RangeInclusive<u64>,
+        field: fn(&mut Config) -> &mut u64,
+    },
+    OptionalCount {
+        range: RangeInclusive<u64>,
+        field: fn(&mut Config) -> &mut Option<u64>,
+    },
+    Switch {
+        field: fn(&mut Config) -> &mut bool,
+    },
+    Path {
+        bytes_max: usize,
+        field: fn(&mut Config) -> &mut PathBuf,
+    },
+    Paths {
+        count_max: usize,
+        bytes_max: usize,
+        field: fn(&mut Config) -> &mut Vec<PathBuf>,
+    },
+    Choice {
+        words: &'static [&'static str],
+        field: fn(&mut Config) -> &mut String,
+    },
+    OptionalPath {
+        bytes_max: usize,
+        field: fn(&mut Config) -> &mut Option<PathBuf>,
+    },
+    Address {
+        field: fn(&mut Config) -> &mut IpAddr,
+    },
+    OptionalText {
+        form: &'static str,
+        is_form: fn(&str) -> bool,
+        field: fn(&mut Config) -> &mut Option<String>,
+    },
+    OptionalListen {
+        field: fn(&mut Config) -> &mut Option<SocketAddr>,
+    },
+    Users {
+        field: fn(&mut Config) -> &mut Vec<u32>,
+    },
+    Policy {
+        field: fn(&mut Config) -> &mut String,
+    },
+    Quotas {
+        field: fn(&mut Config) -> &mut Quotas,
+    },
+    Filter {
+        field: fn(&mut Config) -> &mut String,
+    },
 }
 
 /// The kernel takes no longer ones.
@@ -255,6 +296,32 @@ pub static SETTINGS: &[Setting] = &[
         help: "File with the token that each request over TCP must carry; only its owner may read it",
     },
     Setting {
+        key: "announce",
+        env: &["KVBM_ANNOUNCE"],
+        default: Default::Unset,
+        kind: Kind::OptionalText {
+            form: "etcd://host:port, with further members behind commas",
+            is_form: |text| text.starts_with("etcd://") && kvbm_etcd::Etcd::parse(text).is_some(),
+            field: |c| &mut c.announce,
+        },
+        help: "Tell frontends through etcd that the registry is served at grpc_listen",
+    },
+    Setting {
+        key: "announce_url",
+        env: &["KVBM_ANNOUNCE_URL"],
+        default: Default::Unset,
+        kind: Kind::OptionalText {
+            form: "http://host:port or https://host:port",
+            is_form: |text| {
+                let authority = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+                let port = authority.and_then(|authority| authority.rsplit_once(':'));
+                port.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+            },
+            field: |c| &mut c.announce_url,
+        },
+        help: "The URL under which others reach grpc_listen, if it is not its own",
+    },
+    Setting {
         key: "record",
         env: &["KVBM_RECORD"],
         default: Default::Unset,
@@ -302,6 +369,20 @@ pub static SETTINGS: &[Setting] = &[
         default: Default::Text("30000"),
         kind: Kind::Count { range: 10..=3_600_000, field: |c| &mut c.lease_ms },
         help: "How long a match stays pinned when nothing is started on it, milliseconds",
+    },
+    Setting {
+        key: "shard_wait_ms",
+        env: &["KVBM_SHARD_WAIT_MS"],
+        default: Default::Text("10000"),
+        kind: Kind::Count { range: 10..=3_600_000, field: |c| &mut c.shard_wait_ms },
+        help: "How long a block waits in host memory for the shards of other ranks, milliseconds",
+    },
+    Setting {
+        key: "rescue_ms",
+        env: &["KVBM_RESCUE_MS"],
+        default: Default::Text("3000"),
+        kind: Kind::Count { range: 0..=3_600_000, field: |c| &mut c.rescue_ms },
+        help: "How long complete blocks are copied out of the memory of a dead engine, milliseconds",
     },
     Setting {
         key: "orphan_pools_max",
@@ -389,6 +470,14 @@ pub static SETTINGS: &[Setting] = &[
         help: "Users besides the daemon's own whose processes may attach, numbers separated by commas",
     },
     Setting {
+        key: "gpu_slowdown_percent",
+        env: &["KVBM_GPU_SLOWDOWN_PERCENT"],
+        default: Default::Text("3"),
+        kind: Kind::Number { range: 0.0..=100.0, field: |c| &mut c.gpu_slowdown_percent },
+        help: "By how much offloads in the background may make an engine's decode steps longer, percent; 0: they wait until \
+               it is idle",
+    },
+    Setting {
         key: "copy_delay_us",
         env: &["KVBM_COPY_DELAY_US"],
         default: Default::Text("0"),
@@ -458,6 +547,7 @@ impl Setting {
                 format!("a path of at most {bytes_max} bytes, or nothing")
             }
             Kind::Address { .. } => "an IP address".to_owned(),
+            Kind::OptionalText { form, .. } => (*form).to_owned(),
             Kind::OptionalListen { .. } => {
                 "an IP address and a port, as in 127.0.0.1:6881 or [::]:6881".to_owned()
             }
@@ -504,6 +594,9 @@ impl Setting {
                 put(field(config), (text.len() <= *bytes_max).then_some(path))
             }
             Kind::Address { field } => put(field(config), text.parse().ok()),
+            Kind::OptionalText { is_form, field, .. } => {
+                put(field(config), is_form(text).then(|| Some(text.to_owned())))
+            }
             Kind::OptionalListen { field } => put(field(config), text.parse().ok().map(Some)),
             Kind::Users { field } => put(field(config), users(text)),
             Kind::Policy { field } => {
@@ -533,6 +626,7 @@ impl Setting {
                 field(config).as_ref().map(|path| toml::Value::String(path.display().to_string()))
             }
             Kind::Address { field } => Some(toml::Value::String(field(config).to_string())),
+            Kind::OptionalText { field, .. } => field(config).clone().map(toml::Value::String),
             Kind::OptionalListen { field } => {
                 field(config).map(|address| toml::Value::String(address.to_string()))
             }

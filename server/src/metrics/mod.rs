@@ -1,6 +1,8 @@
 //! What Prometheus scrapes. Nothing is counted here: the block manager counts completions, this only writes them down.
 
 mod disk;
+mod engine;
+mod gpu;
 mod rights;
 mod text;
 mod what_if;
@@ -28,8 +30,10 @@ pub(crate) fn render(core: &Core) -> String {
     rights::render(&mut text, &status);
     held(&mut text, core, &status);
     disk::render(&mut text, core);
+    engine::render(&mut text, core);
     refused(&mut text, core, counters);
     recorded(&mut text, core);
+    gpu::render(&mut text, &status);
     text.finish()
 }
 

@@ -144,7 +144,8 @@ pub(crate) fn pins(core: &Core, by: By) -> Vec<LivePin> {
         .collect()
 }
 
-fn find(core: &Core, by: By, name: &NamespaceName) -> Result<NamespaceId, RightsError> {
+/// The namespace of that name, if `by` may do something about it.
+pub(crate) fn find(core: &Core, by: By, name: &NamespaceName) -> Result<NamespaceId, RightsError> {
     let found: Vec<(NamespaceId, TrustDomain)> = core.manager.inspect(|ledger| {
         let all = ledger.namespaces().filter(|(id, namespace)| name.fits(**id, namespace));
         all.filter(|(_, namespace)| by.may(namespace.domain))

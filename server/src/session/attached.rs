@@ -1,5 +1,6 @@
 //! What an attached engine may ask.
 
+mod engine;
 mod waits;
 
 use std::collections::HashMap;
@@ -10,10 +11,12 @@ use std::time::Duration;
 use kvbm::ledger::PoolEntry;
 use kvbm::{
     AdoptPool, Error, LeaseId, NamespaceId, OpenPool, OpenedPool, PoolId, Prefetched, Refused, SessionId,
+    TrustDomain,
 };
 use kvbm_proto::v1::{self, ClientMessage, client_message::Body as Ask, server_message::Body};
 use kvbm_proto::{SideMessage, digest, uuid};
 use kvbm_shm::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tonic::Streaming;
 
@@ -35,6 +38,8 @@ const POOLS_MAX: usize = 16;
 pub(super) struct Attached {
     core: Arc<Core>,
     id: SessionId,
+    /// Of its user.
+    domain: TrustDomain,
     outbound: Outbound,
     /// Questions that wait for a drive.
     waits: Waits,
@@ -43,12 +48,21 @@ pub(super) struct Attached {
     descriptors: HashMap<[u8; 16], OwnedFd>,
     /// How long the client may take for each step.
     limit: Duration,
+    /// Changes when host memory was given to a class: an engine may have to map it.
+    segments: watch::Receiver<()>,
 }
 
 impl Attached {
-    pub fn new(core: Arc<Core>, id: SessionId, outbound: Outbound, side: Side, limit: Duration) -> Self {
+    pub fn new(
+        core: Arc<Core>,
+        (id, domain): (SessionId, TrustDomain),
+        outbound: Outbound,
+        side: Side,
+        limit: Duration,
+    ) -> Self {
         let waits = Waits::new(usize::try_from(core.config.session_queue_depth).unwrap_or(1));
-        Self { core, id, outbound, waits, side, descriptors: HashMap::new(), limit }
+        let segments = core.segments_changed.subscribe();
+        Self { core, id, domain, outbound, waits, side, descriptors: HashMap::new(), limit, segments }
     }
 
     pub fn into_side(self) -> Side {
@@ -67,6 +81,12 @@ impl Attached {
                     }
                     None => return End::SideClosed,
                 },
+                Ok(()) = self.segments.changed() => {
+                    if let Err(end) = self.give_segments().await {
+                        return end;
+                    }
+                    continue;
+                }
                 () = self.outbound.closed() => return End::StreamClosed,
                 unsendable = self.waits.unsendable() => return unsendable.into(),
                 message = super::next(inbound) => message,
@@ -100,13 +120,35 @@ impl Attached {
             Some(Ask::Commit(message)) => self.commit(message),
             Some(Ask::Release(message)) => self.release(message),
             Some(Ask::ReleaseLease(message)) => {
-                self.core.manager.release_lease(self.id, LeaseId(message.lease_id))
+                self.core.manager.release_lease_of(self.id, LeaseId(message.lease_id), message.whole)
             }
+            Some(Ask::MappedSegments(message)) => self.mapped_segments(message),
+            Some(Ask::StoreDone(message)) => self.store_done(message),
             Some(_) => Ok(()),
         };
         match (done, body) {
             (Err(refused), _) => self.outbound.reserve(id).await?.refuse(&refused),
-            (Ok(()), None | Some(Ask::Commit(_) | Ask::Release(_) | Ask::ReleaseLease(_))) => {}
+            (
+                Ok(()),
+                None
+                | Some(
+                    Ask::Commit(_)
+                    | Ask::Release(_)
+                    | Ask::ReleaseLease(_)
+                    | Ask::MappedSegments(_)
+                    | Ask::StoreDone(_),
+                ),
+            ) => {}
+            (Ok(()), Some(Ask::Onboard(message))) if self.is_engine_pool(message.pool_id) => {
+                if let Err(refused) = self.load(id, &message) {
+                    self.outbound.reserve(id).await?.refuse(&refused);
+                }
+            }
+            (Ok(()), Some(Ask::Store(message))) => match self.store(id, &message) {
+                Ok(None) => {}
+                Ok(Some(body)) => self.outbound.reserve(id).await?.send(body),
+                Err(refused) => self.outbound.reserve(id).await?.refuse(&refused),
+            },
             (Ok(()), Some(Ask::Prefetch(message))) if message.wait => {
                 if let Err(refused) = self.prefetch_and_wait(id, &message) {
                     self.outbound.reserve(id).await?.refuse(&refused);
@@ -129,8 +171,15 @@ impl Attached {
             Ask::Offload(message) => self.offload(answer, &message),
             Ask::Prefetch(message) => answer.send_or_refuse(self.prefetch(&message)),
             Ask::RegisterWorker(message) => answer.send_or_refuse(self.register_worker(message)),
-            Ask::Commit(_) | Ask::Release(_) | Ask::ReleaseLease(_) => {
-                unreachable!("handled above: they have no answer")
+            Ask::JoinEngine(message) => answer.send_or_refuse(self.join_engine(&message)),
+            Ask::CancelOnboard(message) => self.cancel_onboard(answer, &message),
+            Ask::Commit(_)
+            | Ask::Release(_)
+            | Ask::ReleaseLease(_)
+            | Ask::MappedSegments(_)
+            | Ask::StoreDone(_)
+            | Ask::Store(_) => {
+                unreachable!("handled above: they have no answer, or not at once")
             }
         }
         Ok(())
@@ -168,6 +217,15 @@ impl Attached {
         let retention = wire::match_retention(message, keys.len())?;
         let pool = (message.pool_id > 0).then_some(PoolId(message.pool_id));
         let namespace = NamespaceId(message.namespace_id);
+        if self.core.manager.is_of_engine(self.id, namespace) {
+            return self.find_for_engine(message, &keys, &retention);
+        }
+        if message.hold || message.skip_blocks > 0 {
+            return Err(invalid(
+                "hold",
+                "only engines with a pool of their own may ask for that, or skip blocks",
+            ));
+        }
         let matched = self.core.manager.match_prefix(self.id, namespace, &keys, pool, &retention)?;
         if let Some(recorder) = &self.core.recorder {
             recorder.matched(&self.core.manager, namespace, keys, &matched);
@@ -178,6 +236,7 @@ impl Attached {
             disk_blocks: wire::count(matched.disk_blocks),
             lease_id: matched.lease.map_or(0, |lease| lease.0),
             lease_ms: u32::try_from(self.core.config.lease_ms).unwrap_or(u32::MAX),
+            ..Default::default()
         }))
     }
 
@@ -198,7 +257,9 @@ impl Attached {
         if message.pool_id > 0 && !self.core.owns_pool(self.id, PoolId(message.pool_id)) {
             return Err(Refused::Unknown { what: "pool" });
         }
-        self.core.workers.register(self.id, self.side.pid(), message)?;
+        let pool = PoolId(message.pool_id);
+        let base = self.core.manager.inspect(|ledger| ledger.pool(pool).map(|pool| pool.identity.base));
+        self.core.workers.register(self.id, self.side.pid(), message, base)?;
         Ok(Body::Worker(v1::WorkerReply {}))
     }
 
@@ -238,6 +299,9 @@ impl Attached {
     // ---- pools ----------------------------------------------------------------------------------------------------
 
     async fn open_pool(&mut self, answer: Answer, message: &v1::OpenPool) -> Result<(), End> {
+        if message.mode() != v1::PoolMode::Owned {
+            return self.open_engine_pool(answer, message).await;
+        }
         let wanted = match self.check_pool(message) {
             Ok(wanted) => wanted,
             Err(refused) => {
@@ -290,20 +354,13 @@ impl Attached {
     }
 
     fn check_pool(&self, message: &v1::OpenPool) -> Result<OpenPool, Refused> {
-        if message.mode() != v1::PoolMode::Owned {
-            return Err(invalid("mode", "only POOL_MODE_OWNED is served"));
-        }
         if message.shard_count > 1 || message.shard > 0 {
-            return Err(invalid("shard_count", "only blocks of one shard are served"));
+            return Err(invalid("shard_count", "blocks of an owned pool have one shard"));
         }
         if message.tokens_per_block == 0 {
             return Err(invalid("tokens_per_block", "0 is not possible"));
         }
-        if self.core.pool_count(self.id) >= POOLS_MAX {
-            let busy = Refused::Busy { queue: "session_pools" };
-            self.core.refusals.note(&busy);
-            return Err(busy);
-        }
+        self.check_pool_count()?;
         let block_bytes = usize::try_from(message.block_bytes).unwrap_or(0);
         let layout = PoolLayout { block_bytes, block_count: message.block_count };
         if layout.memory_bytes().is_none() {
@@ -317,6 +374,15 @@ impl Attached {
             fresh: message.fresh,
             uuid: random(),
         })
+    }
+
+    fn check_pool_count(&self) -> Result<(), Refused> {
+        if self.core.pool_count(self.id) >= POOLS_MAX {
+            let busy = Refused::Busy { queue: "session_pools" };
+            self.core.refusals.note(&busy);
+            return Err(busy);
+        }
+        Ok(())
     }
 
     /// An adoption with its memory, which may still be on its way.
@@ -381,6 +447,27 @@ fn later(answer: Answer, start: impl FnOnce(Box<dyn FnOnce(Body) + Send>) -> Res
     }
 }
 
+/// Starts something that says from another thread that it is over; or was over before.
+fn later_or(
+    answer: Answer,
+    start: impl FnOnce(Box<dyn FnOnce() + Send>) -> bool,
+    over: Body,
+    was_over: Body,
+) {
+    let answer = Arc::new(parking_lot::Mutex::new(Some(answer)));
+    let taken = Arc::clone(&answer);
+    let done = Box::new(move || {
+        if let Some(answer) = taken.lock().take() {
+            answer.send(over);
+        }
+    });
+    if !start(done)
+        && let Some(answer) = answer.lock().take()
+    {
+        answer.send(was_over);
+    }
+}
+
 fn adoption_of(
     fd: OwnedFd,
     name: [u8; 16],
@@ -417,5 +504,6 @@ fn pool_reply(core: &Core, opened: &OpenedPool) -> Body {
         offset: POOL_HEADER_BYTES as u64,
         entries: opened.entries.iter().map(wire::pool_entry_out).collect(),
         namespaces: core.known_namespaces(opened.entries.iter().map(|entry| entry.namespace)),
+        ..Default::default()
     })
 }

@@ -36,6 +36,9 @@ use outbound::{Outbound, Unsendable};
 use side::Side;
 use table::Phase;
 
+/// Feature: pools that the engine owns are served.
+const ENGINE_POOLS: &str = "engine_pools";
+
 /// How long a client may take to notice that the daemon stops.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -152,7 +155,7 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
     let table::Entered { side, over } = entered;
     let reply = v1::HelloReply {
         protocol_version: PROTOCOL_VERSION,
-        features: Vec::new(),
+        features: vec![ENGINE_POOLS.to_owned()],
         session_id: id.0,
         token: token.to_vec(),
         daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -165,7 +168,8 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
     let (end, mut side) = match bound.await {
         Ok(side) => {
             core.sessions.set_phase(id, Phase::Attached);
-            let mut session = Attached::new(Arc::clone(&core), id, outbound.clone(), side, limit);
+            let mut session =
+                Attached::new(Arc::clone(&core), (id, TrustDomain(uid)), outbound.clone(), side, limit);
             let end = tokio::select! {
                 end = session.serve(&mut inbound) => end,
                 () = over.cancelled() => End::Superseded,

@@ -55,6 +55,11 @@ impl Side {
         self.process.get_ref().0.pid()
     }
 
+    /// Another watch on it.
+    pub fn watch(&self) -> Option<ProcessWatch> {
+        self.process.get_ref().0.try_clone().ok()
+    }
+
     /// The next packet; `None` once the peer has closed its end. May be dropped while it waits.
     pub async fn receive(&mut self) -> Option<Packet> {
         while !self.at_end {

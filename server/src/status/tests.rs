@@ -33,6 +33,22 @@ fn sample() -> Status {
             state: "orphan".into(),
             block_bytes: 65_536,
         }],
+        engine_pools: vec![EnginePoolStatus {
+            id: 2,
+            session: Some(9),
+            engine: "0123456789abcdef0123456789abcdef".into(),
+            rank: 1,
+            rank_count: 2,
+            shard: 1,
+            shard_count: 2,
+            device: "cpu:0".into(),
+            mode: "staged".into(),
+            state: "attached".into(),
+            block_bytes: 32_768,
+            blocks: 64,
+            registered: 0,
+            writing: 5,
+        }],
         layouts: vec![LayoutStatus { slot_bytes: 65_536, segments: 1 }],
         namespaces: vec![],
         sessions: vec![],
@@ -60,6 +76,23 @@ fn sample() -> Status {
             evicted: 4,
         }],
         pins: vec![PinStatus { id: 9, namespace: 2, blocks: 5, bytes: 327_680, remaining_s: 59.6 }],
+        gpus: vec![GpuStatus {
+            uuid: "GPU-0011".into(),
+            name: "NVIDIA H200".into(),
+            pci_bus_id: "0000:17:00.0".into(),
+            numa_node: Some(1),
+            memory_bytes: 150_000_000_000,
+            state: "on".into(),
+            reason: String::new(),
+            onboard_bytes: 1_000_000,
+            offload_bytes: 2_000_000,
+            onboard_batches: 1,
+            offload_batches: 2,
+            failed_batches: 0,
+            onboard_busy_s: 0.25,
+            offload_busy_s: 0.5,
+            paced_bytes_per_second: Some(13_000_000_000),
+        }],
     }
 }
 
@@ -111,13 +144,21 @@ fn the_fields_others_script_against_are_there() {
         "/pins/0/blocks",
         "/pins/0/bytes",
         "/pins/0/remaining_s",
+        "/gpus/0/uuid",
+        "/gpus/0/numa_node",
+        "/gpus/0/state",
+        "/gpus/0/reason",
+        "/gpus/0/onboard_bytes",
+        "/gpus/0/offload_bytes",
+        "/gpus/0/failed_batches",
+        "/gpus/0/paced_bytes_per_second",
     ] {
         assert!(json.pointer(pointer).is_some(), "{pointer}");
     }
     assert_eq!(serde_json::from_value::<Status>(json.clone()).unwrap(), sample());
     // A daemon that does not know of the port yet.
     json["daemon"].as_object_mut().unwrap().remove("grpc");
-    for field in ["what_if", "tenants", "pins"] {
+    for field in ["what_if", "tenants", "pins", "gpus"] {
         json.as_object_mut().unwrap().remove(field);
     }
     let older = serde_json::from_value::<Status>(json).unwrap();

@@ -12,7 +12,12 @@ async fn onboard(client: &mut Client, namespace: u32, pool: &Pool, keys: &[[u8; 
     assert_eq!((found.device.len(), found.host_blocks as usize), (0, keys.len()));
     assert!(found.lease_id > 0 && found.lease_ms > 0);
     let targets = client.grants(pool.id, keys.len() as u32).await;
-    let body = v1::Onboard { lease_id: found.lease_id, pool_id: pool.id, targets: targets.clone() };
+    let body = v1::Onboard {
+        lease_id: found.lease_id,
+        pool_id: pool.id,
+        targets: targets.clone(),
+        ..Default::default()
+    };
     let done = client.transfer(Ask::Onboard(body)).await;
     assert_eq!((done.blocks_done as usize, done.blocks_failed), (keys.len(), 0), "{done:?}");
     assert_eq!(done.bytes as usize, keys.len() * BLOCK_BYTES);
@@ -151,10 +156,10 @@ async fn a_lease_that_is_not_used_ends() {
     assert_eq!((found.host_blocks, found.lease_ms), (2, 10));
     rig.until("no lease", |status| status.leases == 0).await;
     let targets = client.grants(pool.id, 2).await;
-    let onboard = v1::Onboard { lease_id: found.lease_id, pool_id: pool.id, targets };
+    let onboard = v1::Onboard { lease_id: found.lease_id, pool_id: pool.id, targets, ..Default::default() };
     assert_eq!(client.refused(Ask::Onboard(onboard)).await.0, Refusal::Unknown);
     let again = client.find(namespace, 0, &keys(0, 2)).await;
-    client.stream.send(Ask::ReleaseLease(v1::ReleaseLease { lease_id: again.lease_id })).await;
+    client.stream.send(Ask::ReleaseLease(v1::ReleaseLease { lease_id: again.lease_id, whole: false })).await;
     client.sync().await;
     assert_eq!(rig.daemon.status().leases, 0);
 }
@@ -205,7 +210,7 @@ async fn what_breaks_the_contract_is_refused_and_the_stream_goes_on() {
     let stale = [v1::BlockRef { generation: 77, ..blocks[0] }];
     let refused = client.refused(Ask::Commit(commit(namespace, pool.id, &stale, &keys(0, 1)))).await;
     assert_eq!(refused.0, Refusal::Stale);
-    let refused = client.refused(Ask::ReleaseLease(v1::ReleaseLease { lease_id: 5 })).await;
+    let refused = client.refused(Ask::ReleaseLease(v1::ReleaseLease { lease_id: 5, whole: false })).await;
     assert_eq!(refused.0, Refusal::Unknown);
     let pins = v1::Release { pool_id: pool.id, blocks, pins: vec![] };
     assert_eq!(client.refused(Ask::Release(pins)).await.0, Refusal::Invalid);

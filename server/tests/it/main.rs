@@ -2,10 +2,12 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod admin;
+mod ahead;
 mod attach;
 mod authority;
 mod client;
 mod death;
+mod engine;
 mod events;
 mod flow;
 mod pins;

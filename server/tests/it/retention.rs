@@ -62,6 +62,7 @@ async fn retention_that_does_not_fit_is_refused_and_loses_nothing() {
         keys: pack_keys(&keys),
         pool_id: pool.id,
         retention,
+        ..Default::default()
     };
     for wrong in [vec![run(2, 50)], vec![run(4, 50)], vec![run(3, 101)], vec![run(3, 50), run(0, 50)]] {
         for ask in [Ask::Commit(message(wrong.clone())), Ask::Match(question(wrong.clone()))] {

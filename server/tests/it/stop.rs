@@ -55,7 +55,7 @@ async fn stopping_answers_closed_lets_copies_end_and_ends_streams() {
     client.store(namespace, &pool, &keys(0, 4)).await;
     let found = client.find(namespace, 0, &keys(0, 4)).await;
     let targets = client.grants(pool.id, 4).await;
-    let onboard = v1::Onboard { lease_id: found.lease_id, pool_id: pool.id, targets };
+    let onboard = v1::Onboard { lease_id: found.lease_id, pool_id: pool.id, targets, ..Default::default() };
     let onboard = client.stream.send(Ask::Onboard(onboard)).await;
     rig.until("a copy is in flight", |status| status.transfers_in_flight > 0).await;
     let socket = rig.socket().to_owned();

@@ -85,6 +85,20 @@ impl SlotTable {
         slot.is_some_and(|s| s.generation == generation && s.is_resident())
     }
 
+    /// Whether the block before that in a slot is still being filled.
+    pub fn is_behind_filling(&self, slot: SlotIndex) -> bool {
+        self.parent_state(slot) == Some(State::Filling)
+    }
+
+    /// Whether the block before that in a slot did not arrive.
+    pub fn is_behind_failed(&self, slot: SlotIndex) -> bool {
+        self.parent_state(slot).is_some_and(|state| !matches!(state, State::Filling | State::Resident))
+    }
+
+    fn parent_state(&self, slot: SlotIndex) -> Option<State> {
+        self.slots[slot.at()].parent().map(|parent| self.slots[parent.at()].state)
+    }
+
     /// Whether the block was not worth a place in the next tier when it was last tried.
     pub fn is_left_out(&self, slot: SlotIndex) -> bool {
         self.slots[slot.at()].left_out

@@ -55,6 +55,8 @@ impl Node {
             quotas,
             offload_priority_min: 0,
             pin_budget_bytes: 8 * BLOCK,
+            rescue: Duration::from_secs(3),
+            shard_wait: Duration::from_secs(10),
         });
         let cut = |blocks: usize| SlotsIn::bytes(blocks * BLOCK as usize);
         if sizes.host > 0 {

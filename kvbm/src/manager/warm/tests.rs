@@ -3,29 +3,45 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kvbm_shm::SharedMemory;
+use kvbm_shm::{PoolWords, ProcessWatch, SharedMemory};
 use parking_lot::Mutex;
 
 use crate::ledger::{Ledger, SegmentId};
 use crate::manager::tests::{Engine, with_host};
-use crate::{Keeper, Manager, ManagerConfig, WarmHost, WarmSegment};
+use crate::{Keeper, Manager, ManagerConfig, WarmHost, WarmSegment, WarmWords};
 
 /// Keeps memory as another process would: by its descriptors.
 #[derive(Clone, Default)]
-struct Kept(Arc<Mutex<BTreeMap<u32, WarmSegment>>>);
+pub(in crate::manager) struct Kept {
+    segments: Arc<Mutex<BTreeMap<u32, WarmSegment>>>,
+    pub words: Arc<Mutex<BTreeMap<u32, WarmWords>>>,
+}
 
 impl Keeper for Kept {
     fn keep(&self, segment: &WarmSegment) {
-        self.0.lock().insert(segment.index, segment.clone());
+        self.segments.lock().insert(segment.index, segment.clone());
     }
 
     fn discard(&self, index: u32) {
-        self.0.lock().remove(&index);
+        self.segments.lock().remove(&index);
+    }
+
+    fn keep_words(&self, number: u32, words: &PoolWords, process: &ProcessWatch) {
+        self.words.lock().insert(number, words_again(number, words, process));
+    }
+
+    fn discard_words(&self, number: u32) {
+        self.words.lock().remove(&number);
     }
 }
 
 fn again(memory: &SharedMemory) -> Arc<SharedMemory> {
     Arc::new(SharedMemory::from_fd(memory.fd().try_clone_to_owned().unwrap()).unwrap())
+}
+
+fn words_again(number: u32, words: &PoolWords, process: &ProcessWatch) -> WarmWords {
+    let words = PoolWords::from_fd(words.fd().try_clone_to_owned().unwrap()).unwrap();
+    WarmWords { number, words, process: process.try_clone().unwrap() }
 }
 
 impl Kept {
@@ -35,11 +51,16 @@ impl Kept {
             table: again(&segment.table),
             ..*segment
         };
-        WarmHost { found: self.0.lock().values().map(segment).collect(), keeper: Box::new(self.clone()) }
+        let words = |kept: &WarmWords| words_again(kept.number, &kept.words, &kept.process);
+        WarmHost {
+            found: self.segments.lock().values().map(segment).collect(),
+            words: self.words.lock().values().map(words).collect(),
+            keeper: Box::new(self.clone()),
+        }
     }
 }
 
-fn start(config: ManagerConfig, kept: &Kept) -> Manager {
+pub(in crate::manager) fn start(config: ManagerConfig, kept: &Kept) -> Manager {
     let manager = Manager::start_warm(config, Some(kept.warm())).unwrap();
     while manager.host_bytes().0 != manager.host_bytes().1 {
         std::thread::yield_now();
@@ -85,7 +106,7 @@ fn a_slot_that_was_being_filled_is_free() {
     let engine = Engine::attach(&manager, true);
     let keys = engine.keys(&(0..32).collect::<Vec<_>>());
     assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 8);
-    let table = crate::store::WarmTables::new(Box::new(kept.clone()));
+    let table = crate::store::WarmTables::new(Box::new(kept.clone()), 0);
     let segments = kept.warm().found;
     segments
         .iter()
@@ -107,7 +128,7 @@ fn memory_that_is_cut_otherwise_is_given_up() {
     engine.offloaded(&engine.compute(&keys));
     let larger = start(with_host(2 << 20), &kept);
     assert_eq!(found(&Engine::attach(&larger, true), &keys), 0);
-    let sizes: Vec<usize> = kept.0.lock().values().map(|segment| segment.memory.bytes()).collect();
+    let sizes: Vec<usize> = kept.segments.lock().values().map(|segment| segment.memory.bytes()).collect();
     assert!(
         sizes.iter().sum::<usize>() > 1 << 20 && sizes.iter().all(|bytes| *bytes == sizes[0]),
         "{sizes:?}"
@@ -123,7 +144,7 @@ fn scribbled_tables_do_no_harm() {
     let engine = Engine::attach(&manager, true);
     let keys = engine.keys(&(0..32).collect::<Vec<_>>());
     engine.offloaded(&engine.compute(&keys));
-    for segment in kept.0.lock().values() {
+    for segment in kept.segments.lock().values() {
         let bytes = segment.table.bytes();
         for at in (0..bytes).step_by(61) {
             segment.table.write(at, &[(at * 7) as u8]);
@@ -143,7 +164,7 @@ fn a_segment_into_which_a_dead_daemons_drive_may_write_has_no_successor() {
     let engine = Engine::attach(&manager, true);
     let keys = engine.keys(&(0..32).collect::<Vec<_>>());
     assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 8);
-    let table = crate::store::WarmTables::new(Box::new(kept.clone()));
+    let table = crate::store::WarmTables::new(Box::new(kept.clone()), 0);
     let segments = kept.warm().found;
     for segment in &segments {
         assert!(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes()).is_some());
@@ -161,7 +182,7 @@ fn a_segment_into_which_a_dead_daemons_drive_may_write_has_no_successor() {
     let other = Engine::attach(&next, true);
     assert_eq!(found(&other, &more), 16);
     // All others are kept under new numbers, without gaps.
-    let numbers: Vec<u32> = kept.0.lock().keys().copied().collect();
+    let numbers: Vec<u32> = kept.segments.lock().keys().copied().collect();
     assert_eq!(numbers, (0..numbers.len() as u32).collect::<Vec<_>>());
     next.inspect(Ledger::check_integrity);
     [manager, next].iter().for_each(Manager::stop);

@@ -1,0 +1,222 @@
+//! The threads that copy between host memory and engines' own memory.
+//!
+//! The rule of generations: bytes that were copied out of a block count only if its word was what it was registered with
+//! before the copy, and still is after it. Nothing is written into a block whose word has moved.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::flights::Question;
+use super::{Manager, Shared};
+use crate::error::Refused;
+use crate::ledger::{
+    BlockRef, Copied, LeaseId, Ledger, LoadBatch, Millis, PoolId, SessionId, StoreBatch, StoreCopy,
+};
+use crate::manager::{Done, Outcome};
+use crate::store::{EnginePoolMemory, MappedBlocks, RangeCopy};
+use crate::tier::Route;
+
+/// Engine to host.
+pub(in crate::manager) struct StoreJob {
+    batch: StoreBatch,
+    memory: Arc<EnginePoolMemory>,
+}
+
+/// Host to engine.
+pub(in crate::manager) struct LoadJob {
+    batch: LoadBatch,
+    memory: Arc<EnginePoolMemory>,
+    question: Question,
+    cancelled: Arc<AtomicBool>,
+    done: Done,
+}
+
+fn mapped(memory: &EnginePoolMemory) -> &MappedBlocks {
+    memory.blocks.as_ref().expect("only of ipc pools is anything copied")
+}
+
+pub(in crate::manager) fn run_stores(shared: &Shared) {
+    while let Some(StoreJob { batch, memory }) = shared.stores.next() {
+        let started = Instant::now();
+        if let Some(warm) = &shared.warm {
+            warm.clear(batch.copies().map(|copy| copy.to));
+        }
+        let outcomes = store_all(shared, &batch, &memory);
+        shared.with_ledger(|ledger, now| {
+            let failed = outcomes.contains(&Copied::Failed);
+            let arrived = ledger.finish_store(batch, &outcomes, now);
+            let bytes = (arrived * memory.block_bytes) as u64;
+            shared.counters.moved(Route::DeviceToHost, arrived, bytes, started.elapsed());
+            if failed {
+                shared.counters.failed(Route::DeviceToHost);
+            }
+        });
+        shared.stores.finished();
+        drop(memory);
+        shared.forget_engine_pools();
+    }
+}
+
+fn store_all(shared: &Shared, batch: &StoreBatch, memory: &EnginePoolMemory) -> Vec<Copied> {
+    let segments = shared.host.segments();
+    let blocks = mapped(memory);
+    let copies: Vec<StoreCopy> = batch.copies().collect();
+    let mut outcomes = Vec::with_capacity(copies.len());
+    let holds = |copy: &StoreCopy| shared.is_current(memory, copy.from);
+    for piece in copies.chunks(blocks.memory.blocks_at_once().max(1)) {
+        // When stopping, nobody will read what is copied now.
+        if shared.is_stopping() {
+            outcomes.extend(piece.iter().map(|_| Copied::Failed));
+            continue;
+        }
+        shared.gate.give_way();
+        let before: Vec<bool> = piece.iter().map(holds).collect();
+        let current = piece.iter().zip(&before).filter(|(_, current)| **current);
+        let ranges: Vec<RangeCopy<'_>> = current
+            .flat_map(|(copy, _)| {
+                let host_offset = copy.to.offset(batch.stride()) + memory.shard_offset;
+                blocks.ranges(copy.from.block, &segments[copy.to.segment.0 as usize], host_offset)
+            })
+            .collect();
+        let copied = blocks.memory.copy_out(&ranges);
+        if let Err(reason) = &copied {
+            tracing::warn!(pool = batch.pool.0, reason, "blocks cannot be copied out of an engine's memory");
+        }
+        shared.copy_delay(piece.len());
+        outcomes.extend(piece.iter().zip(before).map(|(copy, before)| match (&copied, before) {
+            (_, false) => Copied::Stale,
+            (Err(_), true) => Copied::Failed,
+            (Ok(()), true) if holds(copy) => Copied::Arrived,
+            (Ok(()), true) => Copied::Stale,
+        }));
+    }
+    outcomes
+}
+
+pub(in crate::manager) fn run_loads(shared: &Shared) {
+    while let Some(LoadJob { batch, memory, question, cancelled, done }) = shared.loads.next() {
+        let started = Instant::now();
+        let blocks = batch.copies().len();
+        let loaded = load_all(shared, &batch, &memory, &cancelled);
+        shared.gate.leave();
+        let bytes = (blocks * memory.block_bytes) as u64;
+        shared.with_ledger(|ledger, now| {
+            ledger.finish_load(batch, now);
+            match &loaded {
+                Ok(()) => {
+                    shared.counters.moved(Route::HostToDevice, blocks, bytes, started.elapsed());
+                    shared.counters.matched(blocks as u64 * u64::from(memory.tokens_per_block));
+                }
+                Err(_) => shared.counters.failed(Route::HostToDevice),
+            }
+        });
+        shared.loads.finished();
+        done(match loaded {
+            Ok(()) => Outcome { blocks_done: blocks, blocks_failed: 0, bytes, error: None },
+            Err(error) => Outcome { blocks_done: 0, blocks_failed: blocks, bytes: 0, error: Some(error) },
+        });
+        shared.engines.flights.end(question);
+        drop(memory);
+        shared.forget_engine_pools();
+    }
+}
+
+/// All bytes arrived in blocks that were the request's before and after.
+fn load_all(
+    shared: &Shared,
+    batch: &LoadBatch,
+    memory: &EnginePoolMemory,
+    cancelled: &AtomicBool,
+) -> Result<(), Refused> {
+    let segments = shared.host.segments();
+    let blocks = mapped(memory);
+    let stale = || Refused::Stale { what: "target block" };
+    for piece in batch.copies().chunks(blocks.memory.blocks_at_once().max(1)) {
+        if cancelled.load(Ordering::SeqCst) || shared.is_stopping() {
+            return Err(Refused::Stale { what: "a cancelled load" });
+        }
+        if !piece.iter().all(|(_, to)| shared.is_current(memory, *to)) {
+            return Err(stale());
+        }
+        let ranges: Vec<RangeCopy<'_>> = piece
+            .iter()
+            .flat_map(|(from, to)| {
+                let host_offset = from.offset(batch.stride()) + memory.shard_offset;
+                blocks.ranges(to.block, &segments[from.segment.0 as usize], host_offset)
+            })
+            .collect();
+        if let Err(reason) = blocks.memory.copy_in(&ranges) {
+            tracing::warn!(pool = batch.pool.0, reason, "blocks cannot be copied into an engine's memory");
+            return Err(Refused::invalid("targets", reason));
+        }
+        shared.copy_delay(piece.len());
+    }
+    let current = batch.copies().iter().all(|(_, to)| shared.is_current(memory, *to));
+    if current { Ok(()) } else { Err(stale()) }
+}
+
+impl Shared {
+    /// Whether a block is still what it was: its word has the value that its holder named.
+    fn is_current(&self, memory: &EnginePoolMemory, block: BlockRef) -> bool {
+        #[cfg(test)]
+        if self.ignore_generations.load(Ordering::SeqCst) {
+            return true;
+        }
+        memory.words.generation(block.block) == block.generation
+    }
+
+    pub(super) fn queue_stores(&self, ledger: &mut Ledger, now: Millis) {
+        while self.stores.has_room() {
+            let Some(batch) = ledger.next_store(self.config.batch_blocks, now) else { return };
+            self.bind_segments(ledger);
+            let memory = self.engines.get(batch.pool).expect("a pool of the ledger is known here");
+            if let Err(job) = self.stores.push(StoreJob { batch, memory }) {
+                let none = vec![Copied::Failed; job.batch.copies().len()];
+                ledger.finish_store(job.batch, &none, now);
+                return;
+            }
+        }
+    }
+}
+
+impl Manager {
+    /// Copies blocks of a lease, from the `first`-th on, into blocks of an ipc pool. Unless refused, `done` is called exactly
+    /// once, on another thread. `question` names it, should it have to be cancelled.
+    pub fn load(
+        &self,
+        session: SessionId,
+        question: u64,
+        lease: LeaseId,
+        pool: PoolId,
+        (first, targets): (usize, &[BlockRef]),
+        done: Done,
+    ) -> Result<(), Refused> {
+        let memory = self.shared.engines.get(pool).ok_or(Refused::Unknown { what: "pool" })?;
+        self.shared.with_ledger(|ledger, now| {
+            // Only pushed to under this lock: room that is there now is there below.
+            if !self.shared.loads.has_room() {
+                self.shared.counters.was_busy("load");
+                return Err(self.shared.full("load"));
+            }
+            let batch = ledger.begin_load(session, lease, pool, first, targets)?;
+            let question = (session, question);
+            let cancelled = self.shared.engines.flights.begin(question);
+            self.shared.gate.enter();
+            let job = LoadJob { batch, memory, question, cancelled, done };
+            if let Err(job) = self.shared.loads.push(job) {
+                self.shared.gate.leave();
+                self.shared.engines.flights.end(question);
+                ledger.finish_load(job.batch, now);
+                return Err(self.shared.full("load"));
+            }
+            Ok(())
+        })
+    }
+
+    /// The targets of a load are wanted back: `drained` is called when nothing more is written to them, after the load was
+    /// answered. False, without a call: it has ended.
+    pub fn cancel_load(&self, session: SessionId, question: u64, drained: Box<dyn FnOnce() + Send>) -> bool {
+        self.shared.engines.flights.cancel((session, question), drained)
+    }
+}

@@ -1,0 +1,241 @@
+//! KV memory that belongs to an engine, mapped by the daemon.
+//!
+//! The seam between the block manager and whatever memory it is: [`MapExports`] maps what an engine exported, and
+//! [`EngineMemory`] copies ranges of it from and to host memory. On a CPU it is a sealed memfd and a memcpy.
+
+use std::fmt::Debug;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvbm_shm::{Copies, PoolWords, SharedMemory};
+
+/// Memory that an engine lets the daemon map.
+#[derive(Debug)]
+pub enum Export {
+    /// A sealed memfd.
+    Shared(OwnedFd),
+    /// An allocation of a GPU, by the handle of the driver's interprocess interface.
+    CudaIpc {
+        /// The handle.
+        handle: [u8; 64],
+        /// Bytes from the start of the allocation.
+        offset: u64,
+        /// Bytes of the memory.
+        bytes: u64,
+        /// Of which GPU.
+        gpu_uuid: String,
+    },
+    /// An allocation of a GPU, by a descriptor of virtual memory management.
+    CudaVmm {
+        /// The descriptor.
+        descriptor: OwnedFd,
+        /// Bytes of the memory.
+        bytes: u64,
+        /// Of which GPU.
+        gpu_uuid: String,
+    },
+}
+
+/// A piece of each block: block b has [offset + b * stride, + bytes) of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fragment {
+    /// Which export.
+    pub export: usize,
+    /// Of block 0, bytes.
+    pub offset: usize,
+    /// From one block to the next, bytes.
+    pub stride: usize,
+    /// Its length.
+    pub bytes: usize,
+}
+
+/// One range of an export, and where in host memory it comes from or goes to.
+#[derive(Debug, Clone, Copy)]
+pub struct RangeCopy<'a> {
+    /// Which export.
+    pub export: usize,
+    /// Its first byte.
+    pub offset: usize,
+    /// A host segment.
+    pub host: &'a Arc<SharedMemory>,
+    /// The first byte there.
+    pub host_offset: usize,
+    /// How many.
+    pub bytes: usize,
+}
+
+/// Mapped memory of an engine. Copies are complete when they return; one that fails says why.
+pub trait EngineMemory: Debug + Send + Sync {
+    /// Bytes of an export; `None`: there is no such export.
+    fn bytes(&self, export: usize) -> Option<usize>;
+
+    /// Blocks that are best copied by one call. A generation is compared before and after each call.
+    fn blocks_at_once(&self) -> usize;
+
+    /// Out of the engine's memory.
+    fn copy_out(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
+
+    /// Into the engine's memory.
+    fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
+}
+
+/// Maps what engines export.
+pub trait MapExports: Debug + Send + Sync {
+    /// All exports of one pool, or why that cannot be.
+    fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String>;
+}
+
+/// Maps memfds, and nothing of a GPU.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MapShared;
+
+impl MapExports for MapShared {
+    fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
+        let map = |export| match export {
+            Export::Shared(fd) => SharedMemory::from_fd(fd).map_err(|error| error.to_string()),
+            Export::CudaIpc { .. } | Export::CudaVmm { .. } => {
+                Err("this daemon has no CUDA: open the pool as staged".to_owned())
+            }
+        };
+        let mapped: Result<Vec<_>, String> = exports.into_iter().map(map).collect();
+        Ok(Arc::new(SharedExports(mapped?)))
+    }
+}
+
+#[derive(Debug)]
+struct SharedExports(Vec<SharedMemory>);
+
+impl EngineMemory for SharedExports {
+    fn bytes(&self, export: usize) -> Option<usize> {
+        self.0.get(export).map(SharedMemory::bytes)
+    }
+
+    fn blocks_at_once(&self) -> usize {
+        1
+    }
+
+    fn copy_out(&self, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+        let copies = Copies::default();
+        for range in ranges {
+            let to = (&**range.host, range.host_offset);
+            self.0[range.export].copy_in(&copies, range.offset, to, range.bytes, None);
+        }
+        Ok(())
+    }
+
+    fn copy_in(&self, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+        let copies = Copies::default();
+        for range in ranges {
+            let to = (&self.0[range.export], range.offset);
+            range.host.copy_in(&copies, range.host_offset, to, range.bytes, None);
+        }
+        Ok(())
+    }
+}
+
+/// A mapped pool: where its blocks are.
+#[derive(Debug)]
+pub(crate) struct MappedBlocks {
+    pub memory: Arc<dyn EngineMemory>,
+    fragments: Vec<Fragment>,
+}
+
+impl MappedBlocks {
+    /// Checks that all blocks lie within the exports, and that their pieces are `block_bytes` together.
+    pub fn new(
+        memory: Arc<dyn EngineMemory>,
+        fragments: Vec<Fragment>,
+        block_bytes: usize,
+        block_count: u32,
+    ) -> Result<Self, String> {
+        let whole = fragments.iter().try_fold(0usize, |sum, fragment| sum.checked_add(fragment.bytes));
+        if whole != Some(block_bytes) {
+            return Err(format!("have {whole:?} bytes, a block has {block_bytes}"));
+        }
+        for (at, fragment) in fragments.iter().enumerate() {
+            let bytes =
+                memory.bytes(fragment.export).ok_or(format!("[{at}].export: there is no such export"))?;
+            let last = (block_count as usize - 1).checked_mul(fragment.stride);
+            let end = last
+                .and_then(|last| last.checked_add(fragment.offset))
+                .and_then(|last| last.checked_add(fragment.bytes));
+            if end.is_none_or(|end| end > bytes) {
+                return Err(format!("[{at}]: {block_count} blocks do not fit into {bytes} bytes"));
+            }
+        }
+        Ok(Self { memory, fragments })
+    }
+
+    /// The pieces of a block beside their places in a host slot, from `host_offset` on.
+    pub fn ranges<'a>(
+        &'a self,
+        block: u32,
+        host: &'a Arc<SharedMemory>,
+        host_offset: usize,
+    ) -> impl Iterator<Item = RangeCopy<'a>> {
+        self.fragments.iter().scan(host_offset, move |at, fragment| {
+            let host_offset = *at;
+            *at += fragment.bytes;
+            let offset = fragment.offset + block as usize * fragment.stride;
+            Some(RangeCopy { export: fragment.export, offset, host, host_offset, bytes: fragment.bytes })
+        })
+    }
+}
+
+/// All that is known of a pool of an engine outside the ledger.
+#[derive(Debug)]
+pub(crate) struct EnginePoolMemory {
+    /// `None`: the engine copies.
+    pub blocks: Option<MappedBlocks>,
+    pub words: Arc<PoolWords>,
+    pub block_bytes: usize,
+    pub shard_offset: usize,
+    pub tokens_per_block: u32,
+    /// Under which number the words are kept for the next daemon.
+    pub kept_words: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn export(bytes: usize) -> Export {
+        Export::Shared(SharedMemory::create("test", bytes).unwrap().fd().try_clone_to_owned().unwrap())
+    }
+
+    fn fragment(export: usize, offset: usize, stride: usize, bytes: usize) -> Fragment {
+        Fragment { export, offset, stride, bytes }
+    }
+
+    #[test]
+    fn pieces_of_a_block_lie_behind_each_other_in_a_slot() {
+        let layers = MapShared.map(vec![export(8192), export(4096)]).unwrap();
+        let fragments = vec![fragment(0, 100, 1000, 300), fragment(1, 0, 200, 200)];
+        let blocks = MappedBlocks::new(layers, fragments, 500, 4).unwrap();
+        let host = Arc::new(SharedMemory::create("host", 4096).unwrap());
+        let pattern: Vec<u8> = (0..500).map(|i| (i % 251) as u8).collect();
+        host.write(1000, &pattern);
+        let into: Vec<_> = blocks.ranges(3, &host, 1000).collect();
+        assert_eq!((into[0].offset, into[1].offset, into[1].host_offset), (3100, 600, 1300));
+        blocks.memory.copy_in(&into).unwrap();
+        let back: Vec<_> = blocks.ranges(3, &host, 2000).collect();
+        blocks.memory.copy_out(&back).unwrap();
+        let mut seen = vec![0; 500];
+        host.read(2000, &mut seen);
+        assert_eq!(seen, pattern);
+    }
+
+    #[test]
+    fn blocks_that_do_not_fit_their_exports_are_refused() {
+        let map = |fragments: Vec<Fragment>, bytes| {
+            let memory = MapShared.map(vec![export(8192)]).unwrap();
+            MappedBlocks::new(memory, fragments, bytes, 8).map(|_| ()).unwrap_err()
+        };
+        assert!(map(vec![fragment(0, 0, 1024, 1000)], 1024).contains("a block has 1024"));
+        assert!(map(vec![fragment(0, 25, 1024, 1000)], 1000).contains("do not fit"));
+        assert!(map(vec![fragment(0, 0, usize::MAX / 2, 1000)], 1000).contains("do not fit"));
+        assert!(map(vec![fragment(1, 0, 1000, 1000)], 1000).contains("no such export"));
+        let cuda = Export::CudaIpc { handle: [0; 64], offset: 0, bytes: 1, gpu_uuid: String::new() };
+        assert!(MapShared.map(vec![cuda]).unwrap_err().contains("no CUDA"));
+    }
+}

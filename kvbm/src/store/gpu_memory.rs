@@ -1,0 +1,176 @@
+//! KV memory that an engine has on a GPU, mapped by the daemon: its copies go to the GPU's copy engine.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvbm_cuda::copy_engine::{CopyMemory, Direction, Gpu, Gpus, LaneId, Urgency};
+use kvbm_cuda::{DeviceName, DeviceRange, IpcHandle, IpcMemory, VmmMemory};
+
+use super::{EngineMemory, Export, MapExports, MapShared, RangeCopy};
+
+/// Blocks in one batch: enough that the copy engines are never idle between two.
+const BLOCKS_AT_ONCE: usize = 256;
+
+/// Maps memory of GPUs, and memfds.
+#[derive(Debug)]
+pub struct MapGpus {
+    gpus: Arc<Gpus>,
+    lanes: AtomicU64,
+}
+
+impl MapGpus {
+    /// On the GPUs of this node.
+    pub fn new(gpus: Arc<Gpus>) -> Self {
+        Self { gpus, lanes: AtomicU64::new(0) }
+    }
+
+    fn open(&self, gpu: &Gpu, export: Export) -> Result<Mapped, String> {
+        let text = |error: kvbm_cuda::Error| error.to_string();
+        let context = gpu.context().ok_or("it is not a GPU")?;
+        let usable = |bytes: u64| usize::try_from(bytes).map_err(|_| format!("{bytes} bytes are too many"));
+        let (memory, start): (Arc<dyn DeviceRange>, usize) = match export {
+            Export::CudaIpc { handle, offset, bytes, .. } => {
+                let whole = offset.checked_add(bytes).ok_or("its end is beyond all addresses")?;
+                let memory = IpcMemory::open(context, IpcHandle(handle), usable(whole)?).map_err(text)?;
+                (Arc::new(memory), usable(offset)?)
+            }
+            Export::CudaVmm { descriptor, bytes, .. } => {
+                use std::os::fd::AsFd;
+                let memory = VmmMemory::import(context, descriptor.as_fd(), usable(bytes)?).map_err(text)?;
+                (Arc::new(memory), 0)
+            }
+            Export::Shared(_) => return Err("memory of GPU and host in one pool".into()),
+        };
+        Ok(Mapped { bytes: memory.bytes() - start, memory: CopyMemory::Device(memory), start })
+    }
+}
+
+impl MapExports for MapGpus {
+    fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
+        let uuid = exports.iter().find_map(|export| match export {
+            Export::Shared(_) => None,
+            Export::CudaIpc { gpu_uuid, .. } | Export::CudaVmm { gpu_uuid, .. } => Some(gpu_uuid.clone()),
+        });
+        let Some(uuid) = uuid else { return MapShared.map(exports) };
+        let of_another = |export: &Export| match export {
+            Export::Shared(_) => false,
+            Export::CudaIpc { gpu_uuid, .. } | Export::CudaVmm { gpu_uuid, .. } => *gpu_uuid != uuid,
+        };
+        if exports.iter().any(of_another) {
+            return Err("memory of several GPUs in one pool: open one pool for each".into());
+        }
+        let gpu = self.gpus.gpu(&DeviceName::Uuid(uuid)).map_err(|error| error.to_string())?;
+        let mapped: Result<Vec<_>, String> =
+            exports.into_iter().map(|export| self.open(&gpu, export)).collect();
+        let lane = LaneId(self.lanes.fetch_add(1, Ordering::Relaxed));
+        let gpus = Some(Arc::clone(&self.gpus));
+        Ok(Arc::new(GpuExports { gpus, gpu, lane, mapped: mapped? }))
+    }
+}
+
+#[derive(Debug)]
+struct Mapped {
+    memory: CopyMemory,
+    /// Where the export begins in it.
+    start: usize,
+    /// How long it is.
+    bytes: usize,
+}
+
+/// The exports of one pool, all of one GPU.
+#[derive(Debug)]
+struct GpuExports {
+    /// `None`: host memory needs no registration.
+    gpus: Option<Arc<Gpus>>,
+    gpu: Arc<Gpu>,
+    lane: LaneId,
+    mapped: Vec<Mapped>,
+}
+
+impl GpuExports {
+    fn copy(&self, direction: Direction, urgency: Urgency, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+        let mut host = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            host.push(match &self.gpus {
+                Some(gpus) => gpus.host_memory(&self.gpu, range.host).map_err(|error| error.to_string())?,
+                None => CopyMemory::Shared(Arc::clone(range.host)),
+            });
+        }
+        let copies = ranges.iter().zip(&host).map(|(range, host)| {
+            let mapped = &self.mapped[range.export];
+            let (engine, host) = ((&mapped.memory, mapped.start + range.offset), (host, range.host_offset));
+            match direction {
+                Direction::Offload => (engine, host, range.bytes),
+                Direction::Onboard => (host, engine, range.bytes),
+            }
+        });
+        self.gpu.copy(direction, self.lane, urgency, copies).map(|_| ())
+    }
+}
+
+impl EngineMemory for GpuExports {
+    fn bytes(&self, export: usize) -> Option<usize> {
+        self.mapped.get(export).map(|mapped| mapped.bytes)
+    }
+
+    fn blocks_at_once(&self) -> usize {
+        BLOCKS_AT_ONCE
+    }
+
+    fn copy_out(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
+        self.copy(Direction::Offload, Urgency::Background, copies)
+    }
+
+    fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
+        self.copy(Direction::Onboard, Urgency::Demanded, copies)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvbm_cuda::copy_engine::CopyEngineConfig;
+    use kvbm_shm::SharedMemory;
+
+    use super::super::engine_memory::MappedBlocks;
+    use super::*;
+    use crate::store::Fragment;
+
+    /// Two layers in memory of the host in place of a GPU's, blocks scattered over both.
+    #[test]
+    fn blocks_of_several_pieces_go_through_the_copy_engine_and_come_back() {
+        let shared = |bytes| Arc::new(SharedMemory::create("test", bytes).unwrap());
+        let layers = [shared(1 << 20), shared(1 << 20)];
+        let mapped = layers.iter().map(|layer| Mapped {
+            memory: CopyMemory::Shared(Arc::clone(layer)),
+            start: 4096,
+            bytes: layer.bytes() - 4096,
+        });
+        let exports = GpuExports {
+            gpus: None,
+            gpu: Arc::new(Gpu::on_host(CopyEngineConfig::default())),
+            lane: LaneId(0),
+            mapped: mapped.collect(),
+        };
+        let fragment = |export| Fragment { export, offset: 512, stride: 3000, bytes: 2000 };
+        let blocks = MappedBlocks::new(Arc::new(exports), vec![fragment(0), fragment(1)], 4000, 64).unwrap();
+        let host = shared(1 << 20);
+        let pattern = |block: u32| -> Vec<u8> { (0..4000u32).map(|i| (i * 7 + block * 13) as u8).collect() };
+        let slot = |block: u32| ((block * 37 % 64) * 8192) as usize;
+        for block in 0..64 {
+            host.write(slot(block), &pattern(block));
+        }
+        let down: Vec<_> = (0..64).flat_map(|block| blocks.ranges(block, &host, slot(block))).collect();
+        blocks.memory.copy_in(&down).unwrap();
+        host.write(0, &vec![0; host.bytes()]);
+        let up: Vec<_> = (0..64).flat_map(|block| blocks.ranges(block, &host, slot(63 - block))).collect();
+        blocks.memory.copy_out(&up).unwrap();
+        for block in 0..64 {
+            let mut seen = vec![0; 4000];
+            host.read(slot(63 - block), &mut seen);
+            assert!(seen == pattern(block), "block {block}");
+        }
+        let mut second_layer = [0; 2000];
+        layers[1].read(4096 + 512 + 5 * 3000, &mut second_layer);
+        assert!(second_layer[..] == pattern(5)[2000..]);
+    }
+}
