@@ -160,7 +160,7 @@ impl Client {
         let keys = pack_keys(keys.iter().map(|key| &key.0));
         let returns = self.session.returns();
         let late = move |answer| give_back(&returns, pool_id, answer);
-        let question = Question::Match(v1::Match { namespace_id, keys, pool_id, retention: Vec::new() });
+        let question = Question::Match(v1::Match { namespace_id, keys, pool_id, ..Default::default() });
         answer!(self.session.question(question, self.deadline, late).await?, Match)
     }
 
@@ -172,7 +172,7 @@ impl Client {
         pool_id: u32,
         targets: Vec<v1::BlockRef>,
     ) -> Result<v1::TransferDone, ClientError> {
-        let body = v1::Onboard { lease_id, pool_id, targets };
+        let body = v1::Onboard { lease_id, pool_id, targets, ..Default::default() };
         answer!(self.ask(Question::Onboard(body)).await?, TransferDone)
     }
 
@@ -193,7 +193,7 @@ impl Client {
 
     /// Gives back a lease. There is no answer.
     pub async fn release_lease(&self, lease_id: u64) -> Result<(), ClientError> {
-        self.tell(Question::ReleaseLease(v1::ReleaseLease { lease_id })).await
+        self.tell(Question::ReleaseLease(v1::ReleaseLease { lease_id, ..Default::default() })).await
     }
 
     /// Asks for up to `count` blocks to fill.
@@ -307,7 +307,7 @@ fn give_back(returns: &Returns, pool_id: u32, answer: Answer) {
         returns.send(Question::Release(v1::Release { pool_id, blocks, pins }));
     }
     if lease_id != 0 {
-        returns.send(Question::ReleaseLease(v1::ReleaseLease { lease_id }));
+        returns.send(Question::ReleaseLease(v1::ReleaseLease { lease_id, ..Default::default() }));
     }
 }
 

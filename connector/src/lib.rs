@@ -24,6 +24,7 @@ mod counters;
 mod desk;
 mod detach_reason;
 mod device_cache;
+pub mod engine;
 mod error;
 mod exchange;
 mod link;

@@ -1,8 +1,9 @@
 //! The client's end of the side channel: binding, the pools' descriptors, and the daemon's life line.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 
 use kvbm_proto::SideMessage;
@@ -15,6 +16,9 @@ use crate::ClientError;
 
 /// Descriptors kept for pools that nobody asked for yet, at most.
 const MEMORIES_MAX: usize = 16;
+
+/// Host segments that wait to be mapped, at most.
+const SEGMENTS_MAX: usize = 4096;
 
 /// Lets the runtime watch something that only lends its descriptor.
 #[derive(Debug)]
@@ -38,6 +42,7 @@ fn watched<T: AsFd>(inner: T) -> std::io::Result<AsyncFd<Watched<T>>> {
 pub(crate) struct SideChannel {
     socket: AsyncFd<Watched<SideSocket>>,
     memories: Mutex<HashMap<[u8; 16], OwnedFd>>,
+    segments: Mutex<VecDeque<(u32, OwnedFd)>>,
     arrived: Notify,
 }
 
@@ -46,7 +51,8 @@ impl SideChannel {
     pub async fn bind(socket: &Path, token: [u8; 32]) -> Result<Arc<Self>, ClientError> {
         let socket = SideSocket::connect(&side_path(socket)).map_err(ClientError::unavailable)?;
         let socket = watched(socket).map_err(ClientError::unavailable)?;
-        let side = Self { socket, memories: Mutex::new(HashMap::new()), arrived: Notify::new() };
+        let side =
+            Self { socket, memories: Mutex::default(), segments: Mutex::default(), arrived: Notify::new() };
         side.send(&SideMessage::Bind { token }, None).await?;
         match side.receive().await? {
             (SideMessage::Bound, _) => Ok(Arc::new(side)),
@@ -67,9 +73,22 @@ impl SideChannel {
     /// The memory that the daemon sent under this name.
     pub async fn take_memory(&self, uuid: [u8; 16]) -> OwnedFd {
         loop {
-            let arrived = self.arrived.notified();
+            let mut arrived = pin!(self.arrived.notified());
+            arrived.as_mut().enable();
             if let Some(fd) = self.memories.lock().remove(&uuid) {
                 return fd;
+            }
+            arrived.await;
+        }
+    }
+
+    /// The next host segment that the daemon sent. One task at a time asks.
+    pub async fn next_segment(&self) -> (u32, OwnedFd) {
+        loop {
+            let mut arrived = pin!(self.arrived.notified());
+            arrived.as_mut().enable();
+            if let Some(segment) = self.segments.lock().pop_front() {
+                return segment;
             }
             arrived.await;
         }
@@ -79,7 +98,16 @@ impl SideChannel {
     pub async fn run(&self) -> String {
         loop {
             match self.receive().await {
-                Ok((SideMessage::PoolMemory { uuid }, Some(fd))) => {
+                Ok((SideMessage::HostSegment { segment }, Some(fd))) => {
+                    let mut segments = self.segments.lock();
+                    if segments.len() >= SEGMENTS_MAX {
+                        return format!("more than {SEGMENTS_MAX} host segments that nobody maps");
+                    }
+                    segments.push_back((segment, fd));
+                    drop(segments);
+                    self.arrived.notify_waiters();
+                }
+                Ok((SideMessage::PoolMemory { uuid } | SideMessage::PoolWords { uuid }, Some(fd))) => {
                     let mut memories = self.memories.lock();
                     if memories.len() < MEMORIES_MAX {
                         memories.insert(uuid, fd);

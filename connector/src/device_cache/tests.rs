@@ -126,11 +126,11 @@ fn all_allocations_of_a_turn_hear_the_same_and_the_next_turn_asks_again() {
     for _ in 0..3 {
         assert_eq!([(); 2].map(|()| engine.cache.allocate(1)), [Allocate::Pending, Allocate::Pending]);
         assert_eq!(engine.cache.grants.len(), 1, "asked once");
-        assert_eq!(engine.turn([]), [], "nothing new");
+        assert!(engine.turn([]).is_empty(), "nothing new");
         assert_eq!(engine.cache.allocate(1), Allocate::Pending);
         assert_eq!(engine.answer_all(&[]), [CacheEvent::Granted]);
         assert_eq!([(); 3].map(|()| engine.cache.allocate(1)), [(); 3].map(|()| Allocate::Exhausted));
-        assert_eq!(engine.turn([]), []);
+        assert!(engine.turn([]).is_empty());
         assert!(engine.cache.grants.is_empty(), "nothing is asked for in advance of nothing");
     }
 }
@@ -153,7 +153,7 @@ fn an_answer_that_a_release_overtook_is_not_the_last_word() {
     assert_eq!(engine.cache.allocate(1), Allocate::Pending);
     engine.cache.release(&[3]);
     let stale = engine.granted(&[]);
-    assert_eq!(engine.turn([stale]), []);
+    assert!(engine.turn([stale]).is_empty());
     assert_eq!(engine.cache.allocate(1), Allocate::Pending, "asked again behind the release");
     assert_eq!(engine.answer_all(&[3]), [CacheEvent::Granted]);
     assert_eq!(engine.allocate(1), [3]);

@@ -87,6 +87,7 @@ fn open_message(parts: &LinkParts) -> v1::OpenPool {
         rank: 0,
         fresh: parts.config.fresh,
         adoption: None,
+        ..Default::default()
     }
 }
 

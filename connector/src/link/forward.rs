@@ -55,13 +55,20 @@ impl Sender<'_> {
                 };
                 let keys = pack_keys(keys.iter().map(|key| &key.0));
                 let retention = retention_runs(&retention);
-                let body = Question::Match(v1::Match { namespace_id, keys, pool_id, retention });
+                let body = Question::Match(v1::Match {
+                    namespace_id,
+                    keys,
+                    pool_id,
+                    retention,
+                    ..Default::default()
+                });
                 let of = |answer| answer!(answer, Match);
                 self.ask(question, body, of, |question, result| Arrival::Matched { question, result }).await;
             }
             Command::Onboard { question, lease_id, targets } => {
                 let targets = targets.into_iter().map(Into::into).collect();
-                let body = Question::Onboard(v1::Onboard { lease_id, pool_id, targets });
+                let body =
+                    Question::Onboard(v1::Onboard { lease_id, pool_id, targets, ..Default::default() });
                 let of = |answer| answer!(answer, TransferDone);
                 self.ask(question, body, of, |question, result| Arrival::Onboarded { question, result })
                     .await;
@@ -86,7 +93,8 @@ impl Sender<'_> {
             }
             Command::Notes(notes) => self.notes(notes).await?,
             Command::ReleaseLease(lease_id) => {
-                self.tell(Question::ReleaseLease(v1::ReleaseLease { lease_id })).await?;
+                self.tell(Question::ReleaseLease(v1::ReleaseLease { lease_id, ..Default::default() }))
+                    .await?;
             }
         }
         Ok(())

@@ -450,7 +450,7 @@ fn twins_are_found_once_and_either_may_go() {
     let adoption = table.adoption(DaemonId(1));
     assert_eq!(adoption.entries.len(), 1);
     assert!(adoption.entries[0].held, "the one in use speaks for the key");
-    assert_eq!(adoption.held, []);
+    assert!(adoption.held.is_empty());
     table.check_integrity().unwrap();
 }
 

@@ -175,7 +175,9 @@ fn serve_side(listener: &SideListener, state: &Mutex<State>, stop: &AtomicBool) 
                             let memory = PoolMemory::from_fd(packet.fd.unwrap()).unwrap();
                             state.lock().arrived.insert(uuid.to_vec(), memory);
                         }
-                        SideMessage::Bound => panic!("clients do not answer"),
+                        SideMessage::Bound
+                        | SideMessage::PoolWords { .. }
+                        | SideMessage::HostSegment { .. } => panic!("clients do not say that"),
                     },
                 }
             }

@@ -1,0 +1,87 @@
+"""The engine's requests, as the native module takes them."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from typing import Any
+
+# Inputs that are in no key: with them a request is served without the cache.
+_OPAQUE = ("prompt_embedding_table", "multimodal_embedding", "mrope_rotary_cos_sin", "encoder_tokens")
+
+
+def prompt_of(request: Any) -> tuple[int, bytes, int | None, str | None, list[tuple[bytes, int, int]], bool]:
+    """`(id, tokens, LoRA number, salt, multimodal items, whether all of it is in the key)`"""
+    items = _items(request)
+    tokens = None if items is None or _is_opaque(request, bool(items)) else _words(request.get_tokens(0))
+    lora = getattr(request, "lora_task_id", None)
+    return (
+        request.request_id,
+        tokens or b"",
+        None if lora is None else int(lora),
+        _salt(request),
+        items or [],
+        tokens is not None,
+    )
+
+
+def report_of(data: Any) -> tuple[int, bytes | None, list[list[int]], int, int | None, list[int] | None]:
+    """`(id, tokens, pages by layer group, computed, scheduled, priorities)`"""
+    groups = getattr(data, "new_block_ids_by_layer_group", None)
+    if isinstance(groups, dict):
+        groups = [groups[key] for key in sorted(groups)]
+    return (
+        data.request_id,
+        _words(data.new_tokens),
+        groups or [data.new_block_ids],
+        data.computed_position,
+        getattr(data, "num_scheduled_tokens", None),
+        getattr(data, "priorities", None),
+    )
+
+
+def _words(tokens: Any) -> bytes | None:
+    """32-bit words, little endian; None if a number is none of those that stand for tokens."""
+    try:
+        words = array("I", tokens)
+    except OverflowError:
+        return None
+    if sys.byteorder != "little":
+        words.byteswap()
+    return words.tobytes()
+
+
+def _salt(request: Any) -> str | None:
+    salt = getattr(request, "cache_salt", None)
+    if salt is not None:
+        return str(salt)
+    number = getattr(request, "cache_salt_id", None)
+    return None if number is None else f"number {number}"
+
+
+def _items(request: Any) -> list[tuple[bytes, int, int]] | None:
+    """Multimodal items; None if there are some without a digest."""
+    positions = getattr(request, "multimodal_positions", None) or []
+    lengths = getattr(request, "multimodal_lengths", None) or []
+    hashes = getattr(request, "multimodal_hashes", None) or []
+    if not (len(positions) == len(lengths) == len(hashes)):
+        return None
+    items = []
+    for digest, start, length in zip(hashes, positions, lengths):
+        if len(digest) != 8 or start < 0 or length < 1:
+            return None
+        items.append((struct.pack("<8I", *(word & 0xFFFFFFFF for word in digest)), int(start), int(length)))
+    return items
+
+
+def _is_opaque(request: Any, has_items: bool) -> bool:
+    if _flag(request, "is_dummy_request") or _flag(request, "is_generation_only_request"):
+        return True
+    return any(getattr(request, name, None) is not None for name in _OPAQUE if not (has_items and name != "encoder_tokens"))
+
+
+def _flag(request: Any, name: str) -> bool:
+    # An attribute in one version, a method in another.
+    value = getattr(request, name, False)
+    return bool(value() if callable(value) else value)

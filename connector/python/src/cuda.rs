@@ -1,0 +1,155 @@
+//! Moves blocks of engines whose KV memory is on a GPU, on streams of our own in the engine's process.
+//!
+//! Batch copies only, which the copy engines do: a kernel would take its turns with the engine's. Each way has a stream,
+//! so that loads never wait behind saves.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use kvbm_connector::engine::{BlockCopy, Fence, Mover, PoolShape};
+use kvbm_cuda::{
+    BatchCopier, Context, DeviceAddress, DeviceName, Driver, Error, Event, RawCopy, RegisteredMemory, Stream,
+};
+use kvbm_shm::SharedMemory;
+use parking_lot::{Mutex, RwLock};
+
+/// Bytes moved at once, at most, unless a single block has more: a load can be called back between two of these.
+const BATCH_BYTES_MAX: usize = 16 << 20;
+const BATCH_BLOCKS_MAX: usize = 64;
+
+/// One way.
+struct Lane {
+    stream: Stream,
+    copier: BatchCopier,
+    done: Event,
+}
+
+pub(crate) struct CudaMover {
+    shape: PoolShape,
+    context: Context,
+    loads: Mutex<Lane>,
+    saves: Mutex<Lane>,
+    /// Host segments by where they are mapped.
+    segments: RwLock<HashMap<usize, Arc<RegisteredMemory>>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    In,
+    Out,
+}
+
+impl CudaMover {
+    /// On the GPU with this number, as the engine's process counts them.
+    ///
+    /// # Safety
+    /// All regions of `shape` are memory of that GPU, valid from now until this is dropped.
+    pub unsafe fn new(shape: PoolShape, device: u32) -> Result<Self, Error> {
+        let driver = Driver::load()?;
+        let context = Context::open(&driver, &driver.device(&DeviceName::Ordinal(device))?)?;
+        let lane = || -> Result<_, Error> {
+            Ok(Mutex::new(Lane {
+                stream: Stream::new(&context)?,
+                copier: BatchCopier::new(&driver),
+                done: Event::new(&context)?,
+            }))
+        };
+        Ok(Self { shape, loads: lane()?, saves: lane()?, segments: RwLock::default(), context })
+    }
+
+    /// The GPU's name for status.
+    pub fn device(&self) -> String {
+        self.context.device().uuid.clone()
+    }
+
+    fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
+        let mut copies = Vec::new();
+        for block in blocks {
+            self.pieces(block, way, &mut copies)?;
+        }
+        let mut lane = if way == Way::In { self.loads.lock() } else { self.saves.lock() };
+        let Lane { stream, copier, done } = &mut *lane;
+        // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map holds
+        // them, which is until `self` goes; pieces lie within one chunk each, and within bounds that were checked when
+        // they were placed. The copies have ended before this returns.
+        let issued = unsafe { copier.copy(stream, &copies) };
+        // Also when some were not issued: those that were must not outlast this call.
+        let ended = done.record(stream).and_then(|()| done.synchronize()).or_else(|_| stream.synchronize());
+        issued.and(ended).map_err(|error| error.to_string())
+    }
+
+    /// A block as pieces that lie within one page and one registered chunk.
+    fn pieces(&self, block: &BlockCopy<'_>, way: Way, to: &mut Vec<RawCopy>) -> Result<(), String> {
+        let at = block.segment.address().addr().get();
+        let memory =
+            self.segments.read().get(&at).cloned().ok_or("a host segment is not registered with CUDA")?;
+        let mut offset = block.offset;
+        for (group, region) in self.shape.regions() {
+            if let Ok(page) = usize::try_from(block.pages[group]) {
+                let device = DeviceAddress(region.base as u64).plus(page * region.stride);
+                let mut done = 0;
+                while done < region.bytes {
+                    let chunk = memory.chunk_bytes();
+                    let bytes = (region.bytes - done).min(chunk - (offset + done) % chunk);
+                    let (host, device) = (memory.device_address(offset + done), device.plus(done));
+                    let (from, into) = if way == Way::In { (host, device) } else { (device, host) };
+                    to.push(RawCopy { from, to: into, bytes });
+                    done += bytes;
+                }
+            }
+            offset += region.bytes;
+        }
+        Ok(())
+    }
+}
+
+impl Mover for CudaMover {
+    fn batch_blocks(&self) -> usize {
+        (BATCH_BYTES_MAX / self.shape.block_bytes().max(1)).clamp(1, BATCH_BLOCKS_MAX)
+    }
+
+    fn prepare(&self, segment: &Arc<SharedMemory>) -> Result<(), String> {
+        let at = segment.address().addr().get();
+        let registered =
+            RegisteredMemory::new(&self.context, segment.clone()).map_err(|error| error.to_string())?;
+        self.segments.write().insert(at, Arc::new(registered));
+        Ok(())
+    }
+
+    fn release(&self, segment: &SharedMemory) {
+        let released = self.segments.write().remove(&segment.address().addr().get());
+        // Outside the lock: it waits for the GPU.
+        drop(released);
+    }
+
+    fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String> {
+        let event = Event::new(&self.context).map_err(|error| error.to_string())?;
+        // SAFETY: the engine passes a stream of its own, which it keeps.
+        unsafe { event.record_foreign(stream) }.map_err(|error| error.to_string())?;
+        Ok(Arc::new(Reached(event)))
+    }
+
+    fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        self.copy(blocks, Way::In)
+    }
+
+    fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        self.copy(blocks, Way::Out)
+    }
+}
+
+impl fmt::Debug for CudaMover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "copies on {:?}", self.context.device())
+    }
+}
+
+#[derive(Debug)]
+struct Reached(Event);
+
+impl Fence for Reached {
+    fn wait(&self) -> Result<(), String> {
+        self.0.synchronize().map_err(|error| error.to_string())
+    }
+}

@@ -1,0 +1,279 @@
+//! Questions to the daemon.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvbm_hash::{Namespace, Retention, SequenceHash};
+use kvbm_proto::{pack_keys, retention_runs, v1};
+use parking_lot::{Condvar, Mutex};
+
+use super::{Attachment, Inner, writes_of};
+use crate::ClientError;
+use crate::client::answer;
+use crate::engine::host::{StoreRequest, Writes};
+use crate::engine::metadata::Lease;
+use crate::engine::scheduler::{Promised, Slot};
+use crate::session::{Answer, Question};
+
+/// Stands for a block of which nothing is said.
+const NO_PRIORITY: u8 = u8::MAX;
+
+impl Attachment {
+    /// Says something that needs no answer. What cannot be said goes with the session.
+    pub async fn tell(&self, message: Question) {
+        let _ = self.client.session().tell(message).await;
+    }
+
+    async fn ask(&self, question: Question, deadline: Duration) -> Result<Answer, ClientError> {
+        let returns = self.client.session().returns();
+        let late = move |answer| {
+            // A lease that nobody waits for any more.
+            if let Answer::Match(v1::MatchReply { lease_id: lease_id @ 1.., .. }) = answer {
+                returns.send(Question::ReleaseLease(v1::ReleaseLease { lease_id, whole: true }));
+            }
+        };
+        self.client.session().question(question, deadline, late).await
+    }
+}
+
+impl Inner {
+    /// The number of a namespace in this session.
+    async fn namespace_id(&self, attachment: &Attachment, namespace: Namespace) -> Result<u32, ClientError> {
+        let mut known = attachment.namespaces.lock().await;
+        if let Some(id) = known.get(&namespace) {
+            return Ok(*id);
+        }
+        let client = attachment.client.with_deadline(self.patience());
+        let (base, tenant) = (self.registered.base, &self.settings.tenant);
+        let id = client.register_namespace(namespace, base, tenant, &self.settings.model).await?;
+        known.insert(namespace, id);
+        Ok(id)
+    }
+
+    /// Blocks behind the first `skip`, held. A daemon that says nothing for too long loses the session.
+    pub(super) async fn look_up(
+        &self,
+        attachment: &Arc<Attachment>,
+        namespace: Namespace,
+        keys: &[SequenceHash],
+        skip: usize,
+    ) -> Option<Promised> {
+        let found = async {
+            let namespace_id = self.namespace_id(attachment, namespace).await?;
+            let question = v1::Match {
+                namespace_id,
+                keys: pack_keys(keys.iter().map(|key| &key.0)),
+                pool_id: attachment.pool_id,
+                skip_blocks: u32::try_from(skip).map_err(ClientError::malformed)?,
+                hold: true,
+                ..v1::Match::default()
+            };
+            let reply = attachment.ask(Question::Match(question), self.patience()).await?;
+            promised(answer!(reply, Match)?, keys.len() - skip)
+        };
+        self.judge(attachment, found.await).flatten()
+    }
+
+    pub(super) async fn store(
+        &self,
+        attachment: &Arc<Attachment>,
+        request: &StoreRequest,
+    ) -> Result<Writes, ClientError> {
+        let stored = async {
+            let namespace_id = self.namespace_id(attachment, request.namespace).await?;
+            let question = store_message(namespace_id, attachment.pool_id, request);
+            let reply: v1::StoreReply =
+                answer!(attachment.ask(Question::Store(question), self.patience()).await?, Store)?;
+            if reply.verdicts.len() != request.keys.len() {
+                return Err(ClientError::malformed("a Store was answered for another number of blocks"));
+            }
+            let writes = writes_of(&reply.verdicts, &reply.slots.unwrap_or_default());
+            let writes = writes.ok_or_else(|| {
+                ClientError::malformed("a Store was answered with other slots than blocks to write")
+            })?;
+            let any =
+                |verdict: v1::StoreVerdict| reply.verdicts.iter().any(|of| i32::from(*of) == verdict as i32);
+            Ok(Writes {
+                store_id: reply.store_id,
+                host: attachment.host.clone(),
+                writes,
+                orphans: any(v1::StoreVerdict::Orphan),
+                busy: any(v1::StoreVerdict::Busy),
+            })
+        };
+        let stored = stored.await;
+        let kept = stored.as_ref().map(|_| ()).map_err(Clone::clone);
+        self.judge(attachment, kept);
+        stored
+    }
+
+    /// An offer that no rank has heard of.
+    pub(super) fn take_back(&self, attachment: &Arc<Attachment>, lease: Lease) {
+        let attachment = attachment.clone();
+        let question = v1::ReleaseLease { lease_id: lease.lease_id, whole: true };
+        self.handle.spawn(async move { attachment.tell(Question::ReleaseLease(question)).await });
+    }
+
+    /// What an answer, or its absence, says about the daemon.
+    fn judge<T>(&self, attachment: &Arc<Attachment>, result: Result<T, ClientError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            // Full, or not of a mind to: an answer like others.
+            Err(ClientError::Refused { refusal, detail }) => {
+                tracing::debug!(?refusal, detail, "the daemon refused");
+                None
+            }
+            Err(error) => {
+                if self.give_up(attachment) {
+                    tracing::warn!(%error, "going on without the daemon");
+                }
+                None
+            }
+        }
+    }
+
+    /// Goes on without this session. False: it had done so before.
+    pub(super) fn give_up(&self, attachment: &Arc<Attachment>) -> bool {
+        let mut current = self.current.write();
+        let given_up = current.as_ref().is_some_and(|now| Arc::ptr_eq(now, attachment));
+        if given_up {
+            // First: at no time is a promise found in neither.
+            self.keep(attachment.host.clone());
+            *current = None;
+        }
+        drop(current);
+        attachment.given_up.send_replace(true);
+        given_up
+    }
+}
+
+fn promised(reply: v1::MatchReply, asked: usize) -> Result<Option<Promised>, ClientError> {
+    let blocks = reply.host_blocks as usize;
+    if reply.lease_id == 0 || blocks == 0 {
+        return Ok(None);
+    }
+    let slots = reply.slots.unwrap_or_default();
+    if blocks > asked || slots.segments.len() != blocks || slots.indices.len() != blocks {
+        return Err(ClientError::malformed("a Match was answered with other slots than blocks"));
+    }
+    let slots = slots.segments.into_iter().zip(slots.indices);
+    Ok(Some(Promised {
+        lease: Lease { lease_id: reply.lease_id, pin: reply.pin },
+        slots: slots.map(|(segment, index)| Slot { segment, index }).collect(),
+    }))
+}
+
+fn store_message(namespace_id: u32, pool_id: u32, request: &StoreRequest) -> v1::Store {
+    let priority = |priority: &u8| {
+        (*priority != NO_PRIORITY).then_some(Retention { priority: *priority, duration: None })
+    };
+    let retention: Vec<Option<Retention>> = request.priorities.iter().map(priority).collect();
+    let parents = request.parent.map_or([0; 16], |parent| parent.0);
+    let parents = std::iter::once(&parents).chain(request.keys.iter().map(|key| &key.0));
+    v1::Store {
+        namespace_id,
+        pool_id,
+        blocks: request
+            .blocks
+            .iter()
+            .map(|(block, generation)| v1::BlockRef { block: *block, generation: *generation })
+            .collect(),
+        keys: pack_keys(request.keys.iter().map(|key| &key.0)),
+        parents: pack_keys(parents.take(request.keys.len())),
+        retention: retention_runs(&retention),
+        ..v1::Store::default()
+    }
+}
+
+/// An answer that one side waits for and the other gives, whichever comes first: given up, or answered.
+pub(super) struct Reply<T>(Arc<(Mutex<State<T>>, Condvar)>);
+
+enum State<T> {
+    Open,
+    Answered(T),
+    GivenUp,
+}
+
+impl<T> Default for Reply<T> {
+    fn default() -> Self {
+        Self(Arc::new((Mutex::new(State::Open), Condvar::new())))
+    }
+}
+
+impl<T> Clone for Reply<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Reply<T> {
+    /// Gives the answer. It comes back when nobody waits for it any more.
+    pub fn answer(&self, value: T) -> Option<T> {
+        let mut state = self.0.0.lock();
+        if matches!(*state, State::GivenUp) {
+            return Some(value);
+        }
+        *state = State::Answered(value);
+        self.0.1.notify_one();
+        None
+    }
+
+    /// Waits for it; `None` after `patience`.
+    pub fn wait(&self, patience: Duration) -> Option<T> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.0.0.lock();
+        while matches!(*state, State::Open) {
+            if self.0.1.wait_until(&mut state, deadline).timed_out() {
+                break;
+            }
+        }
+        match std::mem::replace(&mut *state, State::GivenUp) {
+            State::Answered(value) => Some(value),
+            State::Open | State::GivenUp => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_had_by_exactly_one_side() {
+        let early = Reply::default();
+        assert_eq!(early.answer(1), None);
+        assert_eq!(early.wait(Duration::ZERO), Some(1));
+        let late = Reply::default();
+        assert_eq!(late.wait(Duration::ZERO), None);
+        assert_eq!(late.answer(2), Some(2));
+    }
+
+    #[test]
+    fn slots_that_do_not_fit_the_answer_are_refused() {
+        let slots = v1::Slots { segments: vec![1, 1], indices: vec![4, 5], ..v1::Slots::default() };
+        let reply =
+            v1::MatchReply { host_blocks: 2, lease_id: 9, pin: 3, slots: Some(slots), ..Default::default() };
+        let found = promised(reply.clone(), 2).unwrap().unwrap();
+        assert_eq!(found.slots, [Slot { segment: 1, index: 4 }, Slot { segment: 1, index: 5 }]);
+        assert!(promised(reply.clone(), 1).is_err());
+        assert!(promised(v1::MatchReply { host_blocks: 1, ..reply.clone() }, 2).is_err());
+        assert_eq!(promised(v1::MatchReply { lease_id: 0, ..reply }, 2), Ok(None));
+    }
+
+    #[test]
+    fn parents_are_the_keys_before() {
+        let key = |byte| SequenceHash([byte; 16]);
+        let request = StoreRequest {
+            namespace: Namespace([0; 32]),
+            blocks: vec![(4, 0), (9, 2)],
+            keys: vec![key(1), key(2)],
+            parent: None,
+            priorities: vec![80, NO_PRIORITY],
+        };
+        let message = store_message(3, 4, &request);
+        assert_eq!(message.parents, [[0; 16], [1; 16]].concat());
+        assert_eq!(message.retention.len(), 2);
+        let behind = store_message(3, 4, &StoreRequest { parent: Some(key(7)), ..request });
+        assert_eq!(behind.parents, [[7; 16], [1; 16]].concat());
+    }
+}

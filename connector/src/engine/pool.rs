@@ -1,0 +1,268 @@
+//! The engine's KV memory: where the bytes of a block are, and who moves them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvbm_shm::{LentMemory, SharedMemory};
+use thiserror::Error;
+
+/// Bytes of a page that lie together: page `i` has `[i * stride, +bytes)` of a piece of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Region {
+    /// Address of page 0.
+    pub base: usize,
+    /// Bytes of each page.
+    pub bytes: usize,
+    /// Bytes from one page to the next, at least `bytes`.
+    pub stride: usize,
+    /// How many pages there are.
+    pub pages: u32,
+}
+
+/// Layers whose pages are numbered together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerGroup {
+    /// In the order in which they lie in a host slot.
+    pub regions: Vec<Region>,
+}
+
+/// A pool that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("register KV memory: {0}")]
+pub struct InvalidPool(pub(crate) String);
+
+/// Where the bytes of an engine's blocks are. A block is one page of each group, one behind the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolShape {
+    groups: Vec<LayerGroup>,
+}
+
+impl PoolShape {
+    /// Checks the regions: each group has some, all of as many pages, none of which overlap.
+    pub fn new(groups: Vec<LayerGroup>) -> Result<Self, InvalidPool> {
+        let wrong = |what: String| Err(InvalidPool(what));
+        if groups.is_empty() {
+            return wrong("there is no layer group".into());
+        }
+        for (index, group) in groups.iter().enumerate() {
+            let Some(first) = group.regions.first() else {
+                return wrong(format!("layer group {index} has no memory"));
+            };
+            for region in &group.regions {
+                let Region { base, bytes, stride, pages } = *region;
+                if pages == 0 || pages != first.pages || i32::try_from(pages).is_err() {
+                    return wrong(format!(
+                        "layer group {index} has a region of {pages} pages and one of {}",
+                        first.pages
+                    ));
+                }
+                let end = stride.checked_mul(pages as usize).and_then(|bytes| base.checked_add(bytes));
+                if base == 0 || bytes == 0 || bytes > stride || end.is_none() {
+                    return wrong(format!(
+                        "layer group {index} has pages of {bytes} bytes every {stride} at {base:#x}"
+                    ));
+                }
+            }
+        }
+        Ok(Self { groups })
+    }
+
+    /// The layer groups.
+    pub fn groups(&self) -> &[LayerGroup] {
+        &self.groups
+    }
+
+    /// Bytes of a block, all groups.
+    pub fn block_bytes(&self) -> usize {
+        self.regions().map(|(_, region)| region.bytes).sum()
+    }
+
+    /// Pages of the group that has most.
+    pub fn pages_max(&self) -> u32 {
+        self.groups.iter().map(|group| group.regions[0].pages).max().unwrap_or(0)
+    }
+
+    /// Every region, with the number of its group.
+    pub fn regions(&self) -> impl Iterator<Item = (usize, &Region)> {
+        self.groups
+            .iter()
+            .enumerate()
+            .flat_map(|(group, of)| of.regions.iter().map(move |region| (group, region)))
+    }
+
+    /// True if the groups have these pages, where -1 stands for none.
+    pub fn has(&self, pages: &[i32]) -> bool {
+        pages.len() == self.groups.len()
+            && pages.iter().zip(&self.groups).all(|(page, group)| {
+                u32::try_from(*page).map_or(*page == -1, |page| page < group.regions[0].pages)
+            })
+    }
+}
+
+/// A block in the engine's memory and in host memory.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockCopy<'a> {
+    /// One page per layer group, -1 where the group has none: its bytes are left out.
+    pub pages: &'a [i32],
+    /// The host segment.
+    pub segment: &'a SharedMemory,
+    /// Byte of the segment at which this rank's part of the block begins.
+    pub offset: usize,
+}
+
+/// Moves blocks between the engine's memory and host memory. Both ways are used at once, from two threads.
+pub trait Mover: Send + Sync + fmt::Debug {
+    /// How many blocks are best moved at once. While they are, they cannot be called back.
+    fn batch_blocks(&self) -> usize;
+
+    /// A host segment will be copied from and to.
+    fn prepare(&self, segment: &Arc<SharedMemory>) -> Result<(), String> {
+        let _ = segment;
+        Ok(())
+    }
+
+    /// It will not be any more.
+    fn release(&self, segment: &SharedMemory) {
+        let _ = segment;
+    }
+
+    /// Remembers how far the engine has come on its stream.
+    fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String>;
+
+    /// Brings blocks into the engine's memory, and returns when they are there.
+    fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String>;
+
+    /// Copies blocks out of the engine's memory, and returns when they are out.
+    fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String>;
+}
+
+/// How far the engine had come at some moment.
+pub trait Fence: Send + Sync + fmt::Debug {
+    /// Waits until the engine's device has done what the engine had launched by then.
+    fn wait(&self) -> Result<(), String>;
+}
+
+/// On the CPU what was launched is done.
+#[derive(Debug)]
+struct Passed;
+
+impl Fence for Passed {
+    fn wait(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// Moves by the processor: engines whose KV memory is ordinary memory.
+#[derive(Debug)]
+pub struct MemoryMover {
+    shape: PoolShape,
+    /// One for each region.
+    memories: Vec<LentMemory>,
+}
+
+impl MemoryMover {
+    /// Over the memory of `shape`, one for each of its regions.
+    pub fn new(shape: PoolShape, memories: Vec<LentMemory>) -> Self {
+        Self { shape, memories }
+    }
+
+    fn each(&self, block: &BlockCopy<'_>, copy: impl Fn(&LentMemory, usize, usize, usize)) {
+        let mut at = block.offset;
+        for ((group, region), memory) in self.shape.regions().zip(&self.memories) {
+            if let Ok(page) = usize::try_from(block.pages[group]) {
+                copy(memory, page * region.stride, at, region.bytes);
+            }
+            at += region.bytes;
+        }
+    }
+}
+
+impl Mover for MemoryMover {
+    fn batch_blocks(&self) -> usize {
+        1
+    }
+
+    fn fence(&self, _stream: u64) -> Result<Arc<dyn Fence>, String> {
+        Ok(Arc::new(Passed))
+    }
+
+    fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        for block in blocks {
+            self.each(block, |memory, page, at, bytes| memory.copy_from(page, block.segment, at, bytes));
+        }
+        Ok(())
+    }
+
+    fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        for block in blocks {
+            self.each(block, |memory, page, at, bytes| memory.copy_to(page, block.segment, at, bytes));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(pages: u32, bytes: usize, stride: usize) -> Region {
+        Region { base: 4096, bytes, stride, pages }
+    }
+
+    #[test]
+    fn impossible_pools_are_refused() {
+        let refused = |groups: Vec<Vec<Region>>| {
+            let groups = groups.into_iter().map(|regions| LayerGroup { regions }).collect();
+            PoolShape::new(groups).unwrap_err().to_string()
+        };
+        assert!(refused(vec![]).contains("no layer group"));
+        assert!(refused(vec![vec![]]).contains("group 0 has no memory"));
+        assert!(refused(vec![vec![region(4, 8, 8), region(5, 8, 8)]]).contains("5 pages and one of 4"));
+        assert!(refused(vec![vec![region(4, 9, 8)]]).contains("9 bytes every 8"));
+        assert!(refused(vec![vec![region(4, 8, usize::MAX)]]).contains("pages of"));
+    }
+
+    #[test]
+    fn a_block_is_a_page_of_each_group() {
+        let group = |regions| LayerGroup { regions };
+        let shape = PoolShape::new(vec![
+            group(vec![region(4, 8, 16), region(4, 4, 4)]),
+            group(vec![region(9, 2, 2)]),
+        ])
+        .unwrap();
+        assert_eq!((shape.block_bytes(), shape.pages_max()), (14, 9));
+        assert!(shape.has(&[3, 8]) && shape.has(&[-1, 0]));
+        assert!(!shape.has(&[4, 0]) && !shape.has(&[0]) && !shape.has(&[-2, 0]));
+    }
+
+    #[test]
+    fn blocks_come_back_as_they_went_and_absent_pages_are_left_alone() {
+        let memory = || SharedMemory::create("pool", 4096).unwrap();
+        let other = |memory: &SharedMemory| {
+            LentMemory::of_shared(SharedMemory::from_fd(memory.fd().try_clone_to_owned().unwrap()).unwrap())
+        };
+        let (a, b) = (memory(), memory());
+        let bytes: Vec<u8> = (0..200).collect();
+        a.write(0, &bytes);
+        b.write(0, &bytes);
+        let shape = PoolShape::new(vec![
+            LayerGroup { regions: vec![region(8, 5, 10)] },
+            LayerGroup { regions: vec![region(8, 7, 9)] },
+        ])
+        .unwrap();
+        let mover = MemoryMover::new(shape, vec![other(&a), other(&b)]);
+        let segment = memory();
+        let at = |pages| BlockCopy { pages, segment: &segment, offset: 50 };
+        mover.save(&[at(&[2, 3])]).unwrap();
+        mover.load(&[at(&[5, -1])]).unwrap();
+        let read = |memory: &SharedMemory, from: usize, len: usize| {
+            let mut seen = vec![0; len];
+            memory.read(from, &mut seen);
+            seen
+        };
+        assert_eq!(read(&a, 50, 5), bytes[20..25]);
+        assert_eq!((read(&a, 0, 50), read(&a, 55, 145)), (bytes[..50].to_vec(), bytes[55..].to_vec()));
+        assert_eq!(read(&b, 0, 200), bytes, "no page of group 1 was to be loaded");
+        assert_eq!(read(&segment, 50, 12), [&bytes[20..25], &bytes[27..34]].concat());
+    }
+}

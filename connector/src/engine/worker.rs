@@ -1,0 +1,259 @@
+//! The worker half of one rank: moves blocks as the metadata says, on threads of its own, and answers the engine from
+//! what it knows itself.
+//!
+//! ```text
+//!  bind(metadata) ── generations up, voided loads called back, loads and saves noted
+//!  start_loads ────► load thread:  begin lease, copy in, end lease ──────────────► finished
+//!  pass_done ──────► save thread:  offer to the daemon, copy out, generation same? ► finished
+//! ```
+//!
+//! A load that is called back does not write when `bind` returns: a batch is copied under the load's lock. A copy out
+//! of a page that changed hands meanwhile does not count, because the generation was raised before the pass that may
+//! have written the page. A load that cannot be kept is an error for the engine: it would compute on wrong bytes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::host::Host;
+use super::metadata::Metadata;
+use super::pool::{Mover, PoolShape};
+
+mod endings;
+mod loads;
+mod queue;
+mod saves;
+#[cfg(test)]
+mod tests;
+
+use endings::Endings;
+use loads::LoadJob;
+use queue::Queue;
+use saves::SaveJob;
+
+/// Copies of one kind that wait for their thread, at most. More loads than the engine has requests cannot wait; a save
+/// that finds no room is left out.
+const QUEUE_MAX: usize = 65_536;
+
+/// Totals since the start.
+#[derive(Debug, Default)]
+pub struct WorkerCounts {
+    /// Blocks brought from host memory.
+    pub loaded_blocks: AtomicU64,
+    /// Blocks copied to host memory.
+    pub saved_blocks: AtomicU64,
+    /// Copies out that did not count because the page had changed hands.
+    pub stale_blocks: AtomicU64,
+    /// Saves that nobody took.
+    pub dropped_saves: AtomicU64,
+    /// Loads called back because their pages had changed hands.
+    pub cancelled_loads: AtomicU64,
+    /// Loads that were promised and could not be kept. The engine is told before it computes on them.
+    pub broken_promises: AtomicU64,
+}
+
+/// What the threads and the engine's thread share.
+struct Shared {
+    shape: PoolShape,
+    mover: Arc<dyn Mover>,
+    host: Arc<dyn Host>,
+    /// Of each page of each group: raised when the page changes hands.
+    generations: Vec<Vec<AtomicU32>>,
+    loading: Mutex<Endings>,
+    saving: Mutex<Endings>,
+    /// Requests whose saves did not arrive because of what came before them.
+    orphaned: Mutex<Vec<u64>>,
+    broken: Mutex<Option<String>>,
+    counts: Arc<WorkerCounts>,
+}
+
+/// The worker half of one rank.
+pub(crate) struct WorkerHalf {
+    shared: Arc<Shared>,
+    /// Parked loads that may be under way.
+    under_way: HashMap<u64, Arc<LoadJob>>,
+    /// Of the metadata that is bound.
+    next_loads: Vec<Arc<LoadJob>>,
+    next_saves: Vec<SaveJob>,
+    loads: Queue<Arc<LoadJob>>,
+    /// `None`: another rank saves the same bytes.
+    saves: Option<Queue<SaveJob>>,
+}
+
+impl WorkerHalf {
+    /// `saves`: false where another rank saves the same bytes.
+    pub fn new(
+        shape: PoolShape,
+        mover: Arc<dyn Mover>,
+        host: Arc<dyn Host>,
+        saves: bool,
+    ) -> std::io::Result<Self> {
+        let generations = shape
+            .groups()
+            .iter()
+            .map(|group| (0..group.regions[0].pages).map(|_| AtomicU32::new(0)).collect())
+            .collect();
+        let shared = Arc::new(Shared {
+            shape,
+            mover,
+            host,
+            generations,
+            loading: Mutex::new(Endings::always_asked()),
+            saving: Mutex::default(),
+            orphaned: Mutex::default(),
+            broken: Mutex::default(),
+            counts: Arc::default(),
+        });
+        let of_loads = shared.clone();
+        let loads = Queue::start("kvbm-load", QUEUE_MAX, move |job: Arc<LoadJob>| job.run(&of_loads))?;
+        let of_saves = shared.clone();
+        let save_queue = Queue::start("kvbm-save", QUEUE_MAX, move |job: SaveJob| job.run(&of_saves))?;
+        Ok(Self {
+            shared,
+            under_way: HashMap::new(),
+            next_loads: Vec::new(),
+            next_saves: Vec::new(),
+            loads,
+            saves: saves.then_some(save_queue),
+        })
+    }
+
+    pub fn counts(&self) -> &Arc<WorkerCounts> {
+        &self.shared.counts
+    }
+
+    /// Takes in what is to be done before and after the next pass.
+    pub fn bind(&mut self, metadata: Metadata) -> Result<(), String> {
+        // A pass that never came: its blocks are not known to be complete.
+        for save in std::mem::take(&mut self.next_saves) {
+            save.drop_unsaved(&self.shared);
+        }
+        for (group, pages) in metadata.reassigned.iter().enumerate() {
+            for page in &pages.pages {
+                self.shared.raise(group, *page)?;
+            }
+        }
+        for load_id in &metadata.voided {
+            if let Some(job) = self.under_way.remove(load_id) {
+                job.call_back();
+            }
+        }
+        for lease in metadata.ended {
+            self.shared.host.end(lease);
+        }
+        self.under_way.retain(|_, job| !job.is_over());
+        for load in metadata.loads {
+            let job = Arc::new(LoadJob::new(load, &self.shared)?);
+            if job.parked {
+                self.shared.loading.lock().begin(job.request_id);
+                self.under_way.insert(job.load_id, job.clone());
+            }
+            self.next_loads.push(job);
+        }
+        let saves = if self.saves.is_some() { metadata.saves } else { Vec::new() };
+        for save in saves {
+            let job = SaveJob::new(save, &self.shared)?;
+            self.shared.saving.lock().begin(job.request_id);
+            self.next_saves.push(job);
+        }
+        Ok(())
+    }
+
+    /// Starts the bound loads; those that the pass needs are done when this returns.
+    pub fn start_loads(&mut self, stream: u64) -> Result<(), String> {
+        let jobs = std::mem::take(&mut self.next_loads);
+        if jobs.is_empty() {
+            return self.shared.check();
+        }
+        // What the engine launched before may still be using the pages.
+        let fence = self.shared.mover.fence(stream)?;
+        let mut in_pass = Vec::new();
+        for job in jobs {
+            job.set_fence(fence.clone());
+            if !job.parked {
+                in_pass.push(job.clone());
+            }
+            if self.loads.push(job).is_err() {
+                return Err(format!("more than {QUEUE_MAX} loads are waiting"));
+            }
+        }
+        for job in in_pass {
+            job.wait();
+        }
+        self.shared.check()
+    }
+
+    /// The pass whose metadata is bound has been launched: its blocks are complete when the stream gets here.
+    pub fn pass_done(&mut self, stream: u64) -> Result<(), String> {
+        let Some(queue) = self.saves.as_ref().filter(|_| !self.next_saves.is_empty()) else { return Ok(()) };
+        let fence = self.shared.mover.fence(stream)?;
+        for mut save in std::mem::take(&mut self.next_saves) {
+            save.fence = Some(fence.clone());
+            if let Err(save) = queue.push(save) {
+                save.drop_unsaved(&self.shared);
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes whose end the engine asks for; returns whose copies have ended, each once: saves, then loads.
+    pub fn get_finished(&mut self, saving: &[u64], loading: &[u64]) -> Result<(Vec<u64>, Vec<u64>), String> {
+        let saved = {
+            let mut endings = self.shared.saving.lock();
+            for request in saving {
+                let _ = endings.ask(*request);
+            }
+            endings.take()
+        };
+        let loaded = {
+            let mut endings = self.shared.loading.lock();
+            for request in loading {
+                if !endings.ask(*request) {
+                    return Err(format!(
+                        "the engine waits for a load of request {request}, of which this rank was never told"
+                    ));
+                }
+            }
+            endings.take()
+        };
+        self.shared.check()?;
+        Ok((saved, loaded))
+    }
+
+    /// True while copies out of this request's blocks may be under way.
+    pub fn is_saving(&self, request: u64) -> bool {
+        self.shared.saving.lock().is_under_way(request)
+    }
+
+    /// Requests that are to be saved again from the first block.
+    pub fn take_orphaned(&mut self) -> Vec<u64> {
+        std::mem::take(&mut *self.shared.orphaned.lock())
+    }
+}
+
+impl Shared {
+    fn raise(&self, group: usize, page: i32) -> Result<(), String> {
+        let word = usize::try_from(page).ok().and_then(|page| self.generations.get(group)?.get(page));
+        let word = word.ok_or_else(|| format!("page {page} of layer group {group} was never registered"))?;
+        word.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Generation of a page, if there is one.
+    fn generation(&self, group: usize, page: i32) -> u32 {
+        let page = usize::try_from(page).ok();
+        page.map_or(0, |page| self.generations[group][page].load(Ordering::SeqCst))
+    }
+
+    fn break_promise(&self, why: String) {
+        self.counts.broken_promises.fetch_add(1, Ordering::Relaxed);
+        tracing::error!(why, "a promised load cannot be kept");
+        self.broken.lock().get_or_insert(why);
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.broken.lock().clone().map_or(Ok(()), Err)
+    }
+}

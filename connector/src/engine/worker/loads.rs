@@ -1,0 +1,146 @@
+//! One load: blocks from host memory into the engine's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::Shared;
+use crate::engine::host::HostMemory;
+use crate::engine::metadata::{Lease, Load};
+use crate::engine::pool::{BlockCopy, Fence};
+
+pub(super) struct LoadJob {
+    pub load_id: u64,
+    pub request_id: u64,
+    pub parked: bool,
+    lease: Lease,
+    last: bool,
+    /// Segment and index of each block.
+    slots: Vec<(u32, u32)>,
+    /// Pages of each block, one per layer group.
+    pages: Vec<Vec<i32>>,
+    fence: Mutex<Option<Arc<dyn Fence>>>,
+    /// No batch is begun any more.
+    called_back: AtomicBool,
+    /// Held while a batch is copied: who has it knows that nothing is being written. True when all is over.
+    over: Mutex<bool>,
+    ended: Condvar,
+}
+
+impl LoadJob {
+    pub fn new(load: Load, shared: &Shared) -> Result<Self, String> {
+        let pages = by_block(&load.pages.iter().map(|group| group.pages.as_slice()).collect::<Vec<_>>());
+        if let Some(pages) = pages.iter().find(|pages| !shared.shape.has(pages)) {
+            return Err(format!(
+                "request {} is to be loaded into pages {pages:?}, which were never registered",
+                load.request_id
+            ));
+        }
+        Ok(Self {
+            load_id: load.load_id,
+            request_id: load.request_id,
+            parked: load.parked,
+            lease: load.lease,
+            last: load.last,
+            slots: load.segments.into_iter().zip(load.indices).collect(),
+            pages,
+            fence: Mutex::default(),
+            called_back: AtomicBool::new(false),
+            over: Mutex::new(false),
+            ended: Condvar::new(),
+        })
+    }
+
+    pub fn set_fence(&self, fence: Arc<dyn Fence>) {
+        *self.fence.lock() = Some(fence);
+    }
+
+    /// False also while a batch is copied: the engine's thread does not wait for one to know.
+    pub fn is_over(&self) -> bool {
+        self.over.try_lock().is_some_and(|over| *over)
+    }
+
+    /// When it returns nothing is written any more.
+    pub fn call_back(&self) {
+        // Before the lock is asked for, so that a batch is waited for and not all that follow.
+        self.called_back.store(true, Ordering::SeqCst);
+        drop(self.over.lock());
+    }
+
+    /// Waits for the end.
+    pub fn wait(&self) {
+        let mut over = self.over.lock();
+        while !*over {
+            self.ended.wait(&mut over);
+        }
+    }
+
+    pub fn run(&self, shared: &Shared) {
+        match self.copy(shared) {
+            Ok(Copied::All) => {}
+            Ok(Copied::CalledBack) => {
+                shared.counts.cancelled_loads.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(why) => shared.break_promise(format!("load of request {}: {why}", self.request_id)),
+        }
+        if self.last {
+            shared.host.end(self.lease);
+        }
+        *self.over.lock() = true;
+        self.ended.notify_all();
+        if self.parked {
+            shared.loading.lock().end(self.request_id);
+        }
+    }
+
+    fn copy(&self, shared: &Shared) -> Result<Copied, String> {
+        if self.slots.is_empty() {
+            return Ok(Copied::All);
+        }
+        if self.called_back.load(Ordering::SeqCst) {
+            return Ok(Copied::CalledBack);
+        }
+        if let Some(fence) = self.fence.lock().take() {
+            fence.wait()?;
+        }
+        let host = shared.host.begin(self.lease).ok_or("the lease is not this rank's any more")?;
+        let blocks: Vec<_> = self.slots.iter().zip(&self.pages).collect();
+        for batch in blocks.chunks(shared.mover.batch_blocks().max(1)) {
+            let copying = self.over.lock();
+            if self.called_back.load(Ordering::SeqCst) {
+                return Ok(Copied::CalledBack);
+            }
+            copy_batch(shared, &host, batch)?;
+            drop(copying);
+            shared.counts.loaded_blocks.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        }
+        Ok(Copied::All)
+    }
+}
+
+enum Copied {
+    All,
+    CalledBack,
+}
+
+fn copy_batch(shared: &Shared, host: &HostMemory, batch: &[(&(u32, u32), &Vec<i32>)]) -> Result<(), String> {
+    let placed: Vec<_> = batch
+        .iter()
+        .map(|((segment, index), pages)| {
+            let place = host.place(*segment, *index);
+            place.map(|place| (place, *pages)).ok_or_else(|| format!("host segment {segment} is not mapped"))
+        })
+        .collect::<Result<_, _>>()?;
+    let copies: Vec<BlockCopy<'_>> = placed
+        .iter()
+        .map(|((segment, offset), pages)| BlockCopy { pages, segment, offset: *offset })
+        .collect();
+    shared.mover.load(&copies)
+}
+
+/// From one list per group to one list per block.
+pub(super) fn by_block(groups: &[&[i32]]) -> Vec<Vec<i32>> {
+    let blocks = groups.first().map_or(0, |group| group.len());
+    (0..blocks).map(|block| groups.iter().map(|group| group[block]).collect()).collect()
+}

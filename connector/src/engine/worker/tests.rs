@@ -1,0 +1,379 @@
+//! The worker half over real memory: what is written when, and what counts.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvbm_shm::{LentMemory, PinState, PinnedSlot, PoolWords, SharedMemory};
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use super::*;
+use crate::engine::host::{HostMemory, StoreRequest, Write, Writes};
+use crate::engine::metadata::{Lease, Load, Pages, Save};
+use crate::engine::pool::{BlockCopy, Fence, LayerGroup, MemoryMover, Region};
+
+const BLOCK: usize = 64;
+const PAGES: u32 = 16;
+const STRIDE: usize = 4096;
+const LEASE: Lease = Lease { lease_id: 5, pin: 3 };
+
+/// Segments and indices of slots, and which of them have their bytes.
+type Done = (Vec<(u32, u32)>, Vec<bool>);
+
+/// A daemon that takes everything and puts it where it is free.
+struct Daemon {
+    memory: Arc<HostMemory>,
+    segment: Arc<SharedMemory>,
+    done: Mutex<Vec<Done>>,
+    offered: Mutex<Vec<StoreRequest>>,
+    takes: Mutex<bool>,
+}
+
+impl Host for Daemon {
+    fn begin(&self, lease: Lease) -> Option<Arc<HostMemory>> {
+        self.memory.begin(lease).then(|| self.memory.clone())
+    }
+
+    fn end(&self, lease: Lease) {
+        self.memory.end(lease);
+    }
+
+    fn store(&self, request: &StoreRequest) -> Option<Writes> {
+        self.offered.lock().push(request.clone());
+        let write =
+            |block: usize| Write { block, segment: 1, index: 8 + block as u32, pin: 1024 + block as u32 };
+        self.takes.lock().then(|| Writes {
+            store_id: 1,
+            host: self.memory.clone(),
+            writes: (0..request.keys.len()).map(write).collect(),
+            orphans: false,
+            busy: false,
+        })
+    }
+
+    fn store_done(&self, writes: &Writes, copied: Vec<bool>) {
+        let slots = writes.writes.iter().map(|write| (write.segment, write.index)).collect();
+        self.done.lock().push((slots, copied));
+    }
+}
+
+/// Moves when it is let, one block at a time.
+struct Gate {
+    mover: MemoryMover,
+    /// Blocks that may be moved; blocks that somebody wants to move.
+    state: Mutex<(usize, usize)>,
+    changed: Condvar,
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gate")
+    }
+}
+
+impl Gate {
+    fn let_through(&self, blocks: usize) {
+        self.state.lock().0 += blocks;
+        self.changed.notify_all();
+    }
+
+    fn wait_for_arrival(&self, blocks: usize) {
+        let mut state = self.state.lock();
+        while state.1 < blocks {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock();
+        state.1 += 1;
+        self.changed.notify_all();
+        while state.0 == 0 {
+            self.changed.wait(&mut state);
+        }
+        state.0 -= 1;
+    }
+}
+
+impl Mover for Gate {
+    fn batch_blocks(&self) -> usize {
+        1
+    }
+
+    fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String> {
+        self.mover.fence(stream)
+    }
+
+    fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        self.pass();
+        self.mover.load(blocks)
+    }
+
+    fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        self.mover.save(blocks)?;
+        self.pass();
+        Ok(())
+    }
+}
+
+struct Rank {
+    pool: SharedMemory,
+    daemon: Arc<Daemon>,
+    gate: Arc<Gate>,
+    half: WorkerHalf,
+}
+
+fn rank() -> Rank {
+    // Mapped twice: by the test, and lent to the half.
+    let pool = SharedMemory::create("pool", 4096).unwrap();
+    let lent = SharedMemory::from_fd(pool.fd().try_clone_to_owned().unwrap()).unwrap();
+    let region = Region { base: lent.address().addr().get(), bytes: BLOCK, stride: BLOCK, pages: PAGES };
+    let shape = PoolShape::new(vec![LayerGroup { regions: vec![region] }]).unwrap();
+    let words = PoolWords::create([1; 16], PAGES).unwrap();
+    let segment = Arc::new(SharedMemory::create("segment", 32 * STRIDE).unwrap());
+    let segments = RwLock::new([(1, segment.clone())].into());
+    let mover = MemoryMover::new(shape.clone(), vec![LentMemory::of_shared(lent)]);
+    let gate = Arc::new(Gate { mover, state: Mutex::default(), changed: Condvar::new() });
+    let memory = HostMemory {
+        words,
+        segments,
+        slot_stride: STRIDE,
+        shard_offset: 128,
+        block_bytes: BLOCK,
+        mover: gate.clone(),
+    };
+    let daemon = Arc::new(Daemon {
+        memory: Arc::new(memory),
+        segment,
+        done: Mutex::default(),
+        offered: Mutex::default(),
+        takes: Mutex::new(true),
+    });
+    let half = WorkerHalf::new(shape, gate.clone(), daemon.clone(), true).unwrap();
+    Rank { pool, daemon, gate, half }
+}
+
+impl Rank {
+    fn promise(&self) {
+        self.daemon.memory.words.set_pin(
+            LEASE.pin,
+            PinState::Promised(LEASE.lease_id),
+            PinnedSlot { segment: 1, index: 2 },
+        );
+    }
+
+    fn pin(&self) -> PinState {
+        self.daemon.memory.words.pin(LEASE.pin)
+    }
+
+    fn fill_slot(&self, index: usize, byte: u8) {
+        self.daemon.segment.write(index * STRIDE + 128, &[byte; BLOCK]);
+    }
+
+    fn slot(&self, index: usize) -> [u8; BLOCK] {
+        let mut bytes = [0; BLOCK];
+        self.daemon.segment.read(index * STRIDE + 128, &mut bytes);
+        bytes
+    }
+
+    fn page(&self, page: usize) -> [u8; BLOCK] {
+        let mut bytes = [0; BLOCK];
+        self.pool.read(page * BLOCK, &mut bytes);
+        bytes
+    }
+
+    fn bind(&mut self, with: impl FnOnce(&mut Metadata)) {
+        let mut metadata = Metadata::new([9; 16]);
+        with(&mut metadata);
+        self.half.bind(Metadata::decode(&metadata.encode()).unwrap().unwrap()).unwrap();
+    }
+
+    fn finished(&mut self, saving: &[u64], loading: &[u64]) -> (Vec<u64>, Vec<u64>) {
+        self.half.get_finished(saving, loading).unwrap()
+    }
+
+    /// Until so many saves and loads are told of.
+    fn wait_finished(&mut self, saves: usize, loads: usize) -> (Vec<u64>, Vec<u64>) {
+        let (mut saved, mut loaded) = (Vec::new(), Vec::new());
+        let end = Instant::now() + Duration::from_secs(20);
+        while saved.len() < saves || loaded.len() < loads {
+            assert!(Instant::now() < end, "saved {saved:?}, loaded {loaded:?}");
+            let (more_saved, more_loaded) = self.finished(&[], &[]);
+            saved.extend(more_saved);
+            loaded.extend(more_loaded);
+            std::thread::yield_now();
+        }
+        (saved, loaded)
+    }
+}
+
+fn load(parked: bool, pages: &[i32]) -> Load {
+    Load {
+        load_id: 1,
+        request_id: 7,
+        parked,
+        segments: vec![1; pages.len()],
+        indices: (0..pages.len() as u32).collect(),
+        pages: vec![Pages { pages: pages.to_vec() }],
+        lease: LEASE,
+        last: true,
+    }
+}
+
+fn save(request_id: u64, pages: &[i32]) -> Save {
+    Save {
+        request_id,
+        namespace: vec![1; 32],
+        keys: (0..pages.len() as u8).flat_map(|block| [block; 16]).collect(),
+        pages: vec![Pages { pages: pages.to_vec() }],
+        ..Save::default()
+    }
+}
+
+#[test]
+fn a_parked_load_is_told_of_once_its_bytes_are_there_and_the_lease_is_over() {
+    let mut rank = rank();
+    rank.promise();
+    rank.fill_slot(0, 11);
+    rank.fill_slot(1, 22);
+    rank.bind(|metadata| metadata.loads.push(load(true, &[4, 9])));
+    rank.half.start_loads(0).unwrap();
+    assert_eq!(rank.finished(&[], &[7]), (vec![], vec![]));
+    rank.gate.wait_for_arrival(1);
+    assert_eq!(rank.pin(), PinState::InUse(LEASE.lease_id));
+    rank.gate.let_through(2);
+    assert_eq!(rank.wait_finished(0, 1), (vec![], vec![7]));
+    assert_eq!((rank.page(4), rank.page(9), rank.page(5)), ([11; BLOCK], [22; BLOCK], [0; BLOCK]));
+    assert_eq!(rank.pin(), PinState::Free);
+}
+
+#[test]
+fn a_load_that_was_called_back_writes_nothing_afterwards() {
+    let mut rank = rank();
+    rank.promise();
+    (0..3).for_each(|slot| rank.fill_slot(slot, 11));
+    rank.bind(|metadata| metadata.loads.push(load(true, &[4, 5, 6])));
+    rank.half.start_loads(0).unwrap();
+    assert_eq!(rank.finished(&[], &[7]), (vec![], vec![]));
+    rank.gate.wait_for_arrival(1);
+    // Block 0 is being copied: the call back waits for it.
+    let gate = rank.gate.clone();
+    let helper = std::thread::spawn(move || {
+        std::thread::yield_now();
+        gate.let_through(1);
+    });
+    rank.bind(|metadata| metadata.voided.push(1));
+    let before = (rank.page(4), rank.page(5), rank.page(6));
+    assert_eq!(before, ([11; BLOCK], [0; BLOCK], [0; BLOCK]));
+    rank.gate.let_through(100);
+    assert_eq!(rank.wait_finished(0, 1).1, [7], "the engine still asks for its end");
+    helper.join().unwrap();
+    assert_eq!((rank.page(4), rank.page(5), rank.page(6)), before);
+    assert_eq!((rank.pin(), rank.half.counts().cancelled_loads.load(Ordering::Relaxed)), (PinState::Free, 1));
+}
+
+#[test]
+fn a_load_in_the_pass_is_there_when_loads_were_started() {
+    let mut rank = rank();
+    rank.promise();
+    rank.fill_slot(0, 33);
+    rank.gate.let_through(1);
+    rank.bind(|metadata| metadata.loads.push(load(false, &[2])));
+    rank.half.start_loads(0).unwrap();
+    assert_eq!(rank.page(2), [33; BLOCK]);
+    assert_eq!(rank.finished(&[], &[]), (vec![], vec![]), "nobody asks for it");
+}
+
+#[test]
+fn a_promise_that_cannot_be_kept_is_an_error_before_the_pass() {
+    // Not promised to this rank, or in memory that it has not mapped.
+    for (promised, segment) in [(false, 1), (true, 2)] {
+        let mut rank = rank();
+        if promised {
+            rank.promise();
+        }
+        rank.gate.let_through(9);
+        rank.bind(|metadata| metadata.loads.push(Load { segments: vec![segment], ..load(false, &[2]) }));
+        let error = rank.half.start_loads(0).unwrap_err();
+        assert!(error.contains("load of request 7"), "{error}");
+        assert_eq!(rank.half.counts().broken_promises.load(Ordering::Relaxed), 1);
+    }
+}
+
+#[test]
+fn a_load_of_which_this_rank_was_never_told_is_an_error() {
+    let mut rank = rank();
+    let error = rank.half.get_finished(&[], &[8]).unwrap_err();
+    assert!(error.contains("request 8"), "{error}");
+}
+
+#[test]
+fn complete_blocks_are_saved_after_the_pass_and_told_of_when_asked() {
+    let mut rank = rank();
+    rank.gate.let_through(2);
+    rank.bind(|metadata| metadata.saves.push(save(7, &[3, 1])));
+    rank.half.start_loads(0).unwrap();
+    assert!(rank.daemon.offered.lock().is_empty(), "not before the pass");
+    rank.pool.write(3 * BLOCK, &[44; BLOCK]);
+    rank.pool.write(BLOCK, &[55; BLOCK]);
+    assert!(rank.half.is_saving(7));
+    rank.half.pass_done(0).unwrap();
+    assert!(rank.finished(&[7], &[]).1.is_empty());
+    assert_eq!(rank.wait_finished(1, 0).0.len(), 1);
+    assert!(!rank.half.is_saving(7));
+    assert_eq!(*rank.daemon.done.lock(), [(vec![(1, 8), (1, 9)], vec![true, true])]);
+    assert_eq!((rank.slot(8), rank.slot(9)), ([44; BLOCK], [55; BLOCK]));
+}
+
+#[test]
+fn what_was_copied_of_a_page_that_changed_hands_meanwhile_does_not_count() {
+    let mut rank = rank();
+    rank.bind(|metadata| metadata.saves.push(save(7, &[3, 1])));
+    rank.half.pass_done(0).unwrap();
+    rank.gate.wait_for_arrival(1);
+    rank.bind(|metadata| metadata.reassigned.push(Pages { pages: vec![3] }));
+    rank.gate.let_through(2);
+    assert!(rank.finished(&[7], &[]).0.len() <= 1);
+    let end = Instant::now() + Duration::from_secs(20);
+    while rank.daemon.done.lock().is_empty() {
+        assert!(Instant::now() < end);
+        std::thread::yield_now();
+    }
+    assert_eq!(rank.daemon.done.lock()[0].1, [false, true]);
+}
+
+#[test]
+fn blocks_of_a_pass_that_never_came_are_not_saved() {
+    let mut rank = rank();
+    rank.gate.let_through(9);
+    rank.bind(|metadata| metadata.saves.push(save(7, &[3])));
+    rank.bind(|_| ());
+    rank.half.pass_done(0).unwrap();
+    assert_eq!(rank.finished(&[7], &[]).0, [7]);
+    assert!(rank.daemon.offered.lock().is_empty());
+}
+
+#[test]
+fn saves_that_nobody_takes_end_and_are_offered_again() {
+    let mut rank = rank();
+    *rank.daemon.takes.lock() = false;
+    rank.bind(|metadata| metadata.saves.push(save(7, &[3])));
+    rank.half.pass_done(0).unwrap();
+    let told = rank.finished(&[7], &[]).0;
+    assert_eq!(if told.is_empty() { rank.wait_finished(1, 0).0 } else { told }, [7]);
+    assert_eq!(rank.half.take_orphaned(), [7]);
+    assert!(rank.half.take_orphaned().is_empty());
+}
+
+#[test]
+fn pages_that_were_never_registered_are_refused() {
+    let mut rank = rank();
+    for wrong in [PAGES as i32, -2] {
+        let mut metadata = Metadata::new([9; 16]);
+        metadata.loads.push(load(true, &[wrong]));
+        assert!(rank.half.bind(metadata).unwrap_err().contains("never registered"));
+    }
+    let mut metadata = Metadata::new([9; 16]);
+    metadata.reassigned.push(Pages { pages: vec![PAGES as i32] });
+    assert!(rank.half.bind(metadata).unwrap_err().contains("never registered"));
+}
