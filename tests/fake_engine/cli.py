@@ -1,0 +1,171 @@
+"""Commands: run scenarios, check the golden call counts, drill the daemon, and prove the engine on planted bugs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .drill import command as drill_command
+from .drill.daemon import Daemon
+from .faults import Violation
+from .golden import golden
+from .load import Load, load, over_limit
+from .prove import prove
+from .runner import names, run_many
+from .scenarios import ONLY, REGISTRY, Options
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    raise SystemExit(arguments.command(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fake_engine",
+        description="A stand-in for TensorRT-LLM's executor that drives KV cache connectors and checks every byte.",
+    )
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="run scenarios with a connector")
+    connector_arguments(run)
+    run.add_argument("--scenario", default="all", help="a name, several with commas, or all (see `list`)")
+    run.add_argument("--seeds", type=int, default=20, help="seeds 0 to N-1 [default: 20]")
+    run.add_argument("--seed", type=int, help="this seed only")
+    run.add_argument("--workers", type=int, default=os.cpu_count(), help="scenarios at a time")
+    run.add_argument("--timings", action="store_true", help="print percentiles of each callback")
+    run.add_argument("--daemon-command", help="start this daemon first; {socket}, {state} and {python} are filled in")
+    run.set_defaults(command=_run)
+    listed = commands.add_parser("list", help="list the scenarios")
+    listed.set_defaults(command=_list)
+    planted = commands.add_parser("prove", help="show that planted bugs are caught")
+    planted.add_argument("--seeds", type=int, default=3, help="seeds per bug")
+    planted.add_argument("--workers", type=int, default=os.cpu_count())
+    planted.set_defaults(command=lambda arguments: 1 if prove(arguments.seeds, arguments.workers) else 0)
+    drills = commands.add_parser("drill", help="strike the daemon at every callback")
+    connector_arguments(drills)
+    drill_command.add_arguments(drills)
+    drills.set_defaults(command=lambda arguments: 1 if drill_command.drill(options_of(arguments), arguments) else 0)
+    loads = commands.add_parser("load", help="time the callbacks at many concurrent requests")
+    connector_arguments(loads)
+    loads.add_argument("--requests", type=int, default=Load.requests)
+    loads.add_argument("--long-blocks", type=int, default=Load.long_blocks, help="blocks of four of the prompts")
+    loads.add_argument("--rounds", type=int, default=Load.rounds, help="engines one after another, the first cold")
+    loads.add_argument("--daemon-command", help="start this daemon first, as in run")
+    loads.set_defaults(command=_load)
+    counts = commands.add_parser("golden", help="check the call counts that upstream's tests pin")
+    counts.set_defaults(command=lambda arguments: 1 if golden() else 0)
+    return parser
+
+
+def connector_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--connector", default="fake_engine.connectors.reference", help="module of the connector")
+    parser.add_argument("--scheduler-class", default="Scheduler")
+    parser.add_argument("--worker-class", default="Worker")
+    parser.add_argument("--server-url", help="kv_connector_config.server_url [default: a directory per scenario]")
+    parser.add_argument("--api", choices=["L1", "L2"], default="L1", help="one flat pool, or layer groups")
+    parser.add_argument("--import-path", choices=["old", "new"], help="where the classes are [default: by seed]")
+    parser.add_argument("--overlap", action="store_true", help="the overlap scheduler")
+    parser.add_argument("--tp", type=int, choices=[1, 2], default=1, help="ranks, each a process")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda:N for torch tensors")
+    parser.add_argument("--no-cache", action="store_true", help="the cache is away: nothing needs to be found")
+    parser.add_argument("--hit-seconds", type=float, default=10.0, help="how late a hit may come")
+
+
+@contextmanager
+def _daemon(arguments: argparse.Namespace) -> Iterator[Options]:
+    """The options, with the address of a daemon that runs meanwhile where one was asked for."""
+    options = options_of(arguments)
+    if not arguments.daemon_command:
+        yield options
+        return
+    # Not a TemporaryDirectory: ranks run exit functions, and theirs would remove it.
+    directory = tempfile.mkdtemp(prefix="fake-engine-")
+    daemon = Daemon(arguments.daemon_command, directory)
+    try:
+        daemon.start()
+        url = (options.server_url or "{socket}").format(socket=daemon.socket, state=daemon.state)
+        yield dataclasses.replace(options, server_url=url)
+    finally:
+        daemon.close()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    return Options(
+        module=arguments.connector,
+        scheduler_class=arguments.scheduler_class,
+        worker_class=arguments.worker_class,
+        server_url=arguments.server_url,
+        api=arguments.api,
+        import_path=arguments.import_path,
+        overlap=arguments.overlap,
+        ranks=arguments.tp,
+        device=arguments.device,
+        cache=not arguments.no_cache,
+        hit_seconds=arguments.hit_seconds,
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    with _daemon(arguments) as options:
+        return _run_with(options, arguments)
+
+
+def _run_with(options: Options, arguments: argparse.Namespace) -> int:
+    seeds = [arguments.seed] if arguments.seed is not None else list(range(arguments.seeds))
+    chosen = names(arguments.scenario, arguments.api)
+    begin, failed = time.monotonic(), 0
+    seconds: dict[str, list[float]] = {}
+    for outcome in run_many(options, [(name, seed) for name in chosen for seed in seeds], arguments.workers):
+        for callback, values in outcome.seconds.items():
+            seconds.setdefault(callback, []).extend(values)
+        if outcome.violations:
+            failed += 1
+            print(f"FAILED {outcome.name} --seed {outcome.seed}: {_told(outcome.violations)}", flush=True)
+    count = len(chosen) * len(seeds)
+    if arguments.timings:
+        print_timings(seconds)
+    print(f"{count - failed} of {count} passed, {len(chosen)} scenarios, {time.monotonic() - begin:.1f} s")
+    return 1 if failed else 0
+
+
+def _told(violations: list[Violation]) -> str:
+    first = "; ".join(str(violation) for violation in violations[:3])
+    return first + (f"; and {len(violations) - 3} more" if len(violations) > 3 else "")
+
+
+def print_timings(seconds: dict[str, list[float]]) -> None:
+    for name, values in sorted(seconds.items()):
+        ordered = sorted(values)
+        p50, p99 = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+        print(
+            f"{name:32} {len(ordered):8} calls  p50 {p50 * 1e6:9.1f} us  p99 {p99 * 1e6:9.1f} us"
+            f"  most {ordered[-1] * 1e6:9.1f} us"
+        )
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    size = Load(requests=arguments.requests, long_blocks=arguments.long_blocks, rounds=arguments.rounds)
+    with _daemon(arguments) as options:
+        seconds, violations, offered = load(options, size)
+    print_timings(seconds)
+    print(f"the cache gave {offered} tokens")
+    if violations:
+        print(f"FAILED {_told(violations)}")
+    over = over_limit(seconds)
+    print(f"p99 over its limit: {', '.join(over) or 'none'}")
+    return 1 if violations or over else 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    for name, scenario in REGISTRY.items():
+        first = (scenario.__doc__ or "").strip().split("\n")[0]
+        print(f"{name:22} {ONLY.get(name, 'L1 L2'):6} {first}", file=sys.stdout)
+    return 0
