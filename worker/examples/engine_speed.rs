@@ -8,7 +8,7 @@ use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
-use kvbm_worker::{BlockId, Chunk, Engine, EngineOptions, Isa, KvMemory, Logits};
+use kvbm_worker::{BlockId, Chunk, Engine, EngineOptions, Isa, KvMemory, Logits, Want};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 tokens: &tokens[..count],
                 first_position: first,
                 blocks: &blocks[..blocks_each],
-                want_logits: true,
+                want: Want::Logits,
             };
             engine.forward(&kv, &[chunk], &mut logits);
             count
@@ -53,7 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     tokens: &tokens[i..=i],
                     first_position: position,
                     blocks: &blocks[i * blocks_each..][..blocks_each],
-                    want_logits: true,
+                    want: Want::Logits,
                 })
                 .collect();
             engine.forward(&kv, &batch, &mut logits);

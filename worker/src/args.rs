@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::RetentionArgs;
+use crate::model::Shape;
 
 /// Flags of a worker. They are checked when it starts.
 #[derive(Debug, Clone, clap::Args)]
@@ -10,7 +11,13 @@ pub struct WorkerArgs {
     /// Folder of the model: config.json, tokenizer.json, safetensors
     #[arg(long, env = "KVBM_MODEL_PATH", value_name = "DIR")]
     pub model: PathBuf,
-    /// Name under which the model is served [default: name of the folder]
+    /// Where it is computed: cpu, cuda:0, the UUID of a GPU, or a place on the PCI bus
+    #[arg(long, env = "KVBM_WORKER_DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Random weights of this shape instead of the folder's, of which tokenizer and end tokens are used: to measure
+    #[arg(long, env = "KVBM_WORKER_RANDOM_WEIGHTS", value_enum, value_name = "SHAPE")]
+    pub random_weights: Option<Shape>,
+    /// Name under which the model is served [default: name of the folder, or of the shape]
     #[arg(long, env = "KVBM_WORKER_SERVED_MODEL_NAME", value_name = "NAME")]
     pub served_model_name: Option<String>,
     /// Revision of the weights that you vouch for [default: a digest of them]
@@ -31,9 +38,9 @@ pub struct WorkerArgs {
     /// Where to serve: unix:/path or http://host:port, port 0 for any [default: a socket beside the daemon's]
     #[arg(long, env = "KVBM_WORKER_LISTEN", value_name = "ENDPOINT")]
     pub listen: Option<String>,
-    /// KV pool, GB (10^9 bytes)
-    #[arg(long, env = "KVBM_DEVICE_CACHE_GB", default_value_t = 0.25, allow_negative_numbers = true)]
-    pub device_cache_gb: f64,
+    /// KV pool, GB (10^9 bytes) [default: 0.25, on a GPU 8]
+    #[arg(long, env = "KVBM_DEVICE_CACHE_GB", allow_negative_numbers = true)]
+    pub device_cache_gb: Option<f64>,
     /// KV pool, blocks, instead of GB
     #[arg(
         long,
@@ -48,9 +55,9 @@ pub struct WorkerArgs {
     /// Tokens in one block: 16, 32 or 64
     #[arg(long, env = "KVBM_BLOCK_SIZE", default_value_t = 32, allow_negative_numbers = true)]
     pub block_size: i64,
-    /// Most tokens of one step, 1 to 65536, no fewer than --max-batch
-    #[arg(long, env = "KVBM_WORKER_MAX_BATCH_TOKENS", default_value_t = 512, allow_negative_numbers = true)]
-    pub max_batch_tokens: i64,
+    /// Most tokens of one step, 1 to 65536, no fewer than --max-batch [default: 512, on a GPU 8192]
+    #[arg(long, env = "KVBM_WORKER_MAX_BATCH_TOKENS", allow_negative_numbers = true)]
+    pub max_batch_tokens: Option<i64>,
     /// Most sequences that run side by side, 1 to 4096
     #[arg(long, env = "KVBM_WORKER_MAX_BATCH", default_value_t = 64, allow_negative_numbers = true)]
     pub max_batch: i64,
@@ -69,7 +76,7 @@ pub struct WorkerArgs {
     /// Instruction set of the kernels; all give the same bits
     #[arg(long, env = "KVBM_WORKER_ISA", value_enum, default_value_t = IsaChoice::Auto)]
     pub isa: IsaChoice,
-    /// What the worker takes on: both (prefill and decode)
+    /// What the worker takes on with a frontend that has --disagg: prefill, decode or both
     #[arg(long, env = "KVBM_WORKER_ROLE", default_value = "both")]
     pub role: String,
     /// Seconds to wait for the daemon at the start, 0 to 86400; after that the worker serves and attaches later

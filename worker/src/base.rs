@@ -25,3 +25,15 @@ pub(crate) fn of_layout(
         parallel: "tp1",
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_and_a_processor_never_find_each_others_blocks() {
+        let of = |layout| of_layout("model", "revision", layout, 32);
+        assert_ne!(of(KvLayout::NAME), of(KvLayout::CUDA_NAME));
+        assert_eq!(of(KvLayout::NAME), base_namespace("model", "revision", 32));
+    }
+}

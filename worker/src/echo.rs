@@ -35,7 +35,7 @@ impl Echo {
             }
             Ok(max_tokens) => {
                 if self.replies.send(id, Event::Started(CachedTokens::default())) == Delivery::Sent {
-                    self.active.insert(id, Speech { request, max_tokens, said: 0 });
+                    self.active.insert(id, Speech { said: request.generated.len(), request, max_tokens });
                 }
             }
         }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use kvbm_connector::{DeviceCache, Startup, Tenants, WorkerRegistration};
+use kvbm_cuda::DeviceName;
 use kvbm_hash::BaseNamespace;
 use kvbm_shm::PoolLayout;
 use parking_lot::Mutex;
@@ -17,13 +18,16 @@ use crate::base;
 use crate::pool_cache::{Listing, PoolCache};
 use crate::settings::Settings;
 use crate::{
-    Bell, Cache, Counters, Echo, Engine, EngineKind, EngineOptions, Inbox, KvLayout, KvMemory, Limits, Llama,
-    Loop, Progress, Scheduler, SchedulerOptions, Turn, WorkerError, turn_until_stopped,
+    BatchLimits, Bell, Cache, Counters, CudaEngine, CudaLlama, DevicePool, Echo, Engine, EngineKind,
+    EngineOptions, Error, Inbox, KvLayout, KvMemory, Limits, Llama, Loop, Model, Progress, Scheduler,
+    SchedulerOptions, Turn, WorkerError, turn_until_stopped,
 };
 
 /// Turns in which a request that alone cannot get a block waits before it is given up: about a minute, in which blocks
 /// come out of quarantine.
 const STARVED_TURNS_MAX: usize = 30_000;
+/// Bytes of a block of which the cache only keeps account: none of them is touched.
+const ACCOUNT_BYTES: usize = 4096;
 /// KV of an engine that computes none: a pool to be listed with.
 const ECHO_POOL: PoolLayout = PoolLayout { block_bytes: 4096, block_count: 1 };
 
@@ -102,9 +106,14 @@ impl Drop for EngineThread {
 
 impl EnginePlan {
     fn run(self, stop: &AtomicBool, loaded: oneshot::Sender<Result<Loaded, WorkerError>>) {
-        let ready = match self.settings.engine {
-            EngineKind::Llama => self.llama().map(|(turns, facts)| (Turns::Llama(Box::new(turns)), facts)),
-            EngineKind::Echo => self.echo().map(|(turns, facts)| (Turns::Echo(Box::new(turns)), facts)),
+        let ready = match (self.settings.engine, self.settings.device.clone()) {
+            (EngineKind::Llama, None) => {
+                self.llama().map(|(turns, facts)| (Turns::Llama(Box::new(turns)), facts))
+            }
+            (EngineKind::Llama, Some(device)) => {
+                self.cuda(&device).map(|(turns, facts)| (Turns::Cuda(Box::new(turns)), facts))
+            }
+            (EngineKind::Echo, _) => self.echo().map(|(turns, facts)| (Turns::Echo(Box::new(turns)), facts)),
         };
         match ready {
             Ok((mut turns, facts)) => {
@@ -118,20 +127,56 @@ impl EnginePlan {
 
     fn llama(self) -> Result<(Loop<PoolCache, Llama>, Loaded), WorkerError> {
         let begin = Instant::now();
-        let settings = &self.settings;
-        let options = EngineOptions {
-            threads: settings.threads,
-            isa: settings.isa,
-            context_length: settings.context_length,
-            revision: settings.revision.clone(),
-        };
-        let engine = Engine::load(&settings.model, &options)
-            .map_err(|source| WorkerError::Model { folder: settings.model.clone(), source })?;
+        let engine =
+            Engine::load(&self.settings.model, &self.options()).map_err(|source| self.not_loaded(source))?;
         let seconds = begin.elapsed().as_secs_f64();
         tracing::info!(threads = engine.threads(), isa = ?engine.isa(), seconds, "model loaded");
         let base = self.base(engine.revision(), KvLayout::NAME);
         let cache = self.open_pool(self.pool, base)?;
         let kv = KvMemory::of_pool(cache.memory(), self.kv);
+        Ok(self.join(base, cache, Llama { engine, kv }))
+    }
+
+    /// The engine on a GPU. Its blocks are private memory of that GPU; the cache only keeps account of them.
+    fn cuda(self, device: &DeviceName) -> Result<(Loop<PoolCache, CudaLlama>, Loaded), WorkerError> {
+        let begin = Instant::now();
+        let settings = &self.settings;
+        let limits = BatchLimits {
+            tokens: settings.max_batch_tokens,
+            sequences: settings.max_batch,
+            tokens_per_block: settings.tokens_per_block,
+        };
+        let loaded = CudaEngine::load(device, &settings.model, &self.options(), limits).and_then(|engine| {
+            let pool = DevicePool::private(&engine, self.pool.block_count as usize)?;
+            Ok(CudaLlama { engine, pool })
+        });
+        let model = loaded.map_err(|source| self.not_loaded(source))?;
+        tracing::info!(seconds = begin.elapsed().as_secs_f64(), "model loaded");
+        let base = self.base(model.engine.revision(), KvLayout::CUDA_NAME);
+        let cache = self.open_pool(PoolLayout { block_bytes: ACCOUNT_BYTES, ..self.pool }, base)?;
+        Ok(self.join(base, cache, model))
+    }
+
+    fn options(&self) -> EngineOptions {
+        EngineOptions {
+            threads: self.settings.threads,
+            isa: self.settings.isa,
+            context_length: self.settings.context_length,
+            revision: self.settings.revision.clone(),
+            random_weights: self.settings.random_weights,
+        }
+    }
+
+    fn not_loaded(&self, source: Error) -> WorkerError {
+        WorkerError::Model { folder: self.settings.model.clone(), source }
+    }
+
+    fn join<M: Model>(
+        self,
+        base: BaseNamespace,
+        cache: DeviceCache,
+        model: M,
+    ) -> (Loop<PoolCache, M>, Loaded) {
         let Self { settings, limits, eos_token_ids, listing, inbox, .. } = self;
         let scheduler = Scheduler::new(SchedulerOptions {
             max_batch_tokens: settings.max_batch_tokens,
@@ -141,9 +186,9 @@ impl EnginePlan {
             ..SchedulerOptions::new(limits, eos_token_ids)
         });
         let cache_counters = cache.counters();
-        let turns = Loop::new(scheduler, PoolCache::new(cache, listing), Llama { engine, kv }, inbox);
+        let turns = Loop::new(scheduler, PoolCache::new(cache, listing), model, inbox);
         let facts = Loaded { base, counters: turns.counters(), cache: cache_counters };
-        Ok((turns, facts))
+        (turns, facts)
     }
 
     fn echo(self) -> Result<(ListedEcho, Loaded), WorkerError> {
@@ -177,6 +222,7 @@ impl EnginePlan {
 /// What is turned.
 enum Turns {
     Llama(Box<Loop<PoolCache, Llama>>),
+    Cuda(Box<Loop<PoolCache, CudaLlama>>),
     Echo(Box<ListedEcho>),
 }
 
@@ -184,6 +230,7 @@ impl Turn for Turns {
     fn turn(&mut self) -> Progress {
         match self {
             Self::Llama(turns) => turns.turn(),
+            Self::Cuda(turns) => turns.turn(),
             Self::Echo(turns) => turns.turn(),
         }
     }
@@ -191,6 +238,7 @@ impl Turn for Turns {
     fn bell(&self) -> &Bell {
         match self {
             Self::Llama(turns) => turns.bell(),
+            Self::Cuda(turns) => turns.bell(),
             Self::Echo(turns) => turns.bell(),
         }
     }

@@ -1,4 +1,4 @@
-//! What can go wrong while a model is loaded. Running it does not fail: bad requests are refused before.
+//! What can go wrong while a model is loaded. Running it does not fail, unless a GPU does: bad requests are refused before.
 
 use std::io;
 use std::path::PathBuf;
@@ -70,6 +70,34 @@ pub enum Error {
         /// The type in the file.
         found: String,
     },
+    /// The engine cannot compute this shape on a GPU.
+    #[error("compute on {device}: {detail}")]
+    Device {
+        /// The GPU.
+        device: String,
+        /// What it, or the engine, cannot do.
+        detail: String,
+    },
+    /// The GPU has too little memory.
+    #[error("allocate {bytes} bytes for {what} on {device}: {free} of {total} bytes are free")]
+    DeviceMemory {
+        /// The GPU.
+        device: String,
+        /// What it was for.
+        what: &'static str,
+        /// How much was wanted.
+        bytes: usize,
+        /// Memory of the GPU that nobody uses.
+        free: u64,
+        /// All of it.
+        total: u64,
+    },
+    /// CUDA is missing, or said no.
+    #[error(transparent)]
+    Cuda(#[from] kvbm_cuda::Error),
+    /// Memory of the host for what the GPU reads and writes could not be had.
+    #[error(transparent)]
+    Shared(#[from] kvbm_shm::Error),
     /// The engine's threads could not be started.
     #[error("start {threads} engine threads: {detail}")]
     Threads {

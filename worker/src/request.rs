@@ -17,9 +17,11 @@ pub struct Request {
     pub namespace: Namespace,
     /// Tokens of the prompt; at least one.
     pub prompt: Vec<u32>,
+    /// What another worker has generated already: output that is not reported again.
+    pub generated: Vec<u32>,
     /// How the next token is chosen.
     pub sampling: Sampling,
-    /// Most tokens to generate, at least 1; clipped to the context.
+    /// Most tokens to generate, `generated` included, at least 1; clipped to the context.
     pub max_tokens: usize,
     /// Whether a token that ends sequences ends this one.
     pub eos: Eos,
@@ -123,8 +125,10 @@ impl Limits {
         if prompt == 0 {
             return invalid("prompt", "is empty".into());
         }
-        if let Some(token) = request.prompt.iter().find(|token| **token as usize >= self.vocab_size) {
-            return invalid("prompt", format!("token {token} is not below {}", self.vocab_size));
+        for (field, tokens) in [("prompt", &request.prompt), ("generated", &request.generated)] {
+            if let Some(token) = tokens.iter().find(|token| **token as usize >= self.vocab_size) {
+                return invalid(field, format!("token {token} is not below {}", self.vocab_size));
+            }
         }
         if prompt >= self.context_length {
             let most = self.context_length - 1;
@@ -139,6 +143,10 @@ impl Limits {
             return invalid("temperature", format!("{temperature} is not a positive number"));
         }
         let max_tokens = request.max_tokens.min(self.context_length - prompt);
+        if request.generated.len() >= max_tokens {
+            let detail = format!("has {} tokens, {max_tokens} are possible", request.generated.len());
+            return invalid("generated", detail);
+        }
         // The last token is reported, but its KV is never computed.
         let blocks = (prompt + max_tokens - 1).div_ceil(self.tokens_per_block);
         if blocks > self.pool_blocks {
@@ -165,6 +173,7 @@ mod tests {
                 id: RequestId(1),
                 namespace: Namespace([0; 32]),
                 prompt,
+                generated: vec![],
                 sampling: Sampling::Temperature { temperature, seed: 1 },
                 max_tokens,
                 eos: Eos::Ends,
@@ -193,6 +202,7 @@ mod tests {
             id: RequestId(1),
             namespace: Namespace([0; 32]),
             prompt: vec![1; 90],
+            generated: vec![],
             sampling: Sampling::Greedy,
             max_tokens: 1000,
             eos: Eos::Ends,
@@ -200,5 +210,8 @@ mod tests {
             retention: None,
         };
         assert_eq!(wide.check(&request), Ok(10), "clipped to the context");
+        let generated = |count| wide.check(&Request { generated: vec![1; count], ..request.clone() });
+        assert_eq!(generated(9), Ok(10));
+        assert!(matches!(generated(10), Err(Refusal::Invalid { field: "generated", .. })));
     }
 }

@@ -3,7 +3,7 @@
 //! Chance is a function of the request's seed and of the token's position only, so that what else is in the batch, a
 //! preemption or a move to another worker does not change the text.
 
-use crate::engine::{Isa, exponentials};
+use crate::engine::{Isa, Want, exponentials};
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,6 +20,14 @@ pub enum Sampling {
 }
 
 impl Sampling {
+    /// What it needs of the engine.
+    pub fn want(&self) -> Want {
+        match self {
+            Self::Greedy => Want::Largest,
+            Self::Temperature { .. } => Want::Logits,
+        }
+    }
+
     /// The token for `position`, counted from the sequence's first.
     pub fn choose(&self, logits: &[f32], position: usize) -> u32 {
         match *self {

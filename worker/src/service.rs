@@ -71,6 +71,7 @@ impl Service {
             id,
             namespace,
             prompt: message.prompt,
+            generated: message.generated,
             sampling: sampling(message.sampling.unwrap_or_default())?,
             max_tokens: message.max_tokens as usize,
             eos: if message.ignore_eos { Eos::Ignored } else { Eos::Ends },
@@ -116,6 +117,7 @@ impl Worker for Service {
             role,
             state: if self.draining.is_cancelled() { "draining" } else { "ready" }.into(),
             pid: std::process::id(),
+            base_namespace: self.base.0.to_vec(),
         }))
     }
 }

@@ -5,21 +5,32 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kvbm_cuda::DeviceName;
 use kvbm_hash::RetentionConfig;
 use kvbm_shm::PoolLayout;
 
 use crate::listener::Address;
-use crate::model::Config as ModelConfig;
+use crate::model::{Config as ModelConfig, Shape};
 use crate::{EngineKind, Isa, IsaChoice, KvLayout, WorkerArgs, WorkerError};
 
 mod retention;
 
 pub use retention::RetentionArgs;
 
+/// Tokens of a step that keep a processor busy, and a GPU.
+const CPU_BATCH_TOKENS: i64 = 512;
+const GPU_BATCH_TOKENS: i64 = 8192;
+/// Pools that nobody asked for, GB.
+const CPU_CACHE_GB: f64 = 0.25;
+const GPU_CACHE_GB: f64 = 8.0;
+
 /// Settings of a worker that are possible.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub model: PathBuf,
+    /// `None`: the processor.
+    pub device: Option<DeviceName>,
+    pub random_weights: Option<Shape>,
     pub served_name: String,
     pub revision: Option<String>,
     /// `None`: without a daemon.
@@ -62,9 +73,13 @@ impl Settings {
     /// Checks the flags; `variable` looks into the environment.
     pub fn check(args: WorkerArgs, variable: impl Fn(&str) -> Option<String>) -> Result<Self, WorkerError> {
         let model = model_folder(&args.model)?;
-        let served_name = match &args.served_model_name {
-            Some(name) => name.clone(),
-            None => model.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into()),
+        let device = device(&args.device)?;
+        let served_name = match (&args.served_model_name, args.random_weights) {
+            (Some(name), _) => name.clone(),
+            (None, Some(shape)) => shape.name().into(),
+            (None, None) => {
+                model.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into())
+            }
         };
         if served_name.is_empty() {
             return Err(WorkerError::invalid("--served-model-name", "\"\"", "a name"));
@@ -72,17 +87,23 @@ impl Settings {
         if ![16, 32, 64].contains(&args.block_size) {
             return Err(WorkerError::invalid("--block-size", args.block_size, "16, 32 or 64"));
         }
-        if args.role != "both" {
-            return Err(WorkerError::invalid("--role", &args.role, "both"));
+        if !["prefill", "decode", "both"].contains(&args.role.as_str()) {
+            return Err(WorkerError::invalid("--role", &args.role, "prefill, decode or both"));
         }
         let max_batch = whole("--max-batch", args.max_batch, 1..=4096)?;
-        let max_batch_tokens = whole("--max-batch-tokens", args.max_batch_tokens, 1..=65_536)?;
+        let default_tokens = if device.is_some() { GPU_BATCH_TOKENS } else { CPU_BATCH_TOKENS };
+        let max_batch_tokens =
+            whole("--max-batch-tokens", args.max_batch_tokens.unwrap_or(default_tokens), 1..=65_536)?;
         if max_batch_tokens < max_batch {
             let expected = format!("at least {max_batch}, one token for each sequence of --max-batch");
             return Err(WorkerError::invalid("--max-batch-tokens", max_batch_tokens, expected));
         }
         let context_length = args.context_length.map(|tokens| whole("--context-length", tokens, 2..=1 << 24));
         let socket = daemon_socket(&args, &variable)?;
+        if device.is_some() && socket.is_some() {
+            // The daemon's pools are memory of the host.
+            return Err(WorkerError::invalid("--device", &args.device, "--no-daemon beside it, or cpu"));
+        }
         let init_timeout = seconds("--init-timeout-seconds", args.init_timeout_seconds, 86_400.0)?;
         let daemon = socket.as_ref().map(|socket| {
             let config = kvbm_connector::Config {
@@ -101,7 +122,9 @@ impl Settings {
             revision: args.model_revision.clone(),
             daemon: daemon.transpose()?,
             listen: listen(&args, socket.as_deref())?,
-            pool: pool_size(&args)?,
+            pool: pool_size(&args, if device.is_some() { GPU_CACHE_GB } else { CPU_CACHE_GB })?,
+            device,
+            random_weights: args.random_weights,
             tokens_per_block: args.block_size as usize,
             max_batch_tokens,
             max_batch,
@@ -123,6 +146,9 @@ impl Settings {
         let loaded = ModelConfig::load(&self.model);
         let mut config =
             loaded.map_err(|source| WorkerError::Model { folder: self.model.clone(), source })?;
+        if let Some(shape) = self.random_weights {
+            config = shape.config(&config);
+        }
         if let Some(context_length) = self.context_length {
             config.context_length = config.context_length.min(context_length);
         }
@@ -131,12 +157,7 @@ impl Settings {
 
     /// Blocks of this model.
     pub fn kv_layout(&self, model: &ModelConfig) -> KvLayout {
-        KvLayout {
-            layers: model.layers,
-            kv_heads: model.kv_heads,
-            head_dim: model.head_dim,
-            tokens_per_block: self.tokens_per_block,
-        }
+        KvLayout::of(model, self.tokens_per_block)
     }
 
     /// A pool of so many blocks as fit.
@@ -186,6 +207,19 @@ fn model_folder(path: &Path) -> Result<PathBuf, WorkerError> {
     Ok(folder)
 }
 
+fn device(text: &str) -> Result<Option<DeviceName>, WorkerError> {
+    // A bare number is a GPU to other programs, but no name of a device.
+    match text.parse() {
+        _ if text == "cpu" => Ok(None),
+        Ok(name) if text.parse::<u32>().is_err() => Ok(Some(name)),
+        _ => Err(WorkerError::invalid(
+            "--device",
+            text,
+            "cpu, cuda:<number>, GPU-<uuid> or <bus>:<device>.<function>",
+        )),
+    }
+}
+
 fn daemon_socket(
     args: &WorkerArgs,
     variable: &impl Fn(&str) -> Option<String>,
@@ -222,12 +256,12 @@ fn listen(args: &WorkerArgs, daemon_socket: Option<&Path>) -> Result<Address, Wo
     Address::parse(text).ok_or_else(|| WorkerError::invalid("--listen", text, expected))
 }
 
-fn pool_size(args: &WorkerArgs) -> Result<PoolSize, WorkerError> {
+fn pool_size(args: &WorkerArgs, default_gb: f64) -> Result<PoolSize, WorkerError> {
     if let Some(blocks) = args.device_cache_blocks {
         let blocks = whole("--device-cache-blocks", blocks, 1..=1 << 30)?;
         return Ok(PoolSize::Blocks(blocks as u32));
     }
-    let gb = args.device_cache_gb;
+    let gb = args.device_cache_gb.unwrap_or(default_gb);
     if gb > 0.0 && gb <= 65_536.0 {
         return Ok(PoolSize::Gigabytes(gb));
     }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use crate::inbox::{Command, Inbox, Received};
 use crate::request::{Event, Refusal, RequestId};
 use crate::scheduler::{Cache, Counters, Scheduler};
-use crate::{Bell, Chunk, Engine, KvMemory, Logits};
+use crate::{Bell, Chunk, Engine, Error, KvMemory, Logits};
 
 /// How long a step with prompts waits for a lookup that was just begun: a short prompt may be about to overtake.
 const LOOKUP_PATIENCE: Duration = Duration::from_millis(1);
@@ -23,8 +23,8 @@ const IDLE_SLEEP: Duration = Duration::from_millis(100);
 
 /// Something that computes batches.
 pub trait Model {
-    /// Computes the chunks' KV, and logits for those that want them.
-    fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits);
+    /// Computes the chunks' KV, and what they want of their last tokens. After an error nothing can be computed any more.
+    fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits) -> Result<(), Error>;
 }
 
 /// The engine with its memory.
@@ -36,8 +36,9 @@ pub struct Llama {
 }
 
 impl Model for Llama {
-    fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits) {
+    fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits) -> Result<(), Error> {
         self.engine.forward(&self.kv, batch, logits);
+        Ok(())
     }
 }
 
@@ -50,7 +51,7 @@ pub enum Progress {
     Waiting,
     /// There are no requests.
     Idle,
-    /// There are none, and never will be: all handles are gone.
+    /// There are none, and never will be: all handles are gone, or the engine failed.
     Closed,
 }
 
@@ -169,7 +170,11 @@ impl<C: Cache, M: Model> Turn for Loop<C, M> {
         let worked = !plan.is_empty();
         if worked {
             let begin = Instant::now();
-            self.model.forward(&self.scheduler.chunks(&plan), &mut self.logits);
+            if let Err(error) = self.model.forward(&self.scheduler.chunks(&plan), &mut self.logits) {
+                tracing::error!(%error, "the engine cannot compute any more");
+                self.replies.fail(&format!("the engine failed: {error}"));
+                return Progress::Closed;
+            }
             self.scheduler.apply(plan, &self.logits, &mut self.cache);
             self.scheduler.count_step_seconds(begin.elapsed().as_secs_f64());
         }
@@ -231,6 +236,14 @@ impl Replies {
             self.0.remove(&id);
         }
         sent
+    }
+
+    /// Tells all that are left that they cannot be computed.
+    fn fail(&mut self, detail: &str) {
+        for (_, reply) in self.0.drain() {
+            // A client that is gone does not need to know.
+            let _ = reply.try_send(Event::Failed(detail.to_owned()));
+        }
     }
 
     /// Tells all that are left that the loop stops.

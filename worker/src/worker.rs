@@ -99,7 +99,7 @@ impl Parts {
         };
         let limits = Limits {
             context_length: model.context_length,
-            vocab_size: model.vocab_size,
+            vocab_size: model.token_count,
             pool_blocks,
             tokens_per_block: settings.tokens_per_block,
         };

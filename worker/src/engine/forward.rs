@@ -5,7 +5,9 @@ use rayon::prelude::*;
 use super::attention::{Queries, attend};
 use super::matmul::matmul;
 use super::pointwise::{activate, normalize, rotate};
-use super::{BlockId, Engine, KvMemory};
+use super::{BlockId, Engine, KvLayout, KvMemory};
+use crate::Sampling;
+use crate::model::Config;
 
 /// Tokens of one piece of attention.
 const QUERY_SPAN: usize = 16;
@@ -19,8 +21,19 @@ pub struct Chunk<'a> {
     pub first_position: usize,
     /// The sequence's blocks, from its first; they reach at least to the end of the chunk.
     pub blocks: &'a [BlockId],
-    /// Logits of the last token are wanted.
-    pub want_logits: bool,
+    /// What is wanted of the last token.
+    pub want: Want,
+}
+
+/// What is wanted of a chunk's last token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Its KV only.
+    Nothing,
+    /// The token with the largest logit, the lowest of equal ones. An engine may answer with all logits instead.
+    Largest,
+    /// The logits.
+    Logits,
 }
 
 impl Chunk<'_> {
@@ -30,30 +43,76 @@ impl Chunk<'_> {
     }
 }
 
-/// Logits of the chunks that want them, in the order of the batch.
+/// Answers to the chunks that want something, in the order of the batch: logits, or the token that has the largest.
 #[derive(Debug, Clone, Default)]
 pub struct Logits {
     values: Vec<f32>,
     vocab_size: usize,
+    answers: Vec<Answer>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    Token(u32),
+    /// Logits from this element of the values on.
+    Row(usize),
 }
 
 impl Logits {
     /// Makes room for `rows` rows, all zero.
     pub fn reset(&mut self, rows: usize, vocab_size: usize) -> &mut [f32] {
-        self.vocab_size = vocab_size;
-        self.values.clear();
+        self.clear(vocab_size);
         self.values.resize(rows * vocab_size, 0.0);
+        self.answers.extend((0..rows).map(|row| Answer::Row(row * vocab_size)));
         &mut self.values
     }
 
-    /// Logits of the `index`th chunk that wanted some.
-    pub fn row(&self, index: usize) -> &[f32] {
-        &self.values[index * self.vocab_size..][..self.vocab_size]
+    /// No answers yet.
+    pub(crate) fn clear(&mut self, vocab_size: usize) {
+        self.vocab_size = vocab_size;
+        self.values.clear();
+        self.answers.clear();
     }
 
-    /// Number of rows.
+    /// Answers the next chunk with the token that has the largest logit.
+    pub(crate) fn push_token(&mut self, token: u32) {
+        self.answers.push(Answer::Token(token));
+    }
+
+    /// Answers the next chunk with logits, which are to be written to the row.
+    pub(crate) fn push_row(&mut self) -> &mut [f32] {
+        let begin = self.values.len();
+        self.answers.push(Answer::Row(begin));
+        self.values.resize(begin + self.vocab_size, 0.0);
+        &mut self.values[begin..]
+    }
+
+    /// Logits of the `index`th chunk that wanted something.
+    ///
+    /// # Panics
+    /// When it was answered with a token.
+    pub fn row(&self, index: usize) -> &[f32] {
+        match self.answers[index] {
+            Answer::Row(begin) => &self.values[begin..][..self.vocab_size],
+            Answer::Token(_) => panic!("chunk {index} was answered with a token"),
+        }
+    }
+
+    /// The token that `sampling` takes for `position`, of the `index`th chunk that wanted something.
+    pub fn choose(&self, index: usize, sampling: Sampling, position: usize) -> u32 {
+        match self.answers[index] {
+            Answer::Row(_) => sampling.choose(self.row(index), position),
+            Answer::Token(token) => {
+                assert_eq!(sampling.want(), Want::Largest, "a token is no answer to who wants logits");
+                token
+            }
+        }
+    }
+
+    /// Number of answers.
     pub fn rows(&self) -> usize {
-        self.values.len().checked_div(self.vocab_size).unwrap_or(0)
+        self.answers.len()
     }
 }
 
@@ -98,6 +157,23 @@ impl Rows {
     }
 }
 
+/// Panics when a batch breaks a rule of [`Engine::forward`].
+pub(super) fn check_batch(config: &Config, kv: KvLayout, batch: &[Chunk<'_>]) {
+    let per_block = kv.tokens_per_block;
+    assert_eq!(kv, KvLayout::of(config, per_block), "memory is laid out for this model");
+    let mut filled: Vec<BlockId> = Vec::new();
+    for chunk in batch {
+        assert!(!chunk.tokens.is_empty(), "a chunk has tokens");
+        assert!(chunk.end() <= config.context_length, "positions are within the context");
+        assert!(chunk.end() <= chunk.blocks.len() * per_block, "blocks reach to the end of the chunk");
+        let known = config.token_count;
+        assert!(chunk.tokens.iter().all(|t| (*t as usize) < known), "tokens are in the vocabulary");
+        filled.extend(&chunk.blocks[chunk.first_position / per_block..chunk.end().div_ceil(per_block)]);
+    }
+    filled.sort_unstable();
+    assert!(filled.windows(2).all(|pair| pair[0] != pair[1]), "no block is filled twice");
+}
+
 impl Engine {
     /// Computes the chunks' KV into their blocks, and the logits that are wanted.
     ///
@@ -105,26 +181,10 @@ impl Engine {
     /// When the batch breaks a rule: a token outside the vocabulary, a position behind the context, a block table too
     /// short, a block outside the pool or filled by two chunks, or memory laid out for another model.
     pub fn forward(&mut self, kv: &KvMemory, batch: &[Chunk<'_>], logits: &mut Logits) {
-        self.check(kv, batch);
+        check_batch(&self.config, kv.layout(), batch);
         let mut buffers = std::mem::take(&mut self.buffers);
         self.pool.install(|| self.run(kv, batch, &mut buffers, logits));
         self.buffers = buffers;
-    }
-
-    fn check(&self, kv: &KvMemory, batch: &[Chunk<'_>]) {
-        let per_block = kv.layout().tokens_per_block;
-        assert_eq!(kv.layout(), self.kv_layout(per_block), "memory is laid out for this model");
-        let mut filled: Vec<BlockId> = Vec::new();
-        for chunk in batch {
-            assert!(!chunk.tokens.is_empty(), "a chunk has tokens");
-            assert!(chunk.end() <= self.config.context_length, "positions are within the context");
-            assert!(chunk.end() <= chunk.blocks.len() * per_block, "blocks reach to the end of the chunk");
-            let vocab_size = self.config.vocab_size;
-            assert!(chunk.tokens.iter().all(|t| (*t as usize) < vocab_size), "tokens are in the vocabulary");
-            filled.extend(&chunk.blocks[chunk.first_position / per_block..chunk.end().div_ceil(per_block)]);
-        }
-        filled.sort_unstable();
-        assert!(filled.windows(2).all(|pair| pair[0] != pair[1]), "no block is filled twice");
     }
 
     fn run(&self, kv: &KvMemory, batch: &[Chunk<'_>], buffers: &mut Buffers, logits: &mut Logits) {
@@ -251,14 +311,14 @@ impl Engine {
         let (mut end, mut rows) = (0, 0);
         for chunk in batch {
             end += chunk.tokens.len();
-            if chunk.want_logits {
+            if chunk.want != Want::Nothing {
                 let from = &buffers.hidden[(end - 1) * size..end * size];
                 let to = &mut buffers.normal[rows * size..][..size];
                 normalize(from, &self.model.norm, self.config.norm_epsilon, to);
                 rows += 1;
             }
         }
-        let to = logits.reset(rows, self.config.vocab_size);
+        let to = logits.reset(rows, self.model.head().rows());
         if rows > 0 {
             matmul(self.isa, &buffers.normal[..rows * size], self.model.head(), to, rows);
         }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use kvbm_shm::{POOL_HEADER_BYTES, PoolMemory};
 
 use super::lanes::{LANES, narrow};
+use crate::model::Config;
 
 /// A block of the device pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,6 +37,15 @@ impl KvLayout {
     pub const NAME: &'static str = "layer.kv.token.head.dim/f32-chain-tile16-v1";
     /// Name of the element type, part of the base namespace.
     pub const DTYPE: &'static str = "bf16";
+
+    /// As [`KvLayout::NAME`], of the engine that computes on GPUs.
+    pub const CUDA_NAME: &'static str = "layer.kv.token.head.dim/cuda-bf16-v1";
+
+    /// Blocks of a model with so many tokens.
+    pub fn of(model: &Config, tokens_per_block: usize) -> Self {
+        let (layers, kv_heads, head_dim) = (model.layers, model.kv_heads, model.head_dim);
+        Self { layers, kv_heads, head_dim, tokens_per_block }
+    }
 
     /// Elements of one token's K (or V) in one layer.
     pub fn token_elements(&self) -> usize {

@@ -33,9 +33,10 @@ pub(super) struct Model {
 impl Model {
     pub(super) fn load(config: &Config, weights: &Weights) -> Result<Self> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        // Rows of tokens that no sequence may have are not wanted.
         let matrix = |name: &str| -> Result<Packed> {
             let tensor = weights.tensor(name, &[vocab, hidden])?;
-            Ok(Packed::new(&[&tensor.bits], hidden))
+            Ok(Packed::new(&[&tensor.bits[..config.token_count * hidden]], hidden))
         };
         // Some writers store the output matrix of a tied model too; it is the same then.
         let head = if config.tied_embeddings { None } else { Some(matrix("lm_head.weight")?) };
@@ -86,7 +87,7 @@ fn vector(weights: &Weights, name: &str, len: usize) -> Result<Vec<f32>> {
 }
 
 /// The angle is the f32 product of position and frequency, as in training; its functions are rounded from f64.
-fn angles(config: &Config) -> Vec<f32> {
+pub(super) fn angles(config: &Config) -> Vec<f32> {
     let frequencies = config.rope.frequencies(config.head_dim);
     let half = frequencies.len();
     let mut table = vec![0.0; config.context_length * 2 * half];

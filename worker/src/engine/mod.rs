@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 mod attention;
+pub(crate) mod cuda;
 mod forward;
 mod isa;
 mod kv;
@@ -24,12 +25,12 @@ use std::path::Path;
 
 use rayon::ThreadPool;
 
-pub use forward::{Chunk, Logits};
+pub use forward::{Chunk, Logits, Want};
 pub use isa::Isa;
 pub use kv::{BlockId, KvLayout, KvMemory};
 pub(crate) use pointwise::exponentials;
 
-use crate::model::{Config, Weights, revision};
+use crate::model::{Config, OpenModel, Shape};
 use crate::{Error, Result};
 use attention::Scratch;
 use forward::Buffers;
@@ -46,6 +47,8 @@ pub struct EngineOptions {
     pub context_length: Option<usize>,
     /// What the operator vouches for as the revision; `None`: a digest of the files.
     pub revision: Option<String>,
+    /// Random weights of this shape instead of the folder's.
+    pub random_weights: Option<Shape>,
 }
 
 /// A loaded model and the threads that run it.
@@ -62,10 +65,6 @@ pub struct Engine {
 impl Engine {
     /// Loads the model in `folder`.
     pub fn load(folder: &Path, options: &EngineOptions) -> Result<Self> {
-        let mut config = Config::load(folder)?;
-        if let Some(context_length) = options.context_length {
-            config.context_length = config.context_length.min(context_length);
-        }
         let isa = options.isa.unwrap_or_else(Isa::detect);
         if !isa.available() {
             return Err(Error::invalid("isa", format!("this processor does not have {isa:?}")));
@@ -79,11 +78,7 @@ impl Engine {
             .thread_name(|i| format!("engine-{i}"))
             .build()
             .map_err(|error| Error::Threads { threads, detail: error.to_string() })?;
-        let revision = match &options.revision {
-            Some(revision) => revision.clone(),
-            None => pool.install(|| revision(folder))?,
-        };
-        let weights = Weights::open(folder)?;
+        let OpenModel { config, weights, revision } = pool.install(|| OpenModel::open(folder, options))?;
         let model = pool.install(|| Model::load(&config, &weights))?;
         let scratch = (0..threads).map(|_| Default::default()).collect();
         Ok(Self { config, revision, isa, pool, model, buffers: Buffers::default(), scratch })
@@ -111,12 +106,7 @@ impl Engine {
 
     /// Dimensions of blocks of this model with so many tokens.
     pub fn kv_layout(&self, tokens_per_block: usize) -> KvLayout {
-        KvLayout {
-            layers: self.config.layers,
-            kv_heads: self.config.kv_heads,
-            head_dim: self.config.head_dim,
-            tokens_per_block,
-        }
+        KvLayout::of(&self.config, tokens_per_block)
     }
 
     /// Layer weights kept packed, for forward.

@@ -11,8 +11,10 @@ use crate::{Error, Result};
 /// Dimensions and constants of a Llama, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Tokens of the vocabulary.
+    /// Rows of the embedding and of the output matrix.
     pub vocab_size: usize,
+    /// Tokens that sequences may have, from 0 on; at most `vocab_size`.
+    pub token_count: usize,
     /// Elements of a token's hidden state.
     pub hidden_size: usize,
     /// Elements of the feed-forward layer.
@@ -77,8 +79,10 @@ impl Config {
                 eos_token_ids = ids;
             }
         }
+        let vocab_size = size(config, "vocab_size")?;
         Ok(Self {
-            vocab_size: size(config, "vocab_size")?,
+            vocab_size,
+            token_count: vocab_size,
             hidden_size,
             intermediate_size,
             layers: size(config, "num_hidden_layers")?,

@@ -9,13 +9,31 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
+use super::RandomTensor;
 use super::config::read_json;
 use crate::{Error, Result};
 
-/// The weights of a model folder.
-pub struct Weights {
+/// The weights of a model folder, or random ones.
+pub struct Weights(Source);
+
+enum Source {
+    Files(Files),
+    Random,
+}
+
+struct Files {
     files: Vec<(PathBuf, Mmap)>,
     tensors: HashMap<String, Place>,
+}
+
+/// A tensor, wherever it comes from.
+pub(crate) enum Origin<'a> {
+    /// Of a file.
+    Bits(Cow<'a, [u16]>),
+    /// To be made.
+    Random(RandomTensor),
+    /// All elements are 1.
+    Ones,
 }
 
 /// Where a tensor is.
@@ -36,11 +54,45 @@ pub struct Tensor<'a> {
 impl Weights {
     /// Maps `model.safetensors`, or the files that `model.safetensors.index.json` names.
     pub fn open(folder: &Path) -> Result<Self> {
-        let mut weights = Self { files: Vec::new(), tensors: HashMap::new() };
+        let mut files = Files { files: Vec::new(), tensors: HashMap::new() };
         for path in Self::paths(folder)? {
-            weights.add(path)?;
+            files.add(path)?;
         }
-        Ok(weights)
+        Ok(Self(Source::Files(files)))
+    }
+
+    /// Random weights of any shape. Vectors, which are factors of normalization, are all 1.
+    pub fn random() -> Self {
+        Self(Source::Random)
+    }
+
+    /// The tensor of this name, which must have this shape.
+    pub(crate) fn origin(&self, name: &str, shape: &[usize]) -> Result<Origin<'_>> {
+        match (&self.0, shape) {
+            (Source::Files(files), _) => files.tensor(name, shape).map(Origin::Bits),
+            (Source::Random, [_]) => Ok(Origin::Ones),
+            (Source::Random, [.., columns]) => Ok(Origin::Random(RandomTensor::new(name, *columns))),
+            (Source::Random, []) => Ok(Origin::Ones),
+        }
+    }
+
+    /// The tensor of this name, which must have this shape, as bf16; f16 and f32 are rounded.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+        let count = shape.iter().product();
+        let bits = match self.origin(name, shape)? {
+            Origin::Bits(bits) => bits,
+            Origin::Random(tensor) => tensor.bits(count).into(),
+            Origin::Ones => vec![bf16::ONE.to_bits(); count].into(),
+        };
+        Ok(Tensor { bits })
+    }
+
+    /// A tensor with that name is there.
+    pub fn contains(&self, name: &str) -> bool {
+        match &self.0 {
+            Source::Files(files) => files.tensors.contains_key(name),
+            Source::Random => true,
+        }
     }
 
     /// The files of a model folder, in order of their names.
@@ -65,7 +117,9 @@ impl Weights {
         }
         Ok(names.into_iter().map(|name| folder.join(name)).collect())
     }
+}
 
+impl Files {
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let map = map_file(&path)?;
         let malformed = |error: safetensors::SafeTensorError| Error::Malformed {
@@ -88,8 +142,7 @@ impl Weights {
         Ok(())
     }
 
-    /// The tensor of this name, which must have this shape, as bf16; f16 and f32 are rounded.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u16]>> {
         let place = self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.into() })?;
         if place.shape != shape {
             return Err(Error::WrongShape {
@@ -119,12 +172,7 @@ impl Weights {
                 detail: format!("tensor {name} has too few bytes"),
             });
         }
-        Ok(Tensor { bits })
-    }
-
-    /// A tensor with that name is there.
-    pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        Ok(bits)
     }
 }
 

@@ -32,7 +32,7 @@ pub use counters::Counters;
 pub use plan::Plan;
 
 use crate::request::{CachedTokens, Event, FinishReason, Limits, Refusal, Request, RequestId};
-use crate::{BlockId, Chunk, Logits};
+use crate::{BlockId, Chunk, Logits, Want};
 use sequence::{Leased, Phase, Seat, Sequence, Start};
 
 /// How a [`Scheduler`] works.
@@ -199,7 +199,10 @@ impl Scheduler {
                     tokens: &sequence.tokens[begin..end],
                     first_position: begin,
                     blocks: &sequence.blocks,
-                    want_logits: end == sequence.tokens.len(),
+                    want: match end == sequence.tokens.len() {
+                        true => sequence.request.sampling.want(),
+                        false => Want::Nothing,
+                    },
                 }
             })
             .collect()
@@ -220,7 +223,7 @@ impl Scheduler {
             if sequence.remaining() > 0 {
                 continue;
             }
-            let token = sequence.request.sampling.choose(logits.row(row), sequence.tokens.len());
+            let token = logits.choose(row, sequence.request.sampling, sequence.tokens.len());
             row += 1;
             sequence.tokens.push(token);
             self.counters.generated_tokens += 1;
@@ -306,7 +309,8 @@ impl Scheduler {
         }
         sequence.start = Start::Reported;
         let CachedTokens { device, host, disk } = sequence.cached;
-        counters.prompt_tokens += sequence.request.prompt.len() as u64;
+        // With what another worker has generated: it is computed, or found, like the prompt.
+        counters.prompt_tokens += sequence.tokens.len() as u64;
         counters.device_tokens += device as u64;
         counters.host_tokens += host as u64;
         counters.disk_tokens += disk as u64;

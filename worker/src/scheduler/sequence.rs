@@ -94,7 +94,7 @@ impl Sequence {
     pub(super) fn new(request: Request, max_tokens: usize, tokens_per_block: usize) -> Self {
         Self {
             max_tokens,
-            tokens: request.prompt.clone(),
+            tokens: [request.prompt.as_slice(), &request.generated].concat(),
             computed: 0,
             committed: 0,
             blocks: Vec::new(),
@@ -120,7 +120,7 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
-    /// Tokens generated so far.
+    /// Tokens generated so far, those of an earlier worker included.
     pub(super) fn generated(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
     }

@@ -43,10 +43,44 @@ fn blocks_win_over_gigabytes_and_the_context_is_clipped() {
 }
 
 #[test]
+fn a_gpu_has_larger_steps_and_a_larger_pool_and_wants_no_daemon() {
+    let settings = check(&["--device", "cuda:1", "--no-daemon"]).unwrap();
+    assert_eq!(settings.device, Some(DeviceName::Ordinal(1)));
+    assert_eq!((settings.max_batch_tokens, settings.pool), (8192, PoolSize::Gigabytes(8.0)));
+    let cpu = check(&["--device", "cpu"]).unwrap();
+    assert_eq!((cpu.device, cpu.max_batch_tokens, cpu.pool), (None, 512, PoolSize::Gigabytes(0.25)));
+    let flags = ["--device", "cuda:0", "--no-daemon", "--max-batch-tokens", "300", "--device-cache-gb", "3"];
+    let chosen = check(&flags).unwrap();
+    assert_eq!((chosen.max_batch_tokens, chosen.pool), (300, PoolSize::Gigabytes(3.0)));
+    let refused = check(&["--device", "cuda:0"]).unwrap_err().to_string();
+    assert_eq!(refused, "--device cuda:0: expected --no-daemon beside it, or cpu");
+}
+
+#[test]
+fn random_weights_have_their_shape_and_the_tokens_of_the_folder() {
+    let flags = ["--random-weights", "llama-3-8b", "--context-length", "5000"];
+    let settings = check(&flags).unwrap();
+    let model = settings.model_config().unwrap();
+    assert_eq!(settings.served_name, "llama-3-8b");
+    assert_eq!((model.layers, model.vocab_size, model.token_count), (32, 128_256, 4096));
+    assert_eq!((model.context_length, model.eos_token_ids), (5000, vec![1]));
+    let kv = settings.kv_layout(&settings.model_config().unwrap());
+    assert_eq!(kv.block_bytes(), 4 << 20);
+}
+
+#[test]
 fn what_cannot_be_used_is_named_with_its_value_and_range() {
     for (flags, message) in [
         (&["--block-size", "20"][..], "--block-size 20: expected 16, 32 or 64"),
-        (&["--role", "prefill"], "--role prefill: expected both"),
+        (
+            &["--device", "gpu"],
+            "--device gpu: expected cpu, cuda:<number>, GPU-<uuid> or <bus>:<device>.<function>",
+        ),
+        (
+            &["--device", "0"],
+            "--device 0: expected cpu, cuda:<number>, GPU-<uuid> or <bus>:<device>.<function>",
+        ),
+        (&["--role", "cook"], "--role cook: expected prefill, decode or both"),
         (&["--device-cache-gb", "-1"], "--device-cache-gb -1: expected above 0, up to 65536"),
         (&["--device-cache-blocks", "0"], "--device-cache-blocks 0: expected 1 to 1073741824"),
         (&["--max-batch", "0"], "--max-batch 0: expected 1 to 4096"),

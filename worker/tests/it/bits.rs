@@ -1,6 +1,6 @@
 //! Batch invariance: the same bits for every chunking, batch, thread count, instruction set, block size and hit length.
 
-use kvbm_worker::{BlockId, Chunk, Engine, Isa, KvMemory, Logits};
+use kvbm_worker::{BlockId, Chunk, Engine, Isa, KvMemory, Logits, Want};
 
 use crate::support::{Random, blocks, engine, run};
 
@@ -76,7 +76,7 @@ fn chunks_batches_threads_and_block_sizes_do_not_matter() {
                         tokens: &solo.tokens[done[i]..done[i] + count],
                         first_position: done[i],
                         blocks: &tables[i],
-                        want_logits: count == left,
+                        want: if count == left { Want::Logits } else { Want::Nothing },
                     });
                     done[i] += count;
                     if count == left {

@@ -3,7 +3,9 @@
 
 mod bits;
 mod disk;
+mod gpu;
 mod loading;
+mod random_weights;
 mod reference;
 mod scheduling;
 mod serving;

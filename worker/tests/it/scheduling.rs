@@ -41,6 +41,7 @@ pub fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
         id: RequestId(id),
         namespace: Namespace([3; 32]),
         prompt,
+        generated: vec![],
         sampling: Sampling::Greedy,
         max_tokens,
         eos: Eos::Ignored,
@@ -63,7 +64,7 @@ pub fn turn(scheduler: &mut Scheduler, cache: &mut TestCache, model: &mut impl M
     let tokens = plan.tokens();
     assert!(tokens <= 512);
     if !plan.is_empty() {
-        model.forward(&scheduler.chunks(&plan), &mut logits);
+        model.forward(&scheduler.chunks(&plan), &mut logits).unwrap();
         scheduler.apply(plan, &logits, cache);
     }
     tokens

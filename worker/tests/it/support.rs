@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kvbm_worker::{BlockId, Chunk, Engine, EngineOptions, Isa, KvMemory, Logits};
+use kvbm_worker::{BlockId, Chunk, Engine, EngineOptions, Isa, KvMemory, Logits, Want};
 
 /// The bundled model.
 pub fn model() -> PathBuf {
@@ -30,7 +30,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
 pub fn run(engine: &mut Engine, kv: &KvMemory, tokens: &[u32], first_position: usize) -> Vec<f32> {
     let table = blocks(kv.block_count());
     let mut logits = Logits::default();
-    engine.forward(kv, &[Chunk { tokens, first_position, blocks: &table, want_logits: true }], &mut logits);
+    engine.forward(kv, &[Chunk { tokens, first_position, blocks: &table, want: Want::Logits }], &mut logits);
     logits.row(0).to_vec()
 }
 

@@ -8,7 +8,9 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use kvbm_hash::{Namespace, Retention, SequenceHash};
-use kvbm_worker::{Allocate, BlockId, Cache, CacheEvent, Chunk, LeaseId, Logits, Model, Onboard, Ticket};
+use kvbm_worker::{
+    Allocate, BlockId, Cache, CacheEvent, Chunk, LeaseId, Logits, Model, Onboard, Ticket, Want,
+};
 
 use crate::support::Random;
 
@@ -411,9 +413,9 @@ pub fn expected(tokens: &[u32]) -> Vec<f32> {
 }
 
 impl Model for TestModel {
-    fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits) {
+    fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits) -> Result<(), kvbm_worker::Error> {
         let mut contents = self.contents.borrow_mut();
-        let wanted = batch.iter().filter(|chunk| chunk.want_logits).count();
+        let wanted = batch.iter().filter(|chunk| chunk.want != Want::Nothing).count();
         let mut rows = logits.reset(wanted, VOCAB).chunks_exact_mut(VOCAB);
         for chunk in batch {
             let place = |position: usize| {
@@ -430,9 +432,10 @@ impl Model for TestModel {
                 let (block, slot) = place(chunk.first_position + i);
                 contents[block][slot] = before;
             }
-            if chunk.want_logits {
+            if chunk.want != Want::Nothing {
                 fill(before, rows.next().expect("one row each"));
             }
         }
+        Ok(())
     }
 }

@@ -33,6 +33,7 @@ fn request(handle: &Handle, prompt: Vec<u32>, max_tokens: usize) -> Request {
         id: handle.next_id(),
         namespace: Namespace([1; 32]),
         prompt,
+        generated: vec![],
         sampling: Sampling::Greedy,
         max_tokens,
         eos: Eos::Ends,
