@@ -1,11 +1,17 @@
 //! Flags, and the configuration that they are checked into before a port is bound.
 
+mod router;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::discovery::Place;
 use crate::error::FrontendError;
 use crate::fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
+use crate::router::RouterConfig;
+use crate::upstream::UpstreamUrl;
+pub use router::RouterArgs;
 
 /// Flags of the frontend. `Config::try_from` checks them.
 #[derive(Debug, Clone, clap::Args)]
@@ -14,9 +20,9 @@ pub struct FrontendArgs {
     #[arg(long, env = "KVBM_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Daemon whose workers are served, instead of the one at --socket: https://host:port, http://host:port or
-    /// unix:/path
-    #[arg(long, env = "KVBM_DAEMON", value_name = "ENDPOINT")]
-    pub daemon: Option<String>,
+    /// unix:/path (repeatable)
+    #[arg(long = "daemon", env = "KVBM_DAEMON", value_name = "ENDPOINT", value_delimiter = ',')]
+    pub daemons: Vec<String>,
     /// PEM file with the authorities that the certificate of a --daemon over https may come from
     #[arg(long, env = "KVBM_DAEMON_CA", value_name = "FILE")]
     pub daemon_ca: Option<PathBuf>,
@@ -32,6 +38,13 @@ pub struct FrontendArgs {
     /// A worker that is served without a daemon: unix:/path or http://host:port (repeatable)
     #[arg(long = "worker", env = "KVBM_FRONTEND_WORKERS", value_name = "ENDPOINT", value_delimiter = ',')]
     pub workers: Vec<String>,
+    /// Another OpenAI server whose models are served too: http://host:port (repeatable)
+    #[arg(long = "upstream", env = "KVBM_UPSTREAMS", value_name = "URL", value_delimiter = ',')]
+    pub upstreams: Vec<String>,
+    /// Where to learn of further daemons, workers and upstreams while serving: file:/path (a JSON object with lists of
+    /// these names, see `kvbm models --help`), etcd://host:port, or etcd for what ETCD_ENDPOINTS names
+    #[arg(long, env = "KVBM_DISCOVERY", value_name = "WHERE")]
+    pub discovery: Option<String>,
     /// Folder with tokenizer and chat template, instead of the one that the workers name
     #[arg(long, env = "KVBM_MODEL_PATH", value_name = "DIR")]
     pub model_path: Option<PathBuf>,
@@ -50,15 +63,24 @@ pub struct FrontendArgs {
     /// Seconds that running requests are given when the frontend stops, 0 to 3600
     #[arg(long, env = "KVBM_DRAIN_SECONDS", default_value_t = 10.0, allow_negative_numbers = true)]
     pub drain_seconds: f64,
+    /// How workers are chosen.
+    #[command(flatten)]
+    pub router: RouterArgs,
 }
 
 /// Checked settings of the frontend.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The daemon whose workers are served.
-    pub daemon: Option<Daemon>,
+    /// The daemons whose workers are served.
+    pub daemons: Vec<Daemon>,
     /// Workers served without a daemon.
     pub workers: Vec<Endpoint>,
+    /// Other OpenAI servers whose models are served too.
+    pub upstreams: Vec<UpstreamUrl>,
+    /// Where more of all these are listed.
+    pub discovery: Option<Place>,
+    /// What is shown to daemons that are found there, over TLS.
+    pub daemon_files: DaemonFiles,
     /// Folder with the tokenizer, instead of the workers' own.
     pub model_path: Option<PathBuf>,
     /// Where to listen; port 0 is any that is free.
@@ -69,19 +91,26 @@ pub struct Config {
     pub body_limit_bytes: usize,
     /// How long running requests are given when the frontend stops.
     pub drain: Duration,
+    /// How workers are chosen.
+    pub router: RouterConfig,
 }
 
 impl TryFrom<FrontendArgs> for Config {
     type Error = FrontendError;
 
     fn try_from(args: FrontendArgs) -> Result<Self, FrontendError> {
-        let daemon = daemon(&args)?;
-        if daemon.is_none() && args.workers.is_empty() {
-            let range = "the daemon's socket, unless there is a --daemon or a --worker";
+        let daemons = daemons(&args)?;
+        let elsewhere = !args.upstreams.is_empty() || args.discovery.is_some();
+        if daemons.is_empty() && args.workers.is_empty() && !elsewhere {
+            let range =
+                "the daemon's socket, unless there is a --daemon, --worker, --upstream or --discovery";
             return Err(invalid("--socket", "nothing", range));
         }
         let workers = args.workers.iter().map(|text| {
             Endpoint::parse(text).ok_or_else(|| invalid("--worker", text, "unix:/path or http://host:port"))
+        });
+        let upstreams = args.upstreams.iter().map(|text| {
+            UpstreamUrl::parse(text).ok_or_else(|| invalid("--upstream", text, UpstreamUrl::FORM))
         });
         let host: IpAddr = match args.http_host.as_str() {
             "localhost" => IpAddr::from([127, 0, 0, 1]),
@@ -95,53 +124,68 @@ impl TryFrom<FrontendArgs> for Config {
             .ok_or_else(|| invalid("--body-limit-mb", args.body_limit_mb, "within 1 to 1024"))?;
         Ok(Self {
             workers: workers.collect::<Result<_, _>>()?,
-            daemon,
+            daemons,
+            upstreams: upstreams.collect::<Result<_, _>>()?,
+            discovery: args.discovery.as_deref().map(discovery).transpose()?,
+            daemon_files: daemon_files(&args),
+            router: RouterConfig::try_from(&args.router)?,
             model_path: args.model_path,
             address: SocketAddr::new(host, port),
-            worker_wait: seconds("--worker-wait-seconds", args.worker_wait_seconds)?,
+            worker_wait: seconds("--worker-wait-seconds", args.worker_wait_seconds, 3600.0)?,
             body_limit_bytes: body_limit_mb * 1_000_000,
-            drain: seconds("--drain-seconds", args.drain_seconds)?,
+            drain: seconds("--drain-seconds", args.drain_seconds, 3600.0)?,
         })
     }
 }
 
-/// `--daemon` names it, else `--socket`.
-fn daemon(args: &FrontendArgs) -> Result<Option<Daemon>, FrontendError> {
-    let files = DaemonFiles {
+fn discovery(text: &str) -> Result<Place, FrontendError> {
+    Place::parse(text).ok_or_else(|| invalid("--discovery", text, Place::FORM))
+}
+
+fn daemon_files(args: &FrontendArgs) -> DaemonFiles {
+    DaemonFiles {
         ca: args.daemon_ca.clone(),
         token: args.daemon_token_file.clone(),
         cert: args.daemon_cert.clone(),
         key: args.daemon_key.clone(),
-    };
+    }
+}
+
+/// `--daemon` names them, else `--socket`.
+fn daemons(args: &FrontendArgs) -> Result<Vec<Daemon>, FrontendError> {
+    let files = daemon_files(args);
     let given = [
         ("--daemon-ca", &files.ca),
         ("--daemon-token-file", &files.token),
         ("--daemon-cert", &files.cert),
         ("--daemon-key", &files.key),
     ];
-    let value = |flag| match given.iter().find(|(name, _)| *name == flag) {
-        Some((_, path)) => {
-            path.as_ref().map_or_else(|| "nothing".to_owned(), |path| path.display().to_string())
-        }
-        None => args.daemon.clone().unwrap_or_default(),
+    let path = |flag: &str| {
+        let path = given.iter().find(|(name, _)| *name == flag)?.1.as_ref();
+        Some(path.map_or_else(|| "nothing".to_owned(), |path| path.display().to_string()))
     };
-    match &args.daemon {
-        Some(text) => Daemon::parse(text, &files).map(Some).map_err(|Unusable { flag, must_be }| {
-            FrontendError::Daemon { flag, value: value(flag), must_be }
-        }),
-        None => match given.iter().find(|(_, path)| path.is_some()) {
-            Some((flag, _)) => Err(invalid(flag, value(flag), "given only with --daemon")),
-            None => Ok(args.socket.clone().map(Daemon::at_socket)),
-        },
+    if args.daemons.is_empty() {
+        let given = if args.discovery.is_some() { &given[..0] } else { &given[..] };
+        return match given.iter().find(|(_, path)| path.is_some()) {
+            Some((flag, _)) => Err(invalid(flag, path(flag).unwrap_or_default(), "given only with --daemon")),
+            None => Ok(args.socket.clone().map(Daemon::at_socket).into_iter().collect()),
+        };
     }
+    let daemon = |text: &String| {
+        Daemon::parse(text, &files).map_err(|Unusable { flag, must_be }| FrontendError::Daemon {
+            flag,
+            value: path(flag).unwrap_or_else(|| text.clone()),
+            must_be,
+        })
+    };
+    args.daemons.iter().map(daemon).collect()
 }
 
-fn seconds(flag: &'static str, value: f64) -> Result<Duration, FrontendError> {
-    if (0.0..=3600.0).contains(&value) {
-        Ok(Duration::from_secs_f64(value))
-    } else {
-        Err(invalid(flag, value, "within 0 to 3600"))
+fn seconds(flag: &'static str, value: f64, most: f64) -> Result<Duration, FrontendError> {
+    if (0.0..=most).contains(&value) {
+        return Ok(Duration::from_secs_f64(value));
     }
+    Err(invalid(flag, value, if most > 3600.0 { "within 0 to 86400" } else { "within 0 to 3600" }))
 }
 
 fn invalid(flag: &'static str, value: impl ToString, range: &'static str) -> FrontendError {
@@ -211,14 +255,15 @@ mod tests {
         assert_eq!(config.body_limit_bytes, 32_000_000);
         assert_eq!(config.worker_wait, Duration::from_secs(10));
         assert_eq!(config.workers.len(), 2);
-        assert!(config.daemon.is_none());
+        assert!(config.daemons.is_empty());
+        assert_eq!(config.router, RouterConfig::default());
     }
 
     #[test]
     fn a_daemon_that_is_named_wins_over_a_socket() {
         let both = config(&["--socket", "/run/kvbm.sock", "--daemon", "http://node-7:6881"]).unwrap();
-        assert_eq!(both.daemon.unwrap().to_string(), "http://node-7:6881");
+        assert_eq!(both.daemons[0].to_string(), "http://node-7:6881");
         let socket = config(&["--socket", "/run/kvbm.sock"]).unwrap();
-        assert_eq!(socket.daemon.unwrap().to_string(), "unix:/run/kvbm.sock");
+        assert_eq!(socket.daemons[0].to_string(), "unix:/run/kvbm.sock");
     }
 }

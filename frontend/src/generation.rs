@@ -1,4 +1,11 @@
-//! One answer in the making: a worker's tokens become text, until they end or a stop string does.
+//! One answer in the making: a worker's tokens become text, until they end or a stop string does. When the worker is
+//! lost, or was to compute the prompt only, another goes on behind the last token that came.
+//!
+//! ```text
+//!         lost, or only prefill               another worker's first token
+//!   Open ───────────────────────► Moving ───────────────────────────────────► Open
+//!    └── finished, stop string, lost for good ──► Ended ◄── nobody goes on ──┘
+//! ```
 //!
 //! Dropped, it takes the worker's stream with it, which is how the worker learns that nobody listens any more.
 
@@ -6,39 +13,42 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, Stream};
 use kvbm_proto::v1::generate_event::Body;
-use kvbm_proto::v1::{FinishReason, GenerateEvent};
+use kvbm_proto::v1::{FinishReason, Finished, GenerateEvent};
 use tonic::Streaming;
 
 use crate::detokenizer::Detokenizer;
-use crate::model::Model;
 use crate::openai::{ApiError, CachedTokens, Finish};
+use crate::router::{Burden, Dispatch, HandOver, Opened, Route, is_lost};
+use crate::silence::Silence;
 use crate::stop::StopFilter;
 
-/// A worker's stream that has come to its first token, or to its end.
-pub struct Opened {
-    pub events: Streaming<GenerateEvent>,
-    pub cached: CachedTokens,
-    /// `Tokens` or `Finished`.
-    pub first: Body,
-}
-
-/// How the text of an answer ends, besides the model's own end.
-pub struct Ending {
-    pub stop: Vec<String>,
-    /// Tokens that end the answer and have no text.
-    pub stop_token_ids: Vec<u32>,
+/// Where tokens come from.
+#[expect(clippy::large_enum_variant, reason = "one for each answer, and nearly always the largest")]
+enum Tokens {
+    Open { events: Streaming<GenerateEvent>, burden: Burden },
+    Moving(BoxFuture<'static, Result<Opened, ApiError>>),
+    Ended,
 }
 
 /// The answer to one prompt.
 pub struct Generation {
-    /// `None` when finished.
-    events: Option<Streaming<GenerateEvent>>,
+    source: Tokens,
     first: Option<Body>,
+    dispatch: Arc<Dispatch>,
+    route: Route,
+    /// The connection that tokens come over, or came over last.
+    connection: u64,
+    moves_left: u32,
+    /// What is left to do when the stream ends, if it is a prefill worker's.
+    hand_over: Option<HandOver>,
+    /// All tokens so far, for whoever goes on; empty if nobody may.
+    generated: Vec<u32>,
+    silence: Silence,
     detokenizer: Detokenizer,
     filter: StopFilter,
-    stop_token_ids: Vec<u32>,
     /// Scratch: the text of one token, on its way to the filter.
     piece: String,
     prompt_tokens: u32,
@@ -54,24 +64,38 @@ pub struct Progress {
 }
 
 impl Generation {
-    /// Of an opened stream.
-    pub fn new(opened: Opened, model: &Arc<Model>, prompt: &[u32], ending: Ending) -> Self {
+    /// Of an opened stream. `stop`: strings that end it.
+    pub fn new(opened: Opened, dispatch: Arc<Dispatch>, stop: Vec<String>) -> Self {
+        let Opened { events, cached, first, route, connection, burden, hand_over } = opened;
+        let config = dispatch.router.config();
+        let prompt = &dispatch.request.prompt;
         Self {
-            events: Some(opened.events),
-            first: Some(opened.first),
-            detokenizer: Detokenizer::new(model, prompt),
-            filter: StopFilter::new(ending.stop),
-            stop_token_ids: ending.stop_token_ids,
+            source: Tokens::Open { events, burden },
+            first: Some(first),
+            route,
+            connection,
+            moves_left: config.migration_limit,
+            hand_over,
+            generated: Vec::new(),
+            silence: Silence::new(config.stall),
+            detokenizer: Detokenizer::new(&dispatch.entry.model, prompt),
+            filter: StopFilter::new(stop),
             piece: String::new(),
             prompt_tokens: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
             completion_tokens: 0,
-            cached: opened.cached,
+            cached,
+            dispatch,
         }
     }
 
     /// Nothing more will come.
     pub fn is_finished(&self) -> bool {
-        self.events.is_none()
+        matches!(self.source, Tokens::Ended)
+    }
+
+    /// Where it was sent first, and why.
+    pub fn route(&self) -> &Route {
+        &self.route
     }
 
     /// Tokens of the prompt.
@@ -95,40 +119,115 @@ impl Generation {
             Ok(Body::Started(_)) => Ok(Progress { tokens: 0, finish: None }),
             Ok(Body::Tokens(tokens)) => Ok(self.tokens(&tokens.ids, out)),
             Ok(Body::Finished(finished)) => match finish(finished.reason()) {
+                Some(Finish::Length) if self.goes_on() => Ok(Progress { tokens: 0, finish: None }),
                 Some(reason) => {
                     self.completion_tokens = finished.completion_tokens.max(self.completion_tokens);
                     Ok(self.end(reason, out))
                 }
-                None => Err(ApiError::worker_lost("it cancelled the request")),
+                // The worker gives it up, nobody here does.
+                None => self.lost("it cancelled the request").map(|()| Progress { tokens: 0, finish: None }),
             },
             Err(error) => Err(error),
         };
         if result.is_err() {
-            self.events = None;
+            self.source = Tokens::Ended;
         }
         Poll::Ready(result)
     }
 
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Body, ApiError>> {
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Ok(first));
+        loop {
+            if let Some(first) = self.first.take() {
+                return Poll::Ready(Ok(first));
+            }
+            let lost = match &mut self.source {
+                Tokens::Ended => return Poll::Ready(Err(ApiError::internal("the answer has already ended"))),
+                Tokens::Moving(moving) => {
+                    let moved = ready!(moving.poll_unpin(cx));
+                    let Opened { events, first, connection, burden, .. } = moved.map_err(|error| {
+                        ApiError::worker_lost(&format!("no other goes on with it: {}", error.message()))
+                    })?;
+                    self.source = Tokens::Open { events, burden };
+                    (self.first, self.connection) = (Some(first), connection);
+                    self.silence.broken();
+                    continue;
+                }
+                Tokens::Open { events, .. } => match Pin::new(events).poll_next(cx) {
+                    Poll::Ready(Some(Ok(GenerateEvent { body: Some(body) }))) => {
+                        self.silence.broken();
+                        return Poll::Ready(Ok(body));
+                    }
+                    Poll::Ready(Some(Ok(GenerateEvent { body: None }))) => {
+                        return Poll::Ready(Err(ApiError::worker_lost("it sent an empty event")));
+                    }
+                    Poll::Ready(Some(Err(status))) if is_lost(&status) => status.message().to_owned(),
+                    Poll::Ready(Some(Err(status))) => {
+                        return Poll::Ready(Err(ApiError::worker_lost(status.message())));
+                    }
+                    Poll::Ready(None) => "its stream ended early".to_owned(),
+                    Poll::Pending => {
+                        ready!(self.silence.poll_too_long(cx));
+                        "it said nothing for too long".to_owned()
+                    }
+                },
+            };
+            // A prefill worker that is lost behind its token has done its part.
+            if self.completion_tokens > 0 && self.goes_on() {
+                continue;
+            }
+            if let Some(end) = self.is_complete() {
+                return Poll::Ready(Ok(Body::Finished(end)));
+            }
+            self.lost(&lost)?;
         }
-        let Some(events) = &mut self.events else {
-            return Poll::Ready(Err(ApiError::internal("the answer has already ended")));
+    }
+
+    /// The worker will say nothing more: another is asked to go on.
+    fn lost(&mut self, reason: &str) -> Result<(), ApiError> {
+        if self.moves_left == 0 {
+            return Err(ApiError::worker_lost(reason));
+        }
+        self.moves_left -= 1;
+        tracing::info!(reason, tokens = self.generated.len(), "a worker is lost, another is to go on");
+        let resumed = self.dispatch.clone().resume(self.generated.clone(), self.connection);
+        self.source = Tokens::Moving(resumed.boxed());
+        Ok(())
+    }
+
+    /// The end of a prefill worker's stream is not that of the answer.
+    fn goes_on(&mut self) -> bool {
+        let Some(hand_over) = self.hand_over.take() else { return false };
+        if self.is_complete().is_some() {
+            return false;
+        }
+        let decoded = self.dispatch.clone().decode(self.generated.clone(), hand_over);
+        self.source = Tokens::Moving(decoded.boxed());
+        true
+    }
+
+    /// How the answer ends, if only the word of it was lost.
+    fn is_complete(&self) -> Option<Finished> {
+        let request = &self.dispatch.request;
+        let stopped = self.generated.last().is_some_and(|last| request.stop_token_ids.contains(last));
+        let reason = match stopped {
+            true => FinishReason::Stop,
+            false if self.completion_tokens >= request.max_tokens => FinishReason::Length,
+            false => return None,
         };
-        let event = ready!(Pin::new(events).poll_next(cx));
-        Poll::Ready(match event {
-            Some(Ok(GenerateEvent { body: Some(body) })) => Ok(body),
-            Some(Ok(GenerateEvent { body: None })) => Err(ApiError::worker_lost("it sent an empty event")),
-            Some(Err(status)) => Err(ApiError::worker_lost(status.message())),
-            None => Err(ApiError::worker_lost("its stream ended early")),
-        })
+        let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.completion_tokens);
+        Some(Finished { reason: reason.into(), prompt_tokens, completion_tokens })
     }
 
     fn tokens(&mut self, ids: &[u32], out: &mut String) -> Progress {
+        if let Tokens::Open { burden, .. } = &mut self.source {
+            burden.grow(ids.len());
+        }
+        if self.moves_left > 0 || self.hand_over.is_some() {
+            self.generated.extend_from_slice(ids);
+        }
         for (index, &id) in ids.iter().enumerate() {
             self.completion_tokens += 1;
-            if self.stop_token_ids.contains(&id) {
+            if self.dispatch.request.stop_token_ids.contains(&id) {
                 continue;
             }
             if self.filter.is_idle() {
@@ -138,7 +237,7 @@ impl Generation {
             self.piece.clear();
             self.detokenizer.push(id, &mut self.piece);
             if self.filter.push(&self.piece, out) {
-                self.events = None;
+                self.source = Tokens::Ended;
                 return Progress { tokens: index + 1, finish: Some(Finish::Stop) };
             }
         }
@@ -146,7 +245,7 @@ impl Generation {
     }
 
     fn end(&mut self, reason: Finish, out: &mut String) -> Progress {
-        self.events = None;
+        self.source = Tokens::Ended;
         self.piece.clear();
         self.detokenizer.flush(&mut self.piece);
         let stopped = self.filter.push(&self.piece, out);

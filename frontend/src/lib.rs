@@ -3,6 +3,8 @@
 //! ```text
 //! HTTP request -> serve (body, routes) -> openai (parse, validate) -> model (template, tokenizer)
 //!              -> router (which worker) -> generation (tokens to text, stop strings) -> openai (chunks, answer)
+//! upstream: requests for models of other OpenAI servers pass through
+//! discovery: daemons, workers and other servers that come and go
 //! fleet: which workers there are, told by the daemon or by flags; each kept connected by its own task
 //! ```
 //!
@@ -10,11 +12,12 @@
 //! a request is owned by its response, there is no task per request. Text never holds half a character. Nothing
 //! is sent to the client before the first token, so a worker that fails before it costs nothing but time.
 //!
-//! It deliberately does not cache, hash or schedule.
+//! It deliberately does not cache or schedule; it hashes prompts only to know where their blocks are.
 #![forbid(unsafe_code)]
 
 mod args;
 mod detokenizer;
+pub mod discovery;
 mod error;
 mod fleet;
 mod generation;
@@ -24,12 +27,19 @@ mod openai;
 mod request_id;
 mod router;
 mod serve;
+mod silence;
 mod stop;
+mod upstream;
 
-pub use args::{Config, FrontendArgs};
+pub use args::{Config, FrontendArgs, RouterArgs};
 pub use detokenizer::Detokenizer;
 pub use error::FrontendError;
 pub use fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
 pub use model::{Model, ModelError};
+pub use router::{
+    DisaggConfig, Events, Fingerprint, Index, RouterConfig, RouterMode, Source, SourceId, Strategy, Tier,
+    Weights,
+};
 pub use serve::run;
 pub use stop::StopFilter;
+pub use upstream::UpstreamUrl;

@@ -141,6 +141,11 @@ impl Metrics {
         metrics
     }
 
+    /// Where other parts register their series.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
     /// The text of `/metrics`.
     pub fn text(&self) -> Result<String, prometheus::Error> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
@@ -197,6 +202,11 @@ impl RequestRecord {
             model.output_tokens.observe(f64::from(completion_tokens));
             model.cached_tokens.observe(f64::from(cached_tokens));
         }
+        self.end("success", "");
+    }
+
+    /// The answer of another server is complete; nobody counted its tokens.
+    pub fn pass(&mut self) {
         self.end("success", "");
     }
 

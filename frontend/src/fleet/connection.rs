@@ -16,6 +16,7 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kvbm_proto::v1::registry_client::RegistryClient;
 use kvbm_proto::v1::worker_client::WorkerClient;
+use kvbm_proto::v1::{DescribeReply, DescribeRequest};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -26,9 +27,17 @@ use super::{Daemon, Endpoint};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Peers on other machines that answer no ping for `PING_DEADLINE` are gone.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_DEADLINE: Duration = Duration::from_secs(20);
+/// How soon a peer that answers no pings counts as gone.
+#[derive(Clone, Copy)]
+struct Pings {
+    interval: Duration,
+    deadline: Duration,
+}
+
+/// Of workers: answers wait for them, so one that is stopped or cut off is given up soon.
+const WORKER_PINGS: Pings = Pings { interval: Duration::from_secs(1), deadline: Duration::from_secs(3) };
+/// Of a daemon on another machine. The kernel tells when one on this machine is gone.
+const DAEMON_PINGS: Pings = Pings { interval: Duration::from_secs(10), deadline: Duration::from_secs(20) };
 
 /// Tokens of many streams share a connection; a client that reads slowly must not stop the others.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
@@ -54,40 +63,53 @@ pub struct Drivers {
 }
 
 impl Connection {
-    /// Connects to a worker and shakes hands.
-    pub async fn open(endpoint: &Endpoint, drivers: &Drivers) -> io::Result<Self> {
-        in_time(Self::dial(endpoint, None, endpoint.origin(), drivers)).await
+    /// Connects to a worker, which says what it is. The kernel takes connections for a process that is stopped, too: only
+    /// an answer tells that it runs.
+    pub async fn open(endpoint: &Endpoint, drivers: &Drivers) -> io::Result<(Self, DescribeReply)> {
+        in_time(async {
+            let connection = Self::connect(endpoint, drivers).await?;
+            let reply = connection.worker().describe(DescribeRequest {}).await;
+            let reply = reply.map_err(|status| io::Error::other(status.message().to_owned()))?;
+            Ok((connection, reply.into_inner()))
+        })
+        .await
+    }
+
+    async fn connect(endpoint: &Endpoint, drivers: &Drivers) -> io::Result<Self> {
+        Self::dial(endpoint, None, endpoint.origin(), Some(WORKER_PINGS), drivers).await
     }
 
     /// Connects to the daemon and shakes hands.
     pub async fn open_daemon(daemon: &Daemon, drivers: &Drivers) -> io::Result<Self> {
-        in_time(Self::dial(daemon.endpoint(), daemon.tls(), daemon.origin(), drivers)).await
+        let pings = matches!(daemon.endpoint(), Endpoint::Tcp(_)).then_some(DAEMON_PINGS);
+        in_time(Self::dial(daemon.endpoint(), daemon.tls(), daemon.origin(), pings, drivers)).await
     }
 
     async fn dial(
         endpoint: &Endpoint,
         tls: Option<&Tls>,
         origin: Uri,
+        pings: Option<Pings>,
         drivers: &Drivers,
     ) -> io::Result<Self> {
         let authority = match endpoint {
             Endpoint::Unix(path) => {
-                return Self::drive(UnixStream::connect(path).await?, endpoint, origin, drivers).await;
+                return Self::drive(UnixStream::connect(path).await?, origin, pings, drivers).await;
             }
             Endpoint::Tcp(authority) => authority,
         };
         let stream = TcpStream::connect(authority.as_str()).await?;
         stream.set_nodelay(true)?;
         match tls {
-            None => Self::drive(stream, endpoint, origin, drivers).await,
+            None => Self::drive(stream, origin, pings, drivers).await,
             Some(Tls { connector, name }) => {
                 let stream = connector.connect(name.clone(), stream).await?;
-                Self::drive(stream, endpoint, origin, drivers).await
+                Self::drive(stream, origin, pings, drivers).await
             }
         }
     }
 
-    async fn drive<S>(stream: S, endpoint: &Endpoint, origin: Uri, drivers: &Drivers) -> io::Result<Self>
+    async fn drive<S>(stream: S, origin: Uri, pings: Option<Pings>, drivers: &Drivers) -> io::Result<Self>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
@@ -96,11 +118,8 @@ impl Connection {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
-        if matches!(endpoint, Endpoint::Tcp(_)) {
-            builder
-                .keep_alive_interval(PING_INTERVAL)
-                .keep_alive_timeout(PING_DEADLINE)
-                .keep_alive_while_idle(true);
+        if let Some(Pings { interval, deadline }) = pings {
+            builder.keep_alive_interval(interval).keep_alive_timeout(deadline).keep_alive_while_idle(true);
         }
         let (sender, driver) = builder.handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
         let closed = CancellationToken::new();
@@ -144,7 +163,7 @@ impl Connection {
     }
 }
 
-async fn in_time(opening: impl Future<Output = io::Result<Connection>>) -> io::Result<Connection> {
+async fn in_time<T>(opening: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::time::timeout(CONNECT_DEADLINE, opening).await.unwrap_or_else(|_| {
         Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_DEADLINE:?}")))
     })

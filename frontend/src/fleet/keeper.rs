@@ -4,12 +4,13 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvbm_proto::v1::DescribeRequest;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
-use super::{Connection, Description, Drivers, Endpoint, Fleet, WorkerState};
+use super::{
+    Connection, Description, Drivers, Endpoint, Fleet, Node, Place, Role, WorkerState, base_namespace,
+};
 use crate::model::Library;
 
 /// First and last pause between attempts to connect.
@@ -59,13 +60,27 @@ pub fn next_pause(pause: Duration) -> Duration {
     (pause * 2).min(BACKOFF_MAX)
 }
 
-/// Keeps a worker that a flag named; it is asked what it serves. Ends only by being dropped.
+/// Takes a worker off the table when nobody keeps it any more.
+struct Kept {
+    fleet: Arc<Fleet>,
+    endpoint: Endpoint,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.fleet.remove(&self.endpoint);
+    }
+}
+
+/// Keeps a worker that a flag or a list named; it is asked what it serves. Ends only by being dropped.
 pub async fn keep_static(endpoint: Endpoint, means: Means) {
+    let _kept = Kept { fleet: means.fleet.clone(), endpoint: endpoint.clone() };
     let mut pause = BACKOFF_MIN;
     let mut last_reason = String::new();
+    let place = Place { node: Node::alone(), pool: 0 };
     means.fleet.set(&endpoint, None, WorkerState::Down("not connected yet".to_owned()));
     loop {
-        match describe(&endpoint, &means).await {
+        match describe(&endpoint, &place, &means).await {
             Ok((connection, description, draining)) => {
                 pause = BACKOFF_MIN;
                 last_reason.clear();
@@ -100,20 +115,20 @@ pub async fn keep_static(endpoint: Endpoint, means: Means) {
 
 async fn describe(
     endpoint: &Endpoint,
+    place: &Place,
     means: &Means,
 ) -> Result<(Arc<Connection>, Description, bool), String> {
-    let connection = Connection::open(endpoint, &means.drivers).await.map_err(|error| error.to_string())?;
-    let reply = connection
-        .worker()
-        .describe(DescribeRequest {})
-        .await
-        .map_err(|status| status.message().to_owned())?;
-    let reply = reply.into_inner();
+    let opened = Connection::open(endpoint, &means.drivers).await;
+    let (connection, reply) = opened.map_err(|error| error.to_string())?;
     let description = Description {
         worker_id: reply.worker_id,
         model: reply.model,
         model_path: reply.model_path.into(),
         context_length: if reply.context_length == 0 { u32::MAX } else { reply.context_length },
+        role: Role::parse(&reply.role),
+        base: base_namespace(&reply.base_namespace),
+        tokens_per_block: reply.tokens_per_block as usize,
+        place: place.clone(),
     };
     Ok((Arc::new(connection), description, reply.state == "draining"))
 }
@@ -144,7 +159,7 @@ pub async fn keep_listed(endpoint: Endpoint, mut listing: watch::Receiver<Listin
     loop {
         let Listing::Listed { description, .. } = listing.borrow_and_update().clone() else { break };
         match Connection::open(&endpoint, &means.drivers).await {
-            Ok(connection) => {
+            Ok((connection, _)) => {
                 pause = BACKOFF_MIN;
                 last_reason.clear();
                 info!(%endpoint, worker = description.worker_id, model = description.model, "worker is connected");
@@ -190,7 +205,7 @@ async fn keep_connected(
         let deadline = match &listed {
             Listing::Listed { description, draining } => {
                 // Another process behind the same address: its connection is not this one.
-                if described.as_ref().is_some_and(|before| before != description) {
+                if described.as_ref().is_some_and(|before| !before.is_same_process(description)) {
                     return ControlFlow::Continue(());
                 }
                 let state = usable_state(connection, description, *draining, means).await;

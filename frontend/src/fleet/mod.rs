@@ -3,10 +3,13 @@
 //! One table behind one mutex is the truth; a `View` is derived from it after each change and published. Requests
 //! only read views, and can wait for the next one.
 
+mod candidate;
 mod connection;
 mod daemon;
 mod endpoint;
+mod events;
 mod keeper;
+mod node;
 mod registry;
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,16 +17,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use kvbm_hash::BaseNamespace;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::metrics::{Metrics, ModelMetrics};
 use crate::model::Model;
+use crate::router::Load;
 
+pub use candidate::{Candidate, Role, base_namespace};
 pub use connection::{Connection, Drivers};
 pub use daemon::{Daemon, DaemonFiles, Unusable};
 pub use endpoint::Endpoint;
+pub use events::Follower;
 pub use keeper::{Means, keep_static};
+pub use node::{Node, Place};
 pub use registry::watch_registry;
 
 /// What a worker says of itself.
@@ -34,6 +42,19 @@ pub struct Description {
     pub model_path: PathBuf,
     /// Tokens of prompt and answer together; `u32::MAX` when the worker does not say.
     pub context_length: u32,
+    pub role: Role,
+    /// `None`: it does not say.
+    pub base: Option<BaseNamespace>,
+    /// 0: it does not say.
+    pub tokens_per_block: usize,
+    pub place: Place,
+}
+
+impl Description {
+    /// Whether both are of one process. Its place may have changed: a daemon that came back numbers pools anew.
+    pub fn is_same_process(&self, other: &Self) -> bool {
+        Self { place: other.place.clone(), ..self.clone() } == *other
+    }
 }
 
 /// Whether a worker can be used.
@@ -49,6 +70,7 @@ pub enum WorkerState {
 struct Row {
     description: Option<Description>,
     state: WorkerState,
+    load: Arc<Load>,
 }
 
 /// A line of `/health`.
@@ -88,21 +110,26 @@ pub struct Entry {
     pub model: Arc<Model>,
     pub context_length: u32,
     pub metrics: Arc<ModelMetrics>,
-    ready: Vec<Arc<Connection>>,
+    ready: Vec<Arc<Candidate>>,
     next: Arc<AtomicUsize>,
 }
 
 impl Entry {
-    /// The next worker in turn, of those whose connection is not in `tried`. Only the first attempt takes a turn:
+    /// All of them.
+    pub fn candidates(&self) -> &[Arc<Candidate>] {
+        &self.ready
+    }
+
+    /// The next worker in turn, of those that are `wanted` and not in `tried`. Only the first attempt takes a turn:
     /// otherwise a worker that fails would be given every request of a pair.
-    pub fn pick(&self, tried: &[u64]) -> Option<Arc<Connection>> {
+    pub fn in_turn(&self, tried: &[u64], wanted: impl Fn(&Candidate) -> bool) -> Option<&Arc<Candidate>> {
         let turn = match tried {
             [] => self.next.fetch_add(1, Ordering::Relaxed),
             _ => self.next.load(Ordering::Relaxed),
         };
         let first = turn % self.ready.len().max(1);
-        let turn = self.ready[first..].iter().chain(&self.ready[..first]);
-        turn.into_iter().find(|worker| !worker.is_closed() && !tried.contains(&worker.id())).cloned()
+        let mut turn = self.ready[first..].iter().chain(&self.ready[..first]);
+        turn.find(|worker| worker.is_open(tried) && wanted(worker))
     }
 }
 
@@ -149,7 +176,8 @@ impl Fleet {
         if let Some(description) = description {
             table.seen.entry(description.model.clone()).or_default();
         }
-        table.workers.insert(endpoint.clone(), Row { description: description.cloned(), state });
+        let load = table.workers.get(endpoint).map(|row| row.load.clone()).unwrap_or_default();
+        table.workers.insert(endpoint.clone(), Row { description: description.cloned(), state, load });
         self.publish(&table);
     }
 
@@ -177,11 +205,19 @@ impl Fleet {
             // A worker with another tokenizer under the same name would answer nonsense; `health` names it.
             if Arc::ptr_eq(&entry.model, model) {
                 entry.context_length = entry.context_length.min(description.context_length);
-                entry.ready.push(connection.clone());
+                let candidate = Candidate::new(description, connection.clone(), row.load.clone());
+                entry.ready.push(Arc::new(candidate));
             }
         }
         let models = models.into_iter().map(|(name, entry)| (name, Arc::new(entry))).collect();
         self.view.send_replace(Arc::new(View { models, known: table.seen.keys().cloned().collect() }));
+    }
+
+    /// What this frontend has given each worker to do.
+    pub fn loads(&self) -> Vec<(String, Arc<Load>)> {
+        let table = self.table.lock();
+        let named = |row: &Row| Some((row.description.as_ref()?.worker_id.clone(), row.load.clone()));
+        table.workers.values().filter_map(named).collect()
     }
 
     /// Every worker and its state.

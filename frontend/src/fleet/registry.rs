@@ -1,9 +1,10 @@
 //! The daemon's list of workers, followed for ever. While the daemon is away the last list holds.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
-use kvbm_proto::v1::{RegisterWorker, WatchWorkersRequest, WorkerList};
+use kvbm_proto::v1::{RegisterWorker, WatchWorkersRequest, WorkerEntry, WorkerList};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -11,12 +12,13 @@ use tonic::Streaming;
 use tracing::{info, warn};
 
 use super::keeper::{self, Listing, Means, keep_listed};
-use super::{Connection, Daemon, Description, Endpoint};
+use super::{Connection, Daemon, Description, Endpoint, Node, Place, Role, base_namespace};
 
 /// Keeps the workers that the daemon lists. Ends only by being dropped.
-pub async fn watch_registry(daemon: Daemon, means: Means) {
+pub async fn watch_registry(daemon: Daemon, node: Arc<Node>, means: Means) {
     let mut keepers = Keepers {
         daemon: daemon.clone(),
+        node,
         means,
         listings: HashMap::new(),
         unusable: HashSet::new(),
@@ -55,6 +57,7 @@ async fn subscribe(daemon: &Daemon, means: &Means) -> Result<(Connection, Stream
 /// One task per worker that is, or lately was, listed.
 struct Keepers {
     daemon: Daemon,
+    node: Arc<Node>,
     means: Means,
     listings: HashMap<Endpoint, watch::Sender<Listing>>,
     /// Worker and endpoint of those in the last list that cannot be used; each was warned of once.
@@ -90,10 +93,11 @@ impl Keepers {
 
     fn apply(&mut self, list: WorkerList) {
         let (mut listed, mut unusable) = (HashMap::new(), HashSet::new());
-        for worker in list.workers.into_iter().filter_map(|entry| entry.worker) {
+        for WorkerEntry { worker, base_namespace, .. } in list.workers {
+            let Some(worker) = worker else { continue };
             match usable_endpoint(&self.daemon, &worker) {
                 Ok(endpoint) => {
-                    listed.insert(endpoint, listing(worker));
+                    listed.insert(endpoint, self.listing(worker, &base_namespace));
                 }
                 Err(reason) => {
                     let who = (worker.worker_id, worker.endpoint);
@@ -131,6 +135,20 @@ impl Keepers {
         }
     }
 
+    fn listing(&self, worker: RegisterWorker, base: &[u8]) -> Listing {
+        let description = Description {
+            worker_id: worker.worker_id,
+            model: worker.model,
+            model_path: worker.model_path.into(),
+            context_length: if worker.context_length == 0 { u32::MAX } else { worker.context_length },
+            role: Role::parse(&worker.role),
+            base: base_namespace(base),
+            tokens_per_block: worker.tokens_per_block as usize,
+            place: Place { node: self.node.clone(), pool: worker.pool_id },
+        };
+        Listing::Listed { description, draining: worker.state == "draining" }
+    }
+
     fn keep(&mut self, endpoint: Endpoint, listing: Listing) {
         let (sender, receiver) = watch::channel(listing);
         self.listings.insert(endpoint.clone(), sender);
@@ -151,6 +169,16 @@ impl Keepers {
     }
 }
 
+/// Nobody looks after its workers any more: they are served no longer.
+impl Drop for Keepers {
+    fn drop(&mut self) {
+        self.tasks.abort_all();
+        for endpoint in self.listings.keys() {
+            self.means.fleet.remove(endpoint);
+        }
+    }
+}
+
 fn usable_endpoint(daemon: &Daemon, worker: &RegisterWorker) -> Result<Endpoint, &'static str> {
     let endpoint = Endpoint::parse(&worker.endpoint);
     let endpoint = endpoint.ok_or("its endpoint is neither unix:/path nor http://host:port")?;
@@ -158,14 +186,4 @@ fn usable_endpoint(daemon: &Daemon, worker: &RegisterWorker) -> Result<Endpoint,
         Some(reason) => Err(reason),
         None => Ok(endpoint),
     }
-}
-
-fn listing(worker: RegisterWorker) -> Listing {
-    let description = Description {
-        worker_id: worker.worker_id,
-        model: worker.model,
-        model_path: worker.model_path.into(),
-        context_length: if worker.context_length == 0 { u32::MAX } else { worker.context_length },
-    };
-    Listing::Listed { description, draining: worker.state == "draining" }
 }

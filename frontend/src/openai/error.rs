@@ -161,6 +161,11 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Internal, Some("internal_error"), message)
     }
 
+    /// What is wrong, in words.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The error object as JSON.
     pub fn json(&self) -> Vec<u8> {
         let r#type = match self.kind {

@@ -9,6 +9,7 @@ use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, header};
 
+use super::body;
 use super::event_stream::EventStream;
 use super::prepare::{Prepared, prepare};
 use super::routes::App;
@@ -18,23 +19,91 @@ use crate::openai::{ApiError, CachedTokens, ChunkWriter, Finish, Usage, answer_b
 use crate::request_id;
 
 const CACHED_TOKENS_HEADER: &str = "x-kvbm-cached-tokens";
+const ROUTE_HEADER: &str = "x-kvbm-route";
 
 /// Serves a completion or a chat.
 pub async fn answer(app: &App, api: Api, request: Request) -> Response {
     let id = app.ids.of(request.headers());
     let mut record = RequestRecord::new(app.metrics.clone(), api);
+    let request = match pass(app, request, record).await {
+        Ok(mut response) => {
+            name(&mut response, id);
+            return response;
+        }
+        Err((request, same)) => {
+            record = same;
+            request
+        }
+    };
     let mut response = match prepare(app, api, &id, &mut record, request).await {
-        Ok(prepared) if prepared.options.stream => streamed(api, &id, prepared, record),
         Ok(prepared) => {
-            whole(api, &id, prepared, &mut record).await.unwrap_or_else(|error| failed(error, &mut record))
+            let route = route(app, &prepared.generations);
+            let mut response = match prepared.options.stream {
+                true => streamed(api, &id, prepared, record),
+                false => match whole(api, &id, prepared, &mut record).await {
+                    Ok(response) => response,
+                    Err(error) => failed(error, &mut record),
+                },
+            };
+            if let Some(route) = route {
+                response.headers_mut().insert(ROUTE_HEADER, route);
+            }
+            response
         }
         Err(error) => failed(error, &mut record),
     };
+    name(&mut response, id);
+    response
+}
+
+fn name(response: &mut Response, id: String) {
     // A client's id that made it here is printable.
     if let Ok(value) = HeaderValue::try_from(id) {
         response.headers_mut().insert(request_id::HEADER, value);
     }
-    response
+}
+
+/// What decides where a request goes.
+#[derive(serde::Deserialize)]
+struct Named {
+    model: String,
+    #[serde(default)]
+    stream: Option<bool>,
+}
+
+/// The answer of another server, if the model is one of its own; else the request as it was.
+async fn pass(
+    app: &App,
+    request: Request,
+    mut record: RequestRecord,
+) -> Result<Response, (Request, RequestRecord)> {
+    if app.upstreams.is_empty() {
+        return Err((request, record));
+    }
+    let (head, body) = request.into_parts();
+    let body = match body::read(&head.headers, body, app.body_limit_bytes).await {
+        Ok(body) => body,
+        Err(error) => return Ok(failed(error, &mut record)),
+    };
+    let named = serde_json::from_slice::<Named>(&body).ok();
+    let theirs =
+        |named: &Named| app.fleet.entry(&named.model).is_none() && app.upstreams.serves(&named.model);
+    let Some(named) = named.filter(theirs) else {
+        return Err((Request::from_parts(head, Body::from(body)), record));
+    };
+    record.set_stream(named.stream.unwrap_or(false));
+    record.set_model(app.metrics.model(&named.model), 0);
+    let path = head.uri.path();
+    Ok(match app.upstreams.pass(&named.model, path, &head.headers, body, record).await {
+        Ok(response) => response,
+        Err((error, mut record)) => failed(error, &mut record),
+    })
+}
+
+/// Where the first prompt of a request went, if that is to be told.
+fn route(app: &App, generations: &[Generation]) -> Option<HeaderValue> {
+    let generation = generations.first().filter(|_| app.router.config().debug_headers)?;
+    HeaderValue::try_from(generation.route().to_string()).ok()
 }
 
 fn failed(error: ApiError, record: &mut RequestRecord) -> Response {

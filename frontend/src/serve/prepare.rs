@@ -12,10 +12,11 @@ use super::body;
 use super::routes::App;
 use super::source::Source;
 use crate::fleet::Entry;
-use crate::generation::{Ending, Generation};
+use crate::generation::Generation;
 use crate::metrics::{Api, RequestRecord};
 use crate::model::Model;
 use crate::openai::{ApiError, Options, Parameters, tenant};
+use crate::router::{Dispatch, Wish};
 
 /// Tokens that a completion gets when it does not say.
 const COMPLETION_TOKENS: u32 = 16;
@@ -62,7 +63,8 @@ pub async fn prepare(
         trace: trace(&head.headers),
         ..GenerateRequest::default()
     };
-    let job = Job { app, api, options: &options, entry: &entry, template, deadline };
+    let wish = Wish::of(&head.headers);
+    let job = Job { app, api, options: &options, entry: &entry, template, wish, deadline };
     let opening =
         token_lists.into_iter().enumerate().map(|(index, tokens)| job.open(request_id(id, index), tokens));
     let generations = try_join_all(opening).await?;
@@ -85,20 +87,33 @@ struct Job<'a> {
     options: &'a Options,
     entry: &'a Arc<Entry>,
     template: GenerateRequest,
+    wish: Wish,
     deadline: Instant,
 }
 
 impl Job<'_> {
     async fn open(&self, request_id: String, prompt: Vec<u32>) -> Result<Generation, ApiError> {
-        let request = GenerateRequest {
+        let mut request = GenerateRequest {
             request_id,
             max_tokens: self.max_tokens(prompt.len())?,
             prompt,
             ..self.template.clone()
         };
-        let opened = self.app.router.open(&self.options.model, self.entry, &request, self.deadline).await?;
-        let ending = Ending { stop: self.options.stop.clone(), stop_token_ids: request.stop_token_ids };
-        Ok(Generation::new(opened, &self.entry.model, &request.prompt, ending))
+        if let Some(sampling) = &mut request.sampling
+            && sampling.temperature > 0.0
+        {
+            // Drawn here: whoever goes on with the answer must draw as the first worker did.
+            sampling.seed.get_or_insert_with(|| self.app.router.seed());
+        }
+        let dispatch = Arc::new(Dispatch {
+            router: self.app.router.clone(),
+            model: self.options.model.clone(),
+            entry: self.entry.clone(),
+            request,
+            wish: self.wish.clone(),
+        });
+        let opened = dispatch.open(self.deadline).await?;
+        Ok(Generation::new(opened, dispatch, self.options.stop.clone()))
     }
 
     /// What is asked for, as far as the context has room: `[0, prompt) [prompt, prompt + max_tokens) ... context`.

@@ -15,11 +15,15 @@ use crate::fleet::{Entry, Fleet};
 use crate::metrics::{Api, Metrics};
 use crate::openai::ApiError;
 use crate::request_id::RequestIds;
-use crate::router::Router;
+use crate::router::{Knowledge, Router, RouterMetrics};
+use crate::upstream::Upstreams;
 
 /// What requests share.
 pub struct App {
-    pub router: Router,
+    pub router: Arc<Router>,
+    pub knowledge: Arc<Knowledge>,
+    pub routing: Arc<RouterMetrics>,
+    pub upstreams: Arc<Upstreams>,
     pub fleet: Arc<Fleet>,
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
@@ -57,13 +61,16 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     let view = app.fleet.view();
-    let data: Vec<Value> = view.models().map(|(name, entry)| model_object(&app, name, entry)).collect();
+    let own = view.models().map(|(name, entry)| model_object(&app, name, entry));
+    let others = app.upstreams.models().into_iter().filter(|name| view.entry(name).is_none());
+    let data: Vec<Value> = own.chain(others.map(|name| upstream_object(&app, &name))).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
 async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
     match app.fleet.entry(&name) {
         Some(entry) => Ok(Json(model_object(&app, &name, &entry))),
+        None if app.upstreams.models().contains(&name) => Ok(Json(upstream_object(&app, &name))),
         None => Err(ApiError::model_not_found(&name)),
     }
 }
@@ -78,18 +85,25 @@ fn model_object(app: &App, name: &str, entry: &Entry) -> Value {
     })
 }
 
+fn upstream_object(app: &App, name: &str) -> Value {
+    json!({ "id": name, "object": "model", "created": app.started, "owned_by": "upstream" })
+}
+
 async fn health(State(app): State<Arc<App>>) -> Response {
     let view = app.fleet.view();
-    let models: Vec<&String> = view.models().map(|(name, _)| name).collect();
-    let workers = app.fleet.health();
+    let mut models: Vec<String> = view.models().map(|(name, _)| name.clone()).collect();
+    models.extend(app.upstreams.models().into_iter().filter(|name| view.entry(name).is_none()));
+    let (workers, upstreams) = (app.fleet.health(), app.upstreams.health());
     if models.is_empty() {
         let reason = if workers.is_empty() { "no worker is known" } else { "no worker is ready" };
         let body = json!({
             "status": "unhealthy", "message": "No endpoints available", "reason": reason, "workers": workers,
+            "upstreams": upstreams,
         });
         return (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response();
     }
-    Json(json!({ "status": "healthy", "models": models, "workers": workers })).into_response()
+    let body = json!({ "status": "healthy", "models": models, "workers": workers, "upstreams": upstreams });
+    Json(body).into_response()
 }
 
 async fn live(State(app): State<Arc<App>>) -> Response {
@@ -100,6 +114,7 @@ async fn live(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
+    app.routing.refresh(app.knowledge.blocks(), &app.fleet.loads());
     match app.metrics.text() {
         Ok(text) => {
             let content_type = HeaderValue::from_static("text/plain; version=0.0.4");

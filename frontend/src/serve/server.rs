@@ -19,12 +19,14 @@ use tracing::{debug, info, warn};
 
 use super::routes::{App, routes};
 use crate::args::Config;
+use crate::discovery::{Appointed, keep_daemon};
 use crate::error::FrontendError;
 use crate::fleet::{self, Drivers, Fleet, Means};
 use crate::metrics::Metrics;
 use crate::model::Library;
 use crate::request_id::RequestIds;
-use crate::router::Router;
+use crate::router::{Events, Knowledge, Router, RouterMetrics, RouterMode};
+use crate::upstream::{self, Upstreams};
 
 /// Clients at a time; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 16_384;
@@ -47,16 +49,37 @@ pub async fn run(
     let drivers = Drivers { tasks: TaskTracker::new(), abort: CancellationToken::new() };
     let library = Arc::new(Library::new(config.model_path.clone()));
     let means = Means { fleet: fleet.clone(), library, drivers: drivers.clone() };
+    let routing = RouterMetrics::new(metrics.registry());
+    let routing = Arc::new(routing.expect("the names of all series are valid and distinct"));
+    let looks_at_blocks = config.router.mode == RouterMode::Kv || config.router.disagg.is_some();
+    let follows = looks_at_blocks && config.router.events == Events::Followed;
+    let events = if follows { Events::Followed } else { Events::Ignored };
+    let knowledge = Arc::new(Knowledge::new(events, config.router.guess_lifetime));
 
     let mut keepers = JoinSet::new();
     for endpoint in config.workers.iter().cloned() {
         keepers.spawn(fleet::keep_static(endpoint, means.clone()));
     }
-    if let Some(daemon) = config.daemon.clone() {
-        keepers.spawn(fleet::watch_registry(daemon, means));
+    for daemon in config.daemons.iter().cloned() {
+        let (means, drivers) = (means.clone(), drivers.clone());
+        keepers.spawn(keep_daemon(daemon, means, knowledge.clone(), routing.clone(), drivers));
     }
+    let upstreams = Arc::new(Upstreams::default());
+    for url in &config.upstreams {
+        keepers.spawn(upstream::watch(upstreams.clone(), upstreams.add(url)));
+    }
+    if let Some(place) = config.discovery.clone() {
+        let files = config.daemon_files.clone();
+        let appointed = Appointed::new(means, upstreams.clone(), knowledge.clone(), routing.clone(), files);
+        keepers.spawn(place.follow(appointed));
+    }
+    let router =
+        Router::new(fleet.clone(), config.worker_wait, config.router, knowledge.clone(), routing.clone());
     let app = Arc::new(App {
-        router: Router::new(fleet.clone(), config.worker_wait),
+        router: Arc::new(router),
+        knowledge,
+        routing,
+        upstreams,
         fleet,
         metrics,
         ids: RequestIds::new(),

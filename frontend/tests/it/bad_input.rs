@@ -136,9 +136,9 @@ async fn a_body_of_100_mb_is_answered_and_not_kept() {
 #[tokio::test]
 async fn without_a_worker_a_request_waits_and_is_told_to_retry() {
     let folder = tempfile::tempdir().unwrap();
-    let daemon = Some(Daemon::at_socket(folder.path().join("none.sock")));
+    let daemons = vec![Daemon::at_socket(folder.path().join("none.sock"))];
     let frontend =
-        Frontend::start(Config { daemon, worker_wait: Duration::from_millis(20), ..config() }).await;
+        Frontend::start(Config { daemons, worker_wait: Duration::from_millis(20), ..config() }).await;
     let request = json!({ "model": "tiny", "prompt": "Once" });
     let answer = post(frontend.address, "/v1/completions", request).await;
     assert_eq!((answer.status, answer.header("retry-after")), (StatusCode::SERVICE_UNAVAILABLE, "1"));

@@ -1,6 +1,7 @@
 //! Workers that fail, and clients that leave.
 
 use http::StatusCode;
+use kvbm_frontend::RouterConfig;
 use kvbm_proto::v1::FinishReason;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
@@ -72,10 +73,11 @@ async fn full_workers_are_told_from_wrong_requests() {
 }
 
 #[tokio::test]
-async fn a_worker_lost_in_the_middle_is_an_error_event_or_502() {
+async fn a_worker_lost_in_the_middle_is_an_error_event_or_502_if_no_other_may_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let worker = MockWorker::start(folder.path(), "w", "tiny", Script::Hang(tokens(" one two")));
-    let frontend = Frontend::of(&[&worker]).await;
+    let router = RouterConfig { migration_limit: 0, ..RouterConfig::default() };
+    let frontend = Frontend::routed(&[&worker], router).await;
     let request = json!({ "model": "tiny", "prompt": "Once", "stream": true });
     let mut open = Open::post(frontend.address, "/v1/completions", request.clone()).await;
     let mut text = open.next().await.unwrap();

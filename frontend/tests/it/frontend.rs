@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvbm_frontend::{Config, Daemon, Endpoint, FrontendError};
+use kvbm_frontend::{Config, Daemon, DaemonFiles, Endpoint, FrontendError, RouterConfig, RouterMode};
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -21,13 +21,17 @@ pub struct Frontend {
 
 pub fn config() -> Config {
     Config {
-        daemon: None,
+        daemons: Vec::new(),
+        upstreams: Vec::new(),
+        discovery: None,
+        daemon_files: DaemonFiles::default(),
         workers: Vec::new(),
         model_path: None,
         address: "127.0.0.1:0".parse().unwrap(),
         worker_wait: Duration::from_secs(60),
         body_limit_bytes: 32_000_000,
         drain: Duration::from_secs(60),
+        router: RouterConfig::default(),
     }
 }
 
@@ -41,14 +45,27 @@ impl Frontend {
     }
 
     pub async fn of(workers: &[&MockWorker]) -> Self {
+        Self::routed(workers, RouterConfig::default()).await
+    }
+
+    pub async fn routed(workers: &[&MockWorker], router: RouterConfig) -> Self {
         let workers: Vec<Endpoint> = workers.iter().map(|worker| worker.endpoint.clone()).collect();
-        let frontend = Self::start(Config { workers: workers.clone(), ..config() }).await;
+        let frontend = Self::start(Config { workers: workers.clone(), router, ..config() }).await;
         frontend.until_ready(workers.len()).await;
         frontend
     }
 
     pub async fn of_daemon(socket: PathBuf) -> Self {
-        Self::start(Config { daemon: Some(Daemon::at_socket(socket)), ..config() }).await
+        Self::start(Config { daemons: vec![Daemon::at_socket(socket)], ..config() }).await
+    }
+
+    /// Of a daemon, with routing by blocks, which answers tell of.
+    pub async fn kv(socket: PathBuf, workers: usize) -> Self {
+        let router = RouterConfig { mode: RouterMode::Kv, debug_headers: true, ..RouterConfig::default() };
+        let daemons = vec![Daemon::at_socket(socket)];
+        let frontend = Self::start(Config { daemons, router, ..config() }).await;
+        frontend.until_ready(workers).await;
+        frontend
     }
 
     /// Returns when so many workers are ready.

@@ -123,6 +123,13 @@ impl MockWorker {
         self.state.cancelled.subscribe().wait_for(|cancelled| *cancelled >= count).await.unwrap();
     }
 
+    /// As `entry`, with a pool of this number.
+    pub fn entry_with_pool(&self, pool_id: u32) -> WorkerEntry {
+        let entry = self.entry();
+        let worker = entry.worker.map(|worker| RegisterWorker { pool_id, ..worker });
+        WorkerEntry { worker, ..entry }
+    }
+
     pub fn entry(&self) -> WorkerEntry {
         let worker = RegisterWorker {
             worker_id: self.state.name.clone(),
@@ -135,7 +142,7 @@ impl MockWorker {
             pool_id: 1,
             state: "ready".to_owned(),
         };
-        WorkerEntry { worker: Some(worker), pid: 1, session_id: 1 }
+        WorkerEntry { worker: Some(worker), pid: 1, session_id: 1, base_namespace: vec![7; 32] }
     }
 }
 
@@ -220,6 +227,7 @@ impl Worker for Served {
             role: "both".to_owned(),
             state: "ready".to_owned(),
             pid: 1,
+            base_namespace: vec![7; 32],
         }))
     }
 }
@@ -258,10 +266,38 @@ impl Drop for Scripted {
     }
 }
 
-/// A daemon that only knows workers.
+/// A daemon that knows workers, and what the test says of blocks.
 pub struct MockDaemon {
     runtime: Option<Runtime>,
     list: watch::Sender<WorkerList>,
+    pub blocks: Blocks,
+}
+
+/// What a daemon says of blocks, and what it was asked.
+#[derive(Clone, Default)]
+pub struct Blocks(Arc<BlocksState>);
+
+#[derive(Default)]
+struct BlocksState {
+    snapshot: Mutex<SnapshotPart>,
+    events: watch::Sender<Vec<Event>>,
+    prefetched: Mutex<Vec<PrefetchKeysRequest>>,
+}
+
+impl Blocks {
+    /// What snapshots say from now on.
+    pub fn set_snapshot(&self, sequence: u64, stored: Vec<Event>) {
+        *self.0.snapshot.lock().unwrap() = SnapshotPart { sequence, stored, last: true };
+    }
+
+    /// Tells everyone who watches, whatever he has heard before.
+    pub fn tell(&self, events: Vec<Event>) {
+        self.0.events.send_replace(events);
+    }
+
+    pub fn prefetched(&self) -> Vec<PrefetchKeysRequest> {
+        self.0.prefetched.lock().unwrap().clone()
+    }
 }
 
 impl MockDaemon {
@@ -270,10 +306,11 @@ impl MockDaemon {
         let list = watch::Sender::new(WorkerList { workers });
         let runtime = runtime();
         let listener = runtime.block_on_here(|| UnixListener::bind(socket).unwrap());
-        let service = RegistryServer::new(Registered(list.clone()));
+        let blocks = Blocks::default();
+        let service = RegistryServer::new(Registered(list.clone(), blocks.clone()));
         let incoming = UnixListenerStream::new(listener);
         runtime.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-        Self { runtime: Some(runtime), list }
+        Self { runtime: Some(runtime), list, blocks }
     }
 
     /// One over TCP with TLS, for requests with this header only. Also returns its port, and a count of the others.
@@ -293,10 +330,11 @@ impl MockDaemon {
             refused.send_modify(|count| *count += 1);
             Err(Status::unauthenticated("no"))
         };
-        let service = RegistryServer::with_interceptor(Registered(list.clone()), guard);
+        let blocks = Blocks::default();
+        let service = RegistryServer::with_interceptor(Registered(list.clone(), blocks.clone()), guard);
         let server = tonic::transport::Server::builder().tls_config(tls).unwrap().add_service(service);
         runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        (Self { runtime: Some(runtime), list }, port, refusals)
+        (Self { runtime: Some(runtime), list, blocks }, port, refusals)
     }
 
     pub fn set(&self, workers: Vec<WorkerEntry>) {
@@ -310,7 +348,7 @@ impl Drop for MockDaemon {
     }
 }
 
-struct Registered(watch::Sender<WorkerList>);
+struct Registered(watch::Sender<WorkerList>, Blocks);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -331,14 +369,35 @@ impl Registry for Registered {
         &self,
         _: Request<WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        Err(Status::unimplemented("not scripted"))
+        let told = WatchStream::from_changes(self.1.0.events.subscribe());
+        Ok(Response::new(Box::pin(told.map(|events| Ok(EventBatch { events })))))
     }
 
     async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(Status::unimplemented("not scripted"))
+        let part = SnapshotPart { last: true, ..self.1.0.snapshot.lock().unwrap().clone() };
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(part)))))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn prefetch_keys(
+        &self,
+        request: Request<PrefetchKeysRequest>,
+    ) -> Result<Response<PrefetchReply>, Status> {
+        self.1.0.prefetched.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(PrefetchReply::default()))
+    }
+
+    async fn hand_over(&self, _: Request<HandOverRequest>) -> Result<Response<HandOverReply>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn end_hand_over(
+        &self,
+        _: Request<EndHandOverRequest>,
+    ) -> Result<Response<EndHandOverReply>, Status> {
         Err(Status::unimplemented("not scripted"))
     }
 }

@@ -65,8 +65,8 @@ async fn workers_of_a_remote_daemon_are_served_if_they_can_be_reached() {
     };
     let address = format!("https://localhost:{port}");
     let of = async |files: &DaemonFiles| {
-        let daemon = Some(Daemon::parse(&address, files).unwrap());
-        Frontend::start(Config { daemon, ..config() }).await
+        let daemons = vec![Daemon::parse(&address, files).unwrap()];
+        Frontend::start(Config { daemons, ..config() }).await
     };
     let frontend = of(&files("right")).await;
     frontend

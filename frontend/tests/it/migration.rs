@@ -1,0 +1,121 @@
+//! Answers that go on at another worker.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use kvbm_frontend::RouterConfig;
+use kvbm_proto::v1::FinishReason;
+use serde_json::{Value, json};
+use tonic::Status;
+
+use crate::client::{Open, get, post};
+use crate::frontend::Frontend;
+use crate::mock::{MockWorker, Script, say, tokens};
+
+fn request(stream: bool) -> Value {
+    json!({ "model": "tiny", "prompt": "Once", "stream": stream, "max_tokens": 100 })
+}
+
+fn lost(text: &str) -> Script {
+    Script::Fail(tokens(text), Status::unavailable("killed"))
+}
+
+/// Two workers, the first of which gets the first request.
+async fn pair(folder: &std::path::Path, first: Script, second: Script) -> (MockWorker, MockWorker) {
+    let a = MockWorker::start(folder, "a", "tiny", first);
+    let b = MockWorker::start(folder, "b", "tiny", second);
+    (a, b)
+}
+
+#[tokio::test]
+async fn another_worker_goes_on_behind_the_last_token() {
+    let folder = tempfile::tempdir().unwrap();
+    for stream in [true, false] {
+        let (a, b) = pair(folder.path(), lost(" one two"), say(" three four")).await;
+        let frontend = Frontend::of(&[&a, &b]).await;
+        let answer = post(frontend.address, "/v1/completions", request(stream)).await;
+        assert_eq!(answer.status, StatusCode::OK);
+        let text: String = match stream {
+            true => answer.events().iter().filter_map(|e| e["choices"][0]["text"].as_str()).collect(),
+            false => answer.json()["choices"][0]["text"].as_str().unwrap().to_owned(),
+        };
+        assert_eq!(text, " one two three four");
+        let (first, second) = (&a.requests()[0], &b.requests()[0]);
+        assert_eq!(second.generated, tokens(" one two"));
+        assert_eq!((&second.prompt, second.max_tokens), (&first.prompt, first.max_tokens));
+        let metric = "dynamo_frontend_model_migration_total{migration_type=\"ongoing_request\",model=\"tiny\",outcome=\"success\"} 1";
+        frontend.until_metric(metric).await;
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_or_gives_up_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), Script::Hang(tokens(" one")), say(" two")).await;
+    let frontend = Frontend::of(&[&a, &b]).await;
+    let mut open = Open::post(frontend.address, "/v1/completions", request(true)).await;
+    let mut text = open.next().await.unwrap();
+    drop(a);
+    while let Some(more) = open.next().await {
+        text.push_str(&more);
+    }
+    assert!(text.ends_with("data: [DONE]\n\n") && text.contains(" two"), "{text}");
+
+    let gives_up = Script::Say(vec![tokens(" one")], FinishReason::Cancelled);
+    let (c, d) = pair(folder.path(), gives_up, say(" two")).await;
+    let frontend = Frontend::of(&[&c, &d]).await;
+    let answer = post(frontend.address, "/v1/completions", request(false)).await;
+    assert_eq!(answer.json()["choices"][0]["text"], " one two");
+}
+
+#[tokio::test]
+async fn a_worker_that_says_nothing_for_too_long_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), Script::Hang(tokens(" one")), say(" two")).await;
+    let router = RouterConfig { stall: Some(Duration::from_millis(50)), ..RouterConfig::default() };
+    let frontend = Frontend::routed(&[&a, &b], router).await;
+    let answer = post(frontend.address, "/v1/completions", request(false)).await;
+    assert_eq!(answer.json()["choices"][0]["text"], " one two");
+    a.cancelled(1).await;
+}
+
+#[tokio::test]
+async fn an_answer_moves_no_more_often_than_it_may() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), lost(" one"), lost(" two")).await;
+    let router = RouterConfig { migration_limit: 2, ..RouterConfig::default() };
+    let frontend = Frontend::routed(&[&a, &b], router).await;
+    let answer = post(frontend.address, "/v1/completions", request(false)).await;
+    assert_eq!(answer.status, StatusCode::BAD_GATEWAY);
+    assert_eq!(answer.json()["error"]["code"], "worker_lost");
+    let all = [a.requests(), b.requests()].concat();
+    let mut generated: Vec<Vec<u32>> = all.into_iter().map(|request| request.generated).collect();
+    generated.sort_by_key(Vec::len);
+    assert_eq!(generated, [tokens(""), tokens(" one"), [tokens(" one"), tokens(" two")].concat()]);
+}
+
+#[tokio::test]
+async fn chance_is_the_same_at_the_next_worker() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), lost(" one"), say(" two")).await;
+    let frontend = Frontend::of(&[&a, &b]).await;
+    let mut request = request(false);
+    request["temperature"] = json!(0.7);
+    post(frontend.address, "/v1/completions", request).await;
+    let seeds = [&a, &b].map(|worker| worker.requests()[0].sampling.unwrap().seed);
+    assert!(seeds[0].is_some() && seeds[0] == seeds[1], "{seeds:?}");
+}
+
+#[tokio::test]
+async fn an_answer_that_was_complete_but_for_its_end_moves_nowhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), lost(" one two"), say(" three")).await;
+    let frontend = Frontend::of(&[&a, &b]).await;
+    let mut request = request(false);
+    request["max_tokens"] = json!(tokens(" one two").len());
+    let answer = post(frontend.address, "/v1/completions", request).await.json();
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    assert_eq!(answer["choices"][0]["text"], " one two");
+    assert_eq!(b.requests().len(), 0);
+    assert_eq!(get(frontend.address, "/health").await.status, StatusCode::OK);
+}

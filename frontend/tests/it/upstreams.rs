@@ -1,0 +1,189 @@
+//! Other OpenAI servers behind the frontend, named by flags and by a file.
+
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use kvbm_frontend::discovery::{Kind, Place};
+use kvbm_frontend::{Config, UpstreamUrl};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::client::{self, Answer};
+use crate::frontend::{Frontend, config};
+use crate::mock::{MockWorker, say};
+
+/// One that serves the model `far` and answers with its own name.
+struct Other {
+    url: UpstreamUrl,
+    state: Arc<Served>,
+    task: JoinHandle<()>,
+}
+
+struct Served {
+    name: &'static str,
+    status: AtomicU16,
+    answered: AtomicUsize,
+    last: Mutex<(HeaderMap, Bytes)>,
+}
+
+impl Other {
+    async fn start(name: &'static str) -> Self {
+        let state = Arc::new(Served {
+            name,
+            status: AtomicU16::new(200),
+            answered: AtomicUsize::new(0),
+            last: Mutex::default(),
+        });
+        let models = get(async || axum::Json(json!({ "data": [{ "id": "far" }] })));
+        let routes = Router::new()
+            .route("/v1/models", models)
+            .route("/v1/completions", post(answer))
+            .with_state(state.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = UpstreamUrl::parse(&format!("http://{}/v1", listener.local_addr().unwrap())).unwrap();
+        let task = tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
+        Self { url, state, task }
+    }
+
+    fn answered(&self) -> usize {
+        self.state.answered.load(Ordering::Relaxed)
+    }
+
+    fn fail_with(&self, status: u16) {
+        self.state.status.store(status, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn answer(State(served): State<Arc<Served>>, headers: HeaderMap, body: Bytes) -> Response {
+    served.answered.fetch_add(1, Ordering::Relaxed);
+    let streamed = String::from_utf8_lossy(&body).contains("\"stream\":true");
+    *served.last.lock().unwrap() = (headers, body);
+    let status = StatusCode::from_u16(served.status.load(Ordering::Relaxed)).unwrap();
+    let text = match streamed {
+        true => format!("data: {{\"name\":\"{}\"}}\n\ndata: [DONE]\n\n", served.name),
+        false => json!({ "name": served.name }).to_string(),
+    };
+    (status, text).into_response()
+}
+
+async fn of(upstreams: &[&Other], workers: &[&MockWorker]) -> Frontend {
+    let upstreams: Vec<UpstreamUrl> = upstreams.iter().map(|other| other.url.clone()).collect();
+    let workers = workers.iter().map(|worker| worker.endpoint.clone()).collect();
+    Frontend::start(Config { upstreams, workers, ..config() }).await
+}
+
+async fn until_upstreams(frontend: &Frontend, wanted: impl Fn(&[Value]) -> bool) {
+    loop {
+        let health = client::get(frontend.address, "/health").await.json();
+        if wanted(health["upstreams"].as_array().unwrap()) {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
+}
+
+fn ready(count: usize) -> impl Fn(&[Value]) -> bool {
+    move |all| all.iter().filter(|upstream| upstream["state"] == "ready").count() == count
+}
+
+async fn ask(frontend: &Frontend, more: Value) -> Answer {
+    let mut body = json!({ "model": "far", "prompt": "Once", "logprobs": 3 });
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let headers = [("authorization", "Bearer key"), ("content-type", "application/json"), ("cookie", "c")];
+    client::send(frontend.address, http::Method::POST, "/v1/completions", &headers, body.to_string()).await
+}
+
+#[tokio::test]
+async fn requests_and_answers_pass_through_unread() {
+    let folder = tempfile::tempdir().unwrap();
+    let (other, worker) =
+        (Other::start("other").await, MockWorker::start(folder.path(), "w", "tiny", say(" x")));
+    let frontend = of(&[&other], &[&worker]).await;
+    until_upstreams(&frontend, ready(1)).await;
+    frontend.until_ready(1).await;
+    assert_eq!(ask(&frontend, json!({})).await.json(), json!({ "name": "other" }));
+    let (headers, body) = other.state.last.lock().unwrap().clone();
+    assert_eq!((headers["authorization"].to_str().unwrap(), headers.get("cookie")), ("Bearer key", None));
+    assert_eq!(serde_json::from_slice::<Value>(&body).unwrap()["logprobs"], 3);
+    assert!(ask(&frontend, json!({ "stream": true })).await.text().ends_with("data: [DONE]\n\n"));
+    let models = client::get(frontend.address, "/v1/models").await.json();
+    let names: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    assert_eq!(names, ["tiny", "far"]);
+    let own =
+        client::post(frontend.address, "/v1/completions", json!({ "model": "tiny", "prompt": "Once" })).await;
+    assert_eq!((own.status, other.answered()), (StatusCode::OK, 2));
+    // What the client did wrong is its own affair.
+    other.fail_with(400);
+    assert_eq!(ask(&frontend, json!({})).await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn another_answers_for_one_that_fails_and_one_that_goes_on_failing_is_left_alone() {
+    let (bad, good) = (Other::start("bad").await, Other::start("good").await);
+    let frontend = of(&[&bad, &good], &[]).await;
+    until_upstreams(&frontend, ready(2)).await;
+    bad.fail_with(503);
+    for _ in 0..20 {
+        assert_eq!(ask(&frontend, json!({})).await.json(), json!({ "name": "good" }));
+    }
+    assert!(bad.answered() <= 3, "{}", bad.answered());
+    until_upstreams(&frontend, ready(1)).await;
+    good.fail_with(500);
+    let answer = ask(&frontend, json!({})).await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(answer.json()["error"]["code"], "no_worker");
+}
+
+#[tokio::test]
+async fn one_that_is_gone_is_passed_over() {
+    let (gone, good) = (Other::start("gone").await, Other::start("good").await);
+    let frontend = of(&[&gone, &good], &[]).await;
+    until_upstreams(&frontend, ready(2)).await;
+    drop(gone);
+    tokio::task::yield_now().await;
+    for _ in 0..6 {
+        assert_eq!(ask(&frontend, json!({})).await.json(), json!({ "name": "good" }));
+    }
+}
+
+#[tokio::test]
+async fn a_file_adds_and_removes_while_requests_are_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fleet.json");
+    let place = Place::parse(&format!("file:{}", path.display())).unwrap();
+    let other = Other::start("other").await;
+    let worker = MockWorker::start(folder.path(), "w", "tiny", say(" x"));
+    let frontend = Frontend::start(Config { discovery: Some(place.clone()), ..config() }).await;
+    let (url, endpoint) = (other.url.to_string(), worker.endpoint.to_string());
+    assert!(place.add(Kind::Upstream, &url).await.unwrap());
+    assert!(!place.add(Kind::Upstream, &url).await.unwrap(), "it is listed already");
+    place.add(Kind::Worker, &endpoint).await.unwrap();
+    until_upstreams(&frontend, ready(1)).await;
+    frontend.until_ready(1).await;
+    assert_eq!(ask(&frontend, json!({})).await.status, StatusCode::OK);
+    // Nonsense changes nothing.
+    let good = std::fs::read(&path).unwrap();
+    std::fs::write(&path, "{").unwrap();
+    assert!(place.remove(Kind::Upstream, &url).await.is_err());
+    std::fs::write(&path, good).unwrap();
+    assert!(place.remove(Kind::Upstream, &url).await.unwrap());
+    until_upstreams(&frontend, |all| all.is_empty()).await;
+    let unknown = json!({ "model": "far", "prompt": "Once" });
+    let answer = client::post(frontend.address, "/v1/completions", unknown).await;
+    assert_eq!(answer.status, StatusCode::NOT_FOUND);
+    assert!(place.remove(Kind::Worker, &endpoint).await.unwrap());
+    frontend.until_workers(|workers| workers.is_empty()).await;
+}
