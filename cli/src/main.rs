@@ -3,6 +3,7 @@
 
 mod bench;
 mod hold;
+mod models;
 mod parent;
 mod pin;
 mod ready;
@@ -41,6 +42,7 @@ enum Command {
     Status(status::StatusArgs),
     Pin(pin::PinArgs),
     Unpin(pin::UnpinArgs),
+    Models(models::ModelsArgs),
     Bench(bench::BenchArgs),
     Replay(replay::ReplayArgs),
 }
@@ -95,6 +97,7 @@ fn main() -> ExitCode {
         Command::Status(args) => outcome(block_on(status::run(args))),
         Command::Pin(args) => outcome(block_on(pin::run(args))),
         Command::Unpin(args) => outcome(block_on(pin::unpin(args))),
+        Command::Models(args) => outcome(block_on(models::run(args))),
         Command::Bench(args) => outcome(bench::run(&args).map(|()| 0)),
         Command::Replay(args) => outcome(replay::run(&args)),
     }
@@ -130,7 +133,12 @@ fn frontend(args: kvbm_frontend::FrontendArgs, ready_file: Option<PathBuf>) -> E
     let serve = async {
         let args = match args {
             // The daemon of `kvbm up`, unless something else is named.
-            args if args.socket.is_none() && args.daemon.is_none() && args.workers.is_empty() => {
+            args if args.socket.is_none()
+                && args.daemons.is_empty()
+                && args.workers.is_empty()
+                && args.upstreams.is_empty()
+                && args.discovery.is_none() =>
+            {
                 kvbm_frontend::FrontendArgs { socket: Some(up::default_socket()), ..args }
             }
             args => args,

@@ -5,6 +5,7 @@
 
 mod conversation;
 mod disk_file;
+mod frontend;
 mod keyed_engine;
 mod node;
 mod process;
@@ -15,6 +16,7 @@ mod worker_client;
 
 pub use conversation::{Conversation, Turn, conversations};
 pub use disk_file::{disk_file, flip_entry, flip_header, flip_payload, set_version};
+pub use frontend::{Frontend, Streamed};
 pub use keyed_engine::{KeyedChain, KeyedEngine, KeyedModel};
 pub use node::{DaemonOptions, Node, WorkerOptions, get, get_any, metric_in};
 pub use process::{Process, program};

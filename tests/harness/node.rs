@@ -160,6 +160,19 @@ impl Node {
         (process, WorkerClient::connect(&endpoint))
     }
 
+    /// Starts a worker that listens where its arguments say.
+    pub fn worker_at_own_address(&self, name: &str, options: &WorkerOptions) -> Process {
+        let mut arguments: Vec<String> = vec!["worker".into(), "--model".into()];
+        arguments.push(options.model.display().to_string());
+        arguments.extend(["--block-size".into(), options.tokens_per_block.to_string()]);
+        arguments.extend(["--device-cache-blocks".into(), options.pool_blocks.to_string()]);
+        arguments.extend(["--socket".into(), self.socket().display().to_string()]);
+        arguments.extend(options.arguments.clone());
+        let mut process = Process::start(self.dir.path(), name, &arguments, &[]);
+        process.wait_ready();
+        process
+    }
+
     /// What `kvbm status --json` says.
     pub fn status(&self) -> Status {
         let address = self.metrics.trim_end_matches("/metrics");

@@ -4,6 +4,8 @@
 mod cache;
 mod disk;
 mod drills;
+mod engine_process;
+mod fleet;
 mod keys;
 mod pins;
 mod quotas;

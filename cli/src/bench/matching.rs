@@ -80,6 +80,8 @@ impl Catalog {
             policy: PolicyKind::default(),
             quotas: Quotas::default(),
             pin_budget_bytes: 0,
+            rescue: Duration::from_secs(3),
+            shard_wait: Duration::from_secs(10),
             offload_priority_min: 0,
         });
         ledger.set_segments(Some(SlotsIn::bytes(SEGMENT)));

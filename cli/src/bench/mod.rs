@@ -1,12 +1,16 @@
 //! `kvbm bench`: what this machine gives, beside the ceiling measured in the same run.
 
 mod daemon;
+mod disagg;
 mod disk;
+mod engine;
+mod gpu_copy;
 mod grpc;
 mod hash;
 mod host_copy;
 mod matching;
 mod overhead;
+mod router;
 mod row;
 mod serve;
 
@@ -36,13 +40,21 @@ enum What {
     HostCopy,
     /// Reads and writes of a drive, past the page cache, against fio with the same sizes on the same file
     Disk(disk::DiskArgs),
+    /// Blocks between a GPU and host memory by the daemon's copy engine, the pool in another process, against raw copies
+    GpuCopy(gpu_copy::GpuCopyArgs),
     /// Requests per second and latency of frontend and worker, with an engine that only echoes
     Serve,
+    /// The worker's engine on a GPU (or a processor): tokens per second of prefill and decode, or its checks
+    Engine(engine::EngineArgs),
+    /// The router's index: block operations per second on one core, and bytes, with 1,000,000 blocks
+    Router,
+    /// Gaps between tokens under a flood of long prompts: two workers that do both, against prefill and decode apart
+    Disagg,
     /// What the cache costs when it never hits: a worker with a daemon against one without, interleaved
     Overhead,
 }
 
-/// Exit code 0 when measured, whatever the figures.
+/// Exit code 0 when measured, whatever the figures; checks fail.
 pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
     let rows = match &args.what {
         What::Hash => hash::measure(),
@@ -50,7 +62,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
         What::Grpc => grpc::measure()?,
         What::HostCopy => host_copy::measure()?,
         What::Disk(args) => disk::measure(args)?,
+        What::GpuCopy(args) => gpu_copy::measure(args)?,
         What::Serve => serve::measure()?,
+        What::Engine(args) => engine::measure(args)?,
+        What::Router => router::measure()?,
+        What::Disagg => disagg::measure()?,
         What::Overhead => overhead::measure()?,
     };
     if args.json {
@@ -58,5 +74,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
     } else {
         rows.iter().for_each(|row| println!("{row}"));
     }
-    Ok(())
+    let missed = rows.iter().filter(|row| row.is_missed()).count();
+    match &args.what {
+        // A wrong engine is no figure.
+        What::Engine(args) if args.check && missed > 0 => Err(format!("{missed} checks failed")),
+        _ => Ok(()),
+    }
 }

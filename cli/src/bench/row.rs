@@ -48,6 +48,11 @@ impl Row {
         Self { limit: Some(limit), ok: self.ratio.is_some_and(|ratio| ratio >= limit), ..self }
     }
 
+    /// It has a limit that it misses.
+    pub(crate) fn is_missed(&self) -> bool {
+        !self.ok
+    }
+
     /// What was measured, and how.
     pub(crate) fn detail(self, detail: impl Into<String>) -> Self {
         Self { detail: detail.into(), ..self }

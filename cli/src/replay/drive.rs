@@ -126,6 +126,8 @@ impl<'a> Drive<'a> {
             policy: setup.policy,
             quotas: Quotas::default(),
             pin_budget_bytes: 0,
+            rescue: Duration::from_secs(3),
+            shard_wait: Duration::from_secs(10),
         };
         let mut ledger = Ledger::new(config);
         // Each tier is one segment of as many slots as were asked for.

@@ -41,6 +41,12 @@ pub(crate) struct UpArgs {
     /// Number of workers, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: u16,
+    /// Further workers, which only compute prompts, 0 to 64; the others then go on with what those computed
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub prefill_workers: u16,
+    /// How the frontend chooses a worker: see `kvbm frontend --help` [default: round-robin] [env: DYN_ROUTER_MODE]
+    #[arg(long, value_name = "MODE")]
+    pub router_mode: Option<String>,
     /// What the workers compute with: llama, or echo to measure everything else
     #[arg(long, value_name = "NAME", default_value = "llama")]
     pub engine: String,

@@ -129,11 +129,15 @@ impl Fleet {
             parts.push(holder);
         }
         parts.push(daemon);
-        for i in 1..=args.workers {
+        let apart = args.prefill_workers > 0;
+        for i in 1..=args.workers + args.prefill_workers {
             let mut worker = Part::new(format!("worker {i}"), "worker", &run_dir);
             worker.argument("--socket", &socket);
             worker.argument("--model", model.display());
             worker.argument("--engine", &args.engine);
+            if apart {
+                worker.argument("--role", if i > args.workers { "prefill" } else { "decode" });
+            }
             worker.optional("--device-cache-gb", args.device_cache_gb.as_ref());
             let path = args.worker_config.as_ref().map(|path| path.display().to_string());
             worker.optional("--config", path.as_ref());
@@ -153,6 +157,10 @@ impl Fleet {
         let mut frontend = Part::new("frontend".into(), "frontend", &run_dir);
         frontend.argument("--socket", &socket);
         frontend.argument("--http-port", http_port(args)?);
+        frontend.optional("--router-mode", args.router_mode.as_ref());
+        if apart {
+            frontend.flag("--disagg");
+        }
         parts.push(frontend);
         Ok(Self { parts })
     }

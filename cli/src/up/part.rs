@@ -45,6 +45,11 @@ impl Part {
         self.arguments.push(format!("{flag}={}", value.to_string()));
     }
 
+    /// One more flag without a value.
+    pub fn flag(&mut self, flag: &str) {
+        self.arguments.push(flag.to_owned());
+    }
+
     /// As `argument`, if there is a value.
     pub fn optional(&mut self, flag: &str, value: Option<&String>) {
         if let Some(value) = value {

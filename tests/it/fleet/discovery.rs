@@ -1,0 +1,115 @@
+//! Two nodes that find each other through etcd, which is stopped and started again under load. Skipped where there is no
+//! `etcd`, unless `KVBM_TEST_ETCD` demands it.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use kvbm_tests::{DaemonOptions, Frontend, Node, Random, WorkerOptions, eventually_within, get_any};
+use serde_json::{Value, json};
+
+/// One member, with its data in a folder.
+struct Etcd {
+    child: Child,
+}
+
+impl Etcd {
+    fn start(folder: &Path, port: u16) -> Self {
+        let (client, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{}", port + 1));
+        let child = Command::new("etcd")
+            .args(["--data-dir", folder.join("etcd").to_str().unwrap()])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}"), "--unsafe-no-fsync"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { child }
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn is_there() -> bool {
+    let there = Command::new("etcd").arg("--version").stdout(Stdio::null()).status().is_ok();
+    assert!(there || std::env::var_os("KVBM_TEST_ETCD").is_none(), "there is no etcd");
+    there
+}
+
+/// Two neighbouring ports that nobody uses now.
+fn free_ports() -> u16 {
+    loop {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return port;
+        }
+    }
+}
+
+#[test]
+fn nodes_come_and_go_through_etcd_and_its_loss_disturbs_nobody() {
+    if !is_there() {
+        eprintln!("skipped: there is no etcd");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_ports();
+    let place = format!("etcd://127.0.0.1:{port}");
+    let etcd = Etcd::start(folder.path(), port);
+    let token = folder.path().join("token");
+    std::fs::write(&token, "secret-of-the-test\n").unwrap();
+    std::fs::set_permissions(&token, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let token = token.to_str().unwrap();
+    let options = DaemonOptions { host_mb: 64.0, arguments: vec![] }.and(&[
+        "--grpc-listen",
+        "127.0.0.1:0",
+        "--grpc-token-file",
+        token,
+        "--announce",
+        &place,
+    ]);
+    let start = || {
+        let node = Node::start(options.clone());
+        let listen = ["--listen", "http://127.0.0.1:0", "--threads", "1"].map(String::from).to_vec();
+        let worker = node.worker_at_own_address(
+            "worker",
+            &WorkerOptions { arguments: listen, ..WorkerOptions::default() },
+        );
+        (node, worker)
+    };
+    let (first, second) = (start(), start());
+    let arguments = ["--discovery", &place, "--daemon-token-file", token, "--router-mode", "kv"];
+    let frontend = Frontend::start(folder.path(), &[], &arguments);
+    frontend.until_ready(2);
+    let ask = || {
+        let body = json!({ "model": "tiny", "prompt": Random::new(1).tokens(70), "max_tokens": 4, "temperature": 0 });
+        let (status, answer) = frontend.complete(&body);
+        assert_eq!(status, 200, "{answer}");
+    };
+    ask();
+    // Nobody needs it to serve.
+    drop(etcd);
+    ask();
+    let _etcd = Etcd::start(folder.path(), port);
+    ask();
+    // What changes afterwards is seen again: longer than a key outlives its daemon.
+    drop(second);
+    let workers = || {
+        let health: Value = serde_json::from_str(&get_any(&frontend.url("/health")).1).unwrap();
+        health["workers"].as_array().unwrap().len()
+    };
+    eventually_within(Duration::from_secs(60), "the dead node is forgotten", || {
+        (workers() == 1).then_some(())
+    });
+    ask();
+    let _third = start();
+    frontend.until_ready(2);
+    drop(first);
+    ask();
+}

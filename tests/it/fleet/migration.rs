@@ -1,0 +1,161 @@
+//! Answers that outlive their workers: killed, stopped and drained at random, no stream may lose, repeat or change a
+//! token. `KVBM_DRILL_STREAMS` sets how many streams there are.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use kvbm_tests::{DaemonOptions, Frontend, Node, Process, Random, Streamed};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::worker;
+
+const WORKERS: usize = 3;
+const BLOCK: usize = 16;
+const POOL: usize = 512;
+const CLIENTS: usize = 16;
+/// Different requests; streams ask them again and again.
+const REQUESTS: usize = 20;
+const STREAMS: usize = 100;
+const TOKENS: usize = 300;
+
+/// Half of them greedy, half by chance with a fixed seed; prompts share beginnings.
+fn request(number: usize) -> Value {
+    let mut prompt = Random::new(number as u64 / 4).tokens(100);
+    prompt.extend(Random::new(1000 + number as u64).tokens(40));
+    let temperature = if number.is_multiple_of(2) { 0.0 } else { 0.8 };
+    json!({
+        "model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "stream": true, "ignore_eos": true,
+        "temperature": temperature, "seed": number, "stop": if number % 5 == 4 { json!(["zq"]) } else { Value::Null },
+    })
+}
+
+/// How a worker is taken away.
+#[derive(Debug, Clone, Copy)]
+enum Blow {
+    Kill,
+    Stop,
+    Drain,
+}
+
+fn strike(node: &Node, place: &mut Process, number: usize, blow: Blow) {
+    match blow {
+        Blow::Kill => place.kill(),
+        Blow::Stop => {
+            place.signal(Signal::STOP);
+            // Longer than the frontend is patient with one that answers no pings.
+            std::thread::sleep(Duration::from_secs(5));
+            place.kill();
+        }
+        Blow::Drain => {
+            place.terminate();
+        }
+    }
+    *place = start(node, number);
+}
+
+/// Draining ends before its answers do.
+fn start(node: &Node, number: usize) -> Process {
+    worker(node, number, POOL, BLOCK, &["--drain-seconds", "0.2"])
+}
+
+fn expect_whole(streamed: &Streamed, expected: &str) {
+    assert!(streamed.error.is_none(), "{streamed:?}");
+    assert!(streamed.finish.is_some(), "it broke off: {streamed:?}");
+    assert_eq!(streamed.text, expected);
+}
+
+#[test]
+fn drill_migration() {
+    let streams = std::env::var("KVBM_DRILL_STREAMS").map_or(STREAMS, |count| count.parse().unwrap());
+    let node = Node::start(DaemonOptions::default());
+    let mut processes: Vec<Process> = (0..WORKERS).map(|number| start(&node, number)).collect();
+    let arguments = ["--router-mode", "kv", "--migration-limit", "1000"];
+    let frontend = Frontend::start(node.dir.path(), &[&node], &arguments);
+    frontend.until_ready(WORKERS);
+    let expected: Vec<String> = (0..REQUESTS)
+        .map(|number| {
+            let streamed = frontend.stream(&request(number));
+            assert!(streamed.finish.is_some(), "{streamed:?}");
+            streamed.text
+        })
+        .collect();
+    let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let gaps = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|_| {
+                scope.spawn(|| {
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        if at >= streams {
+                            return;
+                        }
+                        let number = at % REQUESTS;
+                        let streamed = frontend.stream(&request(number));
+                        expect_whole(&streamed, &expected[number]);
+                        gaps.lock().unwrap().push(streamed.gaps.iter().max().copied().unwrap_or_default());
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            let mut random = Random::new(11);
+            while !over.load(Ordering::Relaxed) {
+                let number = random.within(0..WORKERS);
+                let blow = *random.pick(&[Blow::Kill, Blow::Kill, Blow::Drain, Blow::Drain, Blow::Stop]);
+                strike(&node, &mut processes[number], number, blow);
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        });
+        let ended: Vec<_> = clients.into_iter().map(|client| client.join()).collect();
+        over.store(true, Ordering::Relaxed);
+        for client in ended {
+            client.unwrap();
+        }
+    });
+    let moved = |outcome| frontend.metric("dynamo_frontend_model_migration_total", outcome);
+    let (ongoing, retried) = (moved("ongoing_request"), moved("new_request"));
+    let recomputed = frontend.metric("dynamo_frontend_model_migration_recomputed_tokens_total", "");
+    let resumed = frontend.metric("dynamo_frontend_model_migration_duration_seconds_count", "");
+    let seconds = frontend.metric("dynamo_frontend_model_migration_duration_seconds_sum", "");
+    let mut gaps = gaps.into_inner().unwrap();
+    gaps.sort();
+    println!(
+        "{streams} streams: {ongoing} moves, {retried} retries, {:.1} tokens recomputed and {:.1} ms per move, \
+         longest gap of a stream p50 {:?}",
+        recomputed / resumed.max(1.0),
+        1000.0 * seconds / resumed.max(1.0),
+        gaps[gaps.len() / 2],
+    );
+    assert!(ongoing > 0.0, "nothing was disturbed");
+}
+
+#[test]
+fn an_answer_goes_on_with_what_the_dead_worker_computed() {
+    let node = Node::start(DaemonOptions::default());
+    let mut first = start(&node, 0);
+    let frontend = Frontend::start(node.dir.path(), &[&node], &["--router-mode", "kv"]);
+    frontend.until_ready(1);
+    let body = json!({
+        "model": "tiny", "prompt": Random::new(3).tokens(400), "max_tokens": 3000, "stream": true, "ignore_eos": true,
+        "temperature": 0.7, "seed": 5,
+    });
+    let expected = frontend.stream(&body).text;
+    let tokens = || frontend.metric("dynamo_frontend_output_tokens_total", "");
+    let before = tokens();
+    std::thread::scope(|scope| {
+        let stream = scope.spawn(|| frontend.stream(&body));
+        kvbm_tests::eventually("some of it has come", || (tokens() > before + 200.0).then_some(()));
+        let _second = start(&node, 1);
+        frontend.until_ready(2);
+        first.kill();
+        expect_whole(&stream.join().unwrap(), &expected);
+    });
+    assert_eq!(frontend.metric("dynamo_frontend_model_migration_total", "ongoing_request"), 1.0);
+    let recomputed = frontend.metric("dynamo_frontend_model_migration_recomputed_tokens_total", "");
+    // The block that was being filled, and what was on its way to host memory when the worker died.
+    assert!(recomputed <= 3.0 * BLOCK as f64, "{recomputed} tokens were computed again");
+    node.assert_idle();
+}
