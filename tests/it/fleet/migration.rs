@@ -82,6 +82,7 @@ fn drill_migration() {
         })
         .collect();
     let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let disturbed = || frontend.metric("dynamo_frontend_model_migration_total", "ongoing_request");
     let gaps = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS)
@@ -89,7 +90,8 @@ fn drill_migration() {
                 scope.spawn(|| {
                     loop {
                         let at = next.fetch_add(1, Ordering::Relaxed);
-                        if at >= streams {
+                        // On until somebody was disturbed.
+                        if at >= streams && (disturbed() > 0.0 || at >= 20 * streams) {
                             return;
                         }
                         let number = at % REQUESTS;
