@@ -46,13 +46,17 @@ fn the_readmes_curl_gives_the_stored_continuation_and_then_cached_tokens() {
         let offloaded = metric_in(&get(&metrics), "kvbm_offload_blocks_d2h", "");
         (offloaded >= whole_blocks as f64 / 32.0).then_some(())
     });
-    for expected in
-        [format!("device=0,host={whole_blocks},disk=0"), format!("device={whole_blocks},host=0,disk=0")]
-    {
+    // Unless that one is not there yet, or was busy: then a later one does.
+    let elsewhere = format!("device=0,host={whole_blocks},disk=0");
+    let same = format!("device={whole_blocks},host=0,disk=0");
+    let mut seen = Vec::new();
+    while !(seen.contains(&elsewhere) && seen.last() == Some(&same)) {
         let (status, cached, warm) = up.post("/v1/completions", &body);
-        assert_eq!((status, &cached), (200, &expected));
+        assert!(status == 200 && (cached == elsewhere || cached == same), "{status} {cached} after {seen:?}");
         assert_eq!(warm["choices"][0]["text"].as_str().unwrap(), text);
         assert_eq!(warm["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64(), Some(whole_blocks));
+        seen.push(cached);
+        assert!(seen.len() < 20, "{seen:?}");
     }
     let models: Value = serde_json::from_str(&get(&up.url("/v1/models"))).unwrap();
     assert_eq!(models["data"][0]["id"].as_str(), Some("tiny"));
