@@ -10,6 +10,7 @@ mod memory;
 mod pool_memory;
 mod pool_words;
 mod process_watch;
+mod reading_copy;
 mod side_socket;
 mod streaming_copy;
 

@@ -39,9 +39,9 @@ use flow::{DemoteEnd, DemoteJob, PromoteEnd, PromoteJob};
 const DEMOTES_WAITING: usize = 8;
 /// Threads per direction: some have the drive move bytes while others check them or wait for pages of tables, which the
 /// drive writes behind what it was given before.
-const THREADS_PER_DIRECTION: usize = 8;
+const THREADS_PER_DIRECTION: usize = 16;
 /// How long the kernel may take to unlock the files of a daemon that was killed.
-const UNLOCKED_WITHIN: Duration = Duration::from_secs(2);
+const UNLOCKED_WITHIN: Duration = Duration::from_secs(5);
 /// How long they may take to end.
 const GOODBYE: Duration = Duration::from_secs(5);
 

@@ -10,7 +10,7 @@ use crate::store::table::PAGE_BYTES;
 /// Pages in a slab.
 pub const SLAB_PAGES: usize = 64;
 /// Slabs: writers, the flusher and whoever stops the store, each at work on one.
-const SLABS: usize = 8;
+const SLABS: usize = 16;
 
 /// A fixed number of slabs.
 #[derive(Debug)]
