@@ -11,6 +11,21 @@ use crate::{Context, DeviceAddress, DeviceMemory, DeviceRange, Error};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IpcHandle(pub [u8; 64]);
 
+impl IpcHandle {
+    /// The name of the allocation that has `address` in it, whoever of this process allocated it; where it begins, and how
+    /// many bytes it has. Refused for memory that CUDA's ordinary allocator did not make.
+    pub fn of(context: &Context, address: DeviceAddress) -> Result<(Self, DeviceAddress, usize), Error> {
+        context.bind()?;
+        let (mut base, mut bytes) = (0, 0);
+        // SAFETY: writes two numbers; the driver refuses addresses that it does not know.
+        unsafe { call!(cuMemGetAddressRange_v2(ptr::from_mut(&mut base), &mut bytes, address.0)) }?;
+        let mut handle = cu::CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: writes one handle, for an allocation that is there.
+        unsafe { call!(cuIpcGetMemHandle(&mut handle, base)) }?;
+        Ok((Self(handle.reserved.map(|byte| byte as u8)), DeviceAddress(base), bytes))
+    }
+}
+
 impl DeviceMemory {
     /// The name of this allocation for other processes. It must not be freed while one of them has it open.
     pub fn ipc_handle(&self) -> Result<IpcHandle, Error> {

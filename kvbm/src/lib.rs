@@ -37,8 +37,8 @@ pub use manager::{
 pub use store::disk::DiskError;
 pub use store::disk_io;
 pub use store::{
-    EngineMemory, Export, Fragment, Keeper, MapExports, MapGpus, MapShared, RangeCopy, WarmHost, WarmSegment,
-    WarmWords,
+    EngineMemory, Export, Fragment, Keeper, MapExports, MapGpus, MapShared, NoDeviceMemory, Pace, RangeCopy,
+    WarmHost, WarmSegment, WarmWords, is_gpu,
 };
 pub use tier::{Route, Tier};
 pub use what_if::{CAPACITIES as WHAT_IF_CAPACITIES, TierWhatIf, WhatIfReport};

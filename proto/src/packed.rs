@@ -75,6 +75,11 @@ pub enum SideMessage {
         /// `pool_uuid` of `Adoption` or `PoolReply`.
         uuid: [u8; 16],
     },
+    /// Either way, with one descriptor, before the `PoolMemory` of the same name: the GPU's memory that has its blocks.
+    DeviceMemory {
+        /// `pool_uuid` of `Adoption` or `PoolReply`.
+        uuid: [u8; 16],
+    },
     /// Daemon to client, with one descriptor: the words shared about the pool with this name.
     PoolWords {
         /// `pool_uuid` of `PoolReply`.
@@ -94,6 +99,7 @@ impl SideMessage {
             Self::Bind { token } => [b"B".as_slice(), token].concat(),
             Self::Bound => b"A".to_vec(),
             Self::PoolMemory { uuid } => [b"P".as_slice(), uuid].concat(),
+            Self::DeviceMemory { uuid } => [b"D".as_slice(), uuid].concat(),
             Self::PoolWords { uuid } => [b"W".as_slice(), uuid].concat(),
             Self::HostSegment { segment } => [b"S".as_slice(), &segment.to_le_bytes()].concat(),
         }
@@ -105,6 +111,7 @@ impl SideMessage {
             Some((b'B', rest)) => Ok(Self::Bind { token: digest("token", rest)? }),
             Some((b'A', [])) => Ok(Self::Bound),
             Some((b'P', rest)) => Ok(Self::PoolMemory { uuid: uuid("pool_uuid", rest)? }),
+            Some((b'D', rest)) => Ok(Self::DeviceMemory { uuid: uuid("pool_uuid", rest)? }),
             Some((b'W', rest)) => Ok(Self::PoolWords { uuid: uuid("pool_uuid", rest)? }),
             Some((b'S', rest)) => {
                 let segment = fixed("segment", rest, "expected 4")?;
@@ -113,7 +120,7 @@ impl SideMessage {
             _ => Err(Malformed {
                 field: "kind",
                 actual: bytes.len(),
-                expected: "expected a packet of kind B, A, P, W or S",
+                expected: "expected a packet of kind B, A, P, D, W or S",
             }),
         }
     }
@@ -144,6 +151,7 @@ mod tests {
             SideMessage::Bind { token: [3; 32] },
             SideMessage::Bound,
             SideMessage::PoolMemory { uuid: [9; 16] },
+            SideMessage::DeviceMemory { uuid: [6; 16] },
             SideMessage::PoolWords { uuid: [8; 16] },
             SideMessage::HostSegment { segment: 0x0102_0304 },
         ] {

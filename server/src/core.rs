@@ -47,6 +47,8 @@ pub(crate) struct Core {
     /// Everything that runs beside the servers.
     pub tasks: TaskTracker,
     pub started: Instant,
+    /// Tells this life of the daemon from others: its events are numbered from 1.
+    pub instance: String,
     /// Base URL of the admin HTTP server.
     pub admin: OnceLock<String>,
     /// URL of gRPC over TCP, if that is served.
@@ -89,6 +91,7 @@ impl Core {
             hanging_up: CancellationToken::new(),
             tasks: TaskTracker::new(),
             started: Instant::now(),
+            instance: crate::random::<16>().iter().map(|byte| format!("{byte:02x}")).collect(),
             admin: OnceLock::new(),
             grpc: OnceLock::new(),
             gpus: OnceLock::new(),
@@ -131,7 +134,11 @@ impl Core {
 
     /// A pool that would not fit beside the host tier is refused before anything is written to it. Pools that nobody
     /// has come for give way first.
-    pub fn check_memory(&self, layout: PoolLayout) -> Result<(), Refused> {
+    /// Whether a GPU has the memory, only it can say.
+    pub fn check_memory(&self, device: &str, layout: PoolLayout) -> Result<(), Refused> {
+        if kvbm::is_gpu(device) {
+            return Ok(());
+        }
         self.fits(layout).or_else(|_| {
             self.manager.drop_orphan_pools();
             self.fits(layout)

@@ -115,6 +115,7 @@ impl Daemon {
         let remote = remote.map(|remote| tokio::spawn(remote.serve(Arc::clone(&core))));
         announce(&core, &addresses);
         enter(&core, &addresses);
+        publish(&core);
         Ok(Self { core, addresses, grpc, admin, remote, _sockets: sockets })
     }
 
@@ -173,6 +174,12 @@ fn enter(core: &Arc<Core>, addresses: &Addresses) {
     let key = kvbm_etcd::key(kvbm_etcd::DAEMONS, &url);
     let stopping = core.stopping.clone().cancelled_owned();
     core.tasks.spawn(kvbm_etcd::announce(etcd, key, url, stopping));
+}
+
+/// Tells of its blocks over NATS, if that is wanted.
+fn publish(core: &Arc<Core>) {
+    let Some(nats) = core.config.events.as_deref().and_then(kvbm_nats::Nats::parse) else { return };
+    core.tasks.spawn(crate::publisher::run(Arc::clone(core), nats));
 }
 
 /// With what an earlier daemon left in host memory, if somebody kept it. Opening files and mapping memory blocks.

@@ -25,6 +25,7 @@ pub mod holder;
 mod inventory;
 pub mod log;
 mod metrics;
+mod publisher;
 pub mod record;
 mod registry;
 mod remote;

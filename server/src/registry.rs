@@ -106,7 +106,7 @@ impl v1::registry_server::Registry for RegistryService {
                 }
                 after += events.len() as u64;
                 let events = encoder.encode(&events, Some(first));
-                send(&sender, Ok(v1::EventBatch { events })).await?;
+                send(&sender, Ok(v1::EventBatch { events, last_sequence: 0 })).await?;
             }
         })
     }
@@ -118,12 +118,13 @@ impl v1::registry_server::Registry for RegistryService {
         self.stream(|core, sender| async move {
             let resident = core.manager.residents();
             let sequence = resident.sequence;
+            let instance = core.instance.clone();
             let mut encoder = Encoder::new(core);
             for events in resident.stored.chunks(BATCH_EVENTS) {
                 let stored = encoder.encode(events, None);
-                send(&sender, Ok(v1::SnapshotPart { sequence, stored, last: false })).await?;
+                send(&sender, Ok(v1::SnapshotPart { sequence, stored, ..Default::default() })).await?;
             }
-            send(&sender, Ok(v1::SnapshotPart { sequence, stored: Vec::new(), last: true })).await
+            send(&sender, Ok(v1::SnapshotPart { sequence, stored: Vec::new(), last: true, instance })).await
         })
     }
 
@@ -159,18 +160,18 @@ impl v1::registry_server::Registry for RegistryService {
 
 /// Turns events into messages. Remembers digests, because a namespace may be forgotten with its last block, before the
 /// event of that block's removal is sent.
-struct Encoder {
+pub(crate) struct Encoder {
     core: Arc<Core>,
     digests: HashMap<NamespaceId, [u8; 32]>,
 }
 
 impl Encoder {
-    fn new(core: Arc<Core>) -> Self {
+    pub fn new(core: Arc<Core>) -> Self {
         Self { core, digests: HashMap::new() }
     }
 
     /// `first` is the number of the first event; parts of a snapshot have none.
-    fn encode(&mut self, events: &[Event], first: Option<u64>) -> Vec<v1::Event> {
+    pub fn encode(&mut self, events: &[Event], first: Option<u64>) -> Vec<v1::Event> {
         self.learn(events);
         let workers = self.core.workers.by_pool();
         let number = |position: usize| first.map_or(0, |first| first + position as u64);

@@ -18,7 +18,7 @@ pub fn run(args: &DaemonArgs, ready: impl FnOnce(&Addresses)) -> ExitCode {
         print!("{}", loaded.print());
         return ExitCode::SUCCESS;
     }
-    log::start(&loaded.config);
+    let _telemetry = log::start(&loaded.config);
     loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -80,6 +80,13 @@ impl SharedMemory {
         Self::map(fd, bytes)
     }
 
+    /// Seals a memfd of this process against any change of size, so that others may map it. Returns its size in bytes.
+    pub fn seal(fd: BorrowedFd<'_>) -> Result<u64, Error> {
+        fs::fcntl_add_seals(fd, Self::SEALS).map_err(Error::system("seal", "memfd"))?;
+        let size = fs::fstat(fd).map_err(Error::system("stat", "memfd"))?.st_size;
+        u64::try_from(size).map_err(|_| Error::refused(format!("its size of {size} bytes is not usable")))
+    }
+
     const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
     fn map(fd: OwnedFd, bytes: usize) -> Result<Self, Error> {

@@ -1,7 +1,9 @@
-//! Memory of a device pool on a CPU: a header page, then the blocks, one stride apart.
+//! Memory of a device pool: a header page, then, on a CPU, the blocks, one stride apart. Blocks in a GPU's memory are behind
+//! a descriptor of their own, which goes with the header wherever that goes; block 0 is at its start.
 //!
 //! ```text
-//! byte  0 magic "kvbmpool"   8 version   16 uuid (16 bytes)   32 block bytes   40 block count   64 epoch
+//! byte  0 magic "kvbmpool"   8 version   16 uuid (16 bytes)   32 block bytes   40 block count
+//! byte  48 bytes of the GPU's memory (0: blocks follow here)  64 epoch   128 steps (a line of 64 bytes, the engine's)
 //! byte  4096 block 0,  4096 + stride block 1, ...                             all words u64, little endian
 //! ```
 //!
@@ -9,13 +11,16 @@
 //! block. Whoever copies out of the pool reads the epoch again after the copy and discards what it copied if the epoch
 //! has moved (a seqlock of which only the reader retries, by giving up).
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::{Error, SharedMemory};
 
 /// Bytes before block 0.
 pub const POOL_HEADER_BYTES: usize = 4096;
+/// Where in the header an engine tells how fast it decodes.
+pub const POOL_STEPS_OFFSET: usize = 128;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"kvbmpool");
 const VERSION: u64 = 1;
@@ -27,6 +32,7 @@ mod field {
     pub const UUID: usize = 16;
     pub const BLOCK_BYTES: usize = 32;
     pub const BLOCK_COUNT: usize = 40;
+    pub const DEVICE_BYTES: usize = 48;
     pub const EPOCH: usize = 64;
 }
 
@@ -65,31 +71,67 @@ impl PoolLayout {
     }
 }
 
-/// A mapped pool.
+/// Memory of a GPU that other processes can map too.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    /// To be imported by whoever maps it.
+    pub descriptor: OwnedFd,
+    /// Its size, bytes, which is no less than that of all blocks.
+    pub bytes: usize,
+}
+
+/// A mapped pool. Of one on a GPU only the header is mapped here.
 #[derive(Debug)]
 pub struct PoolMemory {
-    memory: SharedMemory,
+    memory: Arc<SharedMemory>,
     layout: PoolLayout,
     uuid: [u8; 16],
+    device: Option<DeviceMemory>,
 }
 
 impl PoolMemory {
     /// Creates a pool with epoch 1 and unpopulated pages.
     pub fn create(uuid: [u8; 16], layout: PoolLayout) -> Result<Self, Error> {
-        let memory = SharedMemory::create("kvbm-pool", layout.check()?)?;
+        Self::write_header(uuid, layout, layout.check()?, None)
+    }
+
+    /// Creates the header of a pool with epoch 1 whose blocks are in `device`.
+    pub fn create_on_device(uuid: [u8; 16], layout: PoolLayout, device: DeviceMemory) -> Result<Self, Error> {
+        let needed = layout.check()? - POOL_HEADER_BYTES;
+        if device.bytes < needed {
+            let reason = format!("{} bytes of a GPU are less than the {needed} of {layout:?}", device.bytes);
+            return Err(Error::refused(reason));
+        }
+        Self::write_header(uuid, layout, POOL_HEADER_BYTES, Some(device))
+    }
+
+    fn write_header(
+        uuid: [u8; 16],
+        layout: PoolLayout,
+        bytes: usize,
+        device: Option<DeviceMemory>,
+    ) -> Result<Self, Error> {
+        let memory = Arc::new(SharedMemory::create("kvbm-pool", bytes)?);
         let word = |offset| memory.word64(offset);
+        let device_bytes = device.as_ref().map_or(0, |device| device.bytes);
         memory.write(field::UUID, &uuid);
         word(field::BLOCK_BYTES).store(layout.block_bytes as u64, Ordering::Relaxed);
         word(field::BLOCK_COUNT).store(layout.block_count.into(), Ordering::Relaxed);
+        word(field::DEVICE_BYTES).store(device_bytes as u64, Ordering::Relaxed);
         word(field::VERSION).store(VERSION, Ordering::Relaxed);
         word(field::EPOCH).store(1, Ordering::Relaxed);
         word(field::MAGIC).store(MAGIC, Ordering::Release);
-        Ok(Self { memory, layout, uuid })
+        Ok(Self { memory, layout, uuid, device })
     }
 
     /// Maps a pool received from another process and checks its header.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
-        let memory = SharedMemory::from_fd(fd)?;
+        Self::from_fds(fd, None)
+    }
+
+    /// As [`PoolMemory::from_fd`]; `device` is the GPU's memory that came with it.
+    pub fn from_fds(fd: OwnedFd, device: Option<OwnedFd>) -> Result<Self, Error> {
+        let memory = Arc::new(SharedMemory::from_fd(fd)?);
         let read = |offset| memory.word64(offset).load(Ordering::Acquire);
         if read(field::MAGIC) != MAGIC || read(field::VERSION) != VERSION {
             return Err(Error::refused("it has no pool header of version 1"));
@@ -97,15 +139,29 @@ impl PoolMemory {
         let block_bytes = usize::try_from(read(field::BLOCK_BYTES)).unwrap_or(0);
         let block_count = u32::try_from(read(field::BLOCK_COUNT)).unwrap_or(0);
         let layout = PoolLayout { block_bytes, block_count };
-        if layout.check()? != memory.bytes() {
+        let whole = layout.check()?;
+        let device_bytes = usize::try_from(read(field::DEVICE_BYTES)).unwrap_or(usize::MAX);
+        let device = match (device, device_bytes) {
+            (None, 0) => None,
+            (Some(descriptor), bytes @ 1..) => Some(DeviceMemory { descriptor, bytes }),
+            (None, _) => return Err(Error::refused("its blocks are on a GPU, of which no descriptor came")),
+            (Some(_), 0) => {
+                return Err(Error::refused("a descriptor of a GPU came with it, which it does not need"));
+            }
+        };
+        let (here, there) = match &device {
+            None => (whole, 0),
+            Some(_) => (POOL_HEADER_BYTES, whole - POOL_HEADER_BYTES),
+        };
+        if here != memory.bytes() || there > device_bytes {
             return Err(Error::refused(format!(
-                "its header promises {layout:?}, it has {} bytes",
+                "its header promises {layout:?}, it has {} bytes, and {device_bytes} of a GPU",
                 memory.bytes()
             )));
         }
         let mut uuid = [0; 16];
         memory.read(field::UUID, &mut uuid);
-        Ok(Self { memory, layout, uuid })
+        Ok(Self { memory, layout, uuid, device })
     }
 
     /// Name of the pool, chosen by its creator.
@@ -118,9 +174,19 @@ impl PoolMemory {
         self.layout
     }
 
-    /// The whole memory, header included.
-    pub fn memory(&self) -> &SharedMemory {
+    /// The header and, on a CPU, the blocks.
+    pub fn memory(&self) -> &Arc<SharedMemory> {
         &self.memory
+    }
+
+    /// The GPU's memory that has the blocks: its descriptor and its size, bytes. `None`: they follow the header.
+    pub fn device(&self) -> Option<(BorrowedFd<'_>, usize)> {
+        self.device.as_ref().map(|device| (device.descriptor.as_fd(), device.bytes))
+    }
+
+    /// Bytes from the start of the memory that has the blocks to block 0.
+    pub fn blocks_offset(&self) -> usize {
+        if self.device.is_some() { 0 } else { POOL_HEADER_BYTES }
     }
 
     /// The descriptor, to be passed on.
@@ -170,6 +236,25 @@ mod tests {
         assert!(PoolMemory::from_fd(pool.fd().try_clone_to_owned().unwrap()).is_err());
         pool.memory().word64(field::BLOCK_COUNT).store(4, Ordering::Relaxed);
         assert!(PoolMemory::from_fd(pool.fd().try_clone_to_owned().unwrap()).is_err());
+    }
+
+    #[test]
+    fn blocks_on_a_gpu_go_with_their_header_and_only_so() {
+        let descriptor = || SharedMemory::create("gpu", 4096).unwrap().fd().try_clone_to_owned().unwrap();
+        let on_device = |bytes| DeviceMemory { descriptor: descriptor(), bytes };
+        assert!(PoolMemory::create_on_device([7; 16], LAYOUT, on_device(3 * 8192 - 1)).is_err());
+        let pool = PoolMemory::create_on_device([7; 16], LAYOUT, on_device(2 << 20)).unwrap();
+        assert_eq!((pool.memory().bytes(), pool.blocks_offset()), (POOL_HEADER_BYTES, 0));
+        let fd = || pool.fd().try_clone_to_owned().unwrap();
+        let other = PoolMemory::from_fds(fd(), Some(descriptor())).unwrap();
+        assert_eq!(other.device().map(|(_, bytes)| bytes), Some(2 << 20));
+        assert!(PoolMemory::from_fd(fd()).is_err());
+        let on_host = PoolMemory::create([7; 16], LAYOUT).unwrap();
+        assert!(
+            PoolMemory::from_fds(on_host.fd().try_clone_to_owned().unwrap(), Some(descriptor())).is_err()
+        );
+        pool.memory().word64(field::DEVICE_BYTES).store(8192, Ordering::Relaxed);
+        assert!(PoolMemory::from_fds(fd(), Some(descriptor())).is_err());
     }
 
     #[test]

@@ -201,6 +201,13 @@ impl PoolWords {
         raised
     }
 
+    /// The engine's: what the word of a block is to be at first, before the daemon is told of any block.
+    pub fn set_generation(&self, block: u32, generation: u32) {
+        assert!(block < self.block_count, "block {block} is not one of {}", self.block_count);
+        let word = self.memory.word32(Self::GENERATIONS_AT + block as usize * 4);
+        word.store(generation, Ordering::SeqCst);
+    }
+
     /// Whether the engine has written a fence with this value or one past it.
     pub fn is_reached(&self, word: u32, value: u32) -> bool {
         assert!(word < Self::FENCES, "fence {word} is not one of {}", Self::FENCES);

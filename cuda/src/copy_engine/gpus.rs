@@ -124,16 +124,18 @@ impl Gpus {
 
 /// Host memory that is registered, by its address. Once is enough for all GPUs of the process.
 #[derive(Debug, Default)]
-struct HostMemory(RwLock<BTreeMap<usize, CopyMemory>>);
+struct HostMemory(RwLock<BTreeMap<usize, Known>>);
+
+/// Each has a lock of its own: registering one takes long, and holds up nobody who copies from or to another.
+type Known = Arc<Mutex<Option<CopyMemory>>>;
 
 impl HostMemory {
     fn known_to(&self, gpu: &Gpu, memory: &Arc<SharedMemory>) -> Result<CopyMemory, Error> {
         let address = memory.address().addr().get();
-        if let Some(known) = self.0.read().get(&address) {
-            return Ok(known.clone());
-        }
-        let mut all = self.0.write();
-        if let Some(known) = all.get(&address) {
+        let found = self.0.read().get(&address).cloned();
+        let entry = found.unwrap_or_else(|| self.0.write().entry(address).or_default().clone());
+        let mut entry = entry.lock();
+        if let Some(known) = &*entry {
             return Ok(known.clone());
         }
         let known = match gpu.context() {
@@ -143,7 +145,7 @@ impl HostMemory {
             }
         };
         // Holding the memory keeps its address from being another's.
-        all.insert(address, known.clone());
+        *entry = Some(known.clone());
         Ok(known)
     }
 }

@@ -32,6 +32,8 @@ pub struct OffloadBatch {
     pub pool: PoolId,
     /// The writer's epoch: if it moves before the copy ended, what was copied does not count.
     pub epoch: u64,
+    /// More than half of the pool's blocks are nowhere else: they should be copied before they have to go.
+    pub pressed: bool,
     class: Class,
     items: Vec<OffloadItem>,
     /// Digest of the namespace of the last item: mostly the next one's too.
@@ -91,7 +93,9 @@ impl Ledger {
             return None;
         }
         let class = Class { domain: pool.identity.domain, stride: pool.identity.layout.stride() };
-        let mut batch = OffloadBatch { pool: id, epoch: pool.epoch, class, items: Vec::new(), digest: None };
+        let pressed = pool.backlog.len() * 2 > pool.identity.layout.block_count as usize;
+        let mut batch =
+            OffloadBatch { pool: id, epoch: pool.epoch, pressed, class, items: Vec::new(), digest: None };
         let rights = Claimed { tier: Tier::Host, tenants: &self.tenants, now };
         self.host.claim_share(class, rights);
         let allowances = self.tenants.in_segments(Tier::Host, &self.host, class);

@@ -7,6 +7,7 @@ mod cases;
 mod engines;
 mod node;
 mod pins;
+mod pressure;
 mod quotas;
 mod retention;
 mod speed;

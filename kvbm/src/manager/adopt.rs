@@ -5,8 +5,9 @@ use std::sync::Arc;
 use kvbm_shm::PoolMemory;
 
 use super::{OpenedPool, Shared, domain_of};
-use crate::error::Refused;
+use crate::error::{Error, Refused};
 use crate::ledger::{BlockRef, PoolEntry, PoolIdentity, SessionId};
+use crate::store::OwnedPool;
 
 /// Adoptions that may wait for copies to end. Each belongs to a session that waits for it.
 const PENDING_MAX: usize = 256;
@@ -30,12 +31,23 @@ pub struct AdoptPool {
     pub held: Vec<BlockRef>,
 }
 
-type Done = Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>;
+/// The same, mapped.
+pub(super) struct Adopted {
+    pub pool: Arc<OwnedPool>,
+    pub epoch: u64,
+    pub base: [u8; 32],
+    pub tokens_per_block: u32,
+    pub device: String,
+    pub entries: Vec<PoolEntry>,
+    pub held: Vec<BlockRef>,
+}
+
+type Done = Box<dyn FnOnce(Result<OpenedPool, Error>) + Send>;
 
 /// An adoption that waits for copies into the former pool to end.
 pub(super) struct Pending {
     session: SessionId,
-    adopt: AdoptPool,
+    adopt: Adopted,
     done: Done,
 }
 
@@ -46,16 +58,16 @@ enum Next {
 }
 
 impl Shared {
-    pub(super) fn adopt(&self, session: SessionId, adopt: AdoptPool, done: Done) {
+    pub(super) fn adopt(&self, session: SessionId, adopt: Adopted, done: Done) {
         match self.retire_former(session, &adopt) {
-            Err(refused) => done(Err(refused)),
-            Ok(Next::Adopt) => done(self.adopt_now(session, adopt)),
+            Err(refused) => done(Err(refused.into())),
+            Ok(Next::Adopt) => done(self.adopt_now(session, adopt).map_err(Error::from)),
             Ok(Next::Wait) => {
                 let mut pending = self.adoptions.lock();
                 if pending.len() >= PENDING_MAX {
                     drop(pending);
                     self.counters.was_busy("adoptions");
-                    return done(Err(Refused::Busy { queue: "adoptions" }));
+                    return done(Err(Refused::Busy { queue: "adoptions" }.into()));
                 }
                 pending.push(Pending { session, adopt, done });
                 drop(pending);
@@ -65,9 +77,9 @@ impl Shared {
     }
 
     /// Ends what is known of the pool under its former owner, if the adoption is newer than that.
-    fn retire_former(&self, session: SessionId, adopt: &AdoptPool) -> Result<Next, Refused> {
-        let uuid = adopt.memory.uuid();
-        if adopt.memory.epoch() != adopt.epoch {
+    fn retire_former(&self, session: SessionId, adopt: &Adopted) -> Result<Next, Refused> {
+        let uuid = adopt.pool.memory.uuid();
+        if adopt.pool.memory.epoch() != adopt.epoch {
             return Err(Refused::Stale { what: "epoch" });
         }
         self.with_ledger(|ledger, now| {
@@ -96,7 +108,7 @@ impl Shared {
             let ledger = self.ledger.lock();
             let mut pending = self.adoptions.lock();
             let draining = |pending: &Pending| {
-                let uuid = pending.adopt.memory.uuid();
+                let uuid = pending.adopt.pool.memory.uuid();
                 domain_of(&ledger, pending.session).is_ok_and(|domain| ledger.is_draining(domain, uuid))
             };
             let (waiting, ready) = pending.drain(..).partition(draining);
@@ -109,9 +121,9 @@ impl Shared {
         }
     }
 
-    fn adopt_now(&self, session: SessionId, adopt: AdoptPool) -> Result<OpenedPool, Refused> {
-        let AdoptPool { memory, epoch, base, tokens_per_block, device, entries, held } = adopt;
-        let memory = Arc::new(memory);
+    fn adopt_now(&self, session: SessionId, adopt: Adopted) -> Result<OpenedPool, Refused> {
+        let Adopted { pool, epoch, base, tokens_per_block, device, entries, held } = adopt;
+        let memory = Arc::clone(&pool.memory);
         let pool_id = self.with_ledger(|ledger, now| {
             let identity = PoolIdentity {
                 uuid: memory.uuid(),
@@ -122,7 +134,7 @@ impl Shared {
                 device,
             };
             let id = ledger.add_pool(session, identity, epoch)?;
-            self.pools.insert(id, Arc::clone(&memory));
+            self.pools.insert(id, Arc::clone(&pool));
             match ledger.adopt_entries(session, id, &entries, &held, now) {
                 Ok(()) => Ok(id),
                 Err(refused) => {

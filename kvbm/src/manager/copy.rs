@@ -1,28 +1,30 @@
 //! The threads that copy, and what they report.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
+
+mod gpu;
 
 use kvbm_shm::{Copies, PoolMemory};
 
 use super::{Done, Outcome, PIECE_BLOCKS, Shared};
 use crate::error::Refused;
 use crate::ledger::{OffloadBatch, OnboardBatch, OnboardPart};
+use crate::store::OwnedPool;
 use crate::tier::Route;
 
 /// Device to host.
 pub(super) struct OffloadJob {
     pub batch: OffloadBatch,
-    pub memory: Arc<PoolMemory>,
+    pub pool: Arc<OwnedPool>,
 }
 
 /// Host to device.
 pub(super) struct OnboardJob {
     pub batch: OnboardBatch,
-    pub memory: Arc<PoolMemory>,
+    pub pool: Arc<OwnedPool>,
     pub tokens_per_block: u32,
     pub done: Done,
 }
@@ -37,35 +39,40 @@ pub(super) struct OffloadEnd {
 
 /// Copies. What follows from a copy is decided by [`settle_offloads`], while the next is under way.
 pub(super) fn run_offloads(shared: &Shared, ends: &SyncSender<OffloadEnd>) {
-    while let Some(OffloadJob { batch, memory }) = shared.offloads.next() {
+    while let Some(OffloadJob { batch, pool }) = shared.offloads.next() {
         let started = Instant::now();
-        let (layout, segments) = (memory.layout(), shared.host.segments());
-        let mut bytes = 0;
         if let Some(warm) = &shared.warm {
             warm.clear(batch.copies().map(|(_, place)| place));
         }
         // When stopping, nobody will read what is copied now.
-        let mut copied = !shared.stopping.load(Ordering::SeqCst);
-        let copies = Copies::default();
-        let mut rest = batch.copies().peekable();
-        while let Some((block, place)) = rest.next() {
-            if !copied {
-                break;
-            }
-            shared.gate.give_way();
-            let to = (&*segments[place.segment.0 as usize], place.offset(batch.stride()));
-            let next = rest.peek().map(|(block, _)| layout.offset(*block));
-            memory.memory().copy_in(&copies, layout.offset(block), to, layout.block_bytes, next);
-            bytes += layout.block_bytes as u64;
-            delay(shared);
-            // Checked after each block: once it moved, the rest is not worth copying.
-            copied = memory.epoch() == batch.epoch;
-        }
-        drop(rest);
-        drop(copies);
+        let copied = !shared.is_stopping()
+            && match &pool.gpu {
+                None => offload(shared, &pool.memory, &batch),
+                Some(blocks) => gpu::offload(shared, &pool.memory, blocks, &batch),
+            };
+        let bytes = (batch.copies().len() * pool.memory.layout().block_bytes) as u64;
         let end = OffloadEnd { batch, copied, bytes, took: started.elapsed() };
         ends.send(end).expect("the thread that settles ends after this one");
     }
+}
+
+/// False: they do not count.
+fn offload(shared: &Shared, memory: &PoolMemory, batch: &OffloadBatch) -> bool {
+    let (layout, segments) = (memory.layout(), shared.host.segments());
+    let copies = Copies::default();
+    let mut rest = batch.copies().peekable();
+    while let Some((block, place)) = rest.next() {
+        shared.gate.give_way();
+        let to = (&*segments[place.segment.0 as usize], place.offset(batch.stride()));
+        let next = rest.peek().map(|(block, _)| layout.offset(*block));
+        memory.memory().copy_in(&copies, layout.offset(block), to, layout.block_bytes, next);
+        shared.copy_delay(1);
+        // Checked after each block: once it moved, the rest is not worth copying.
+        if memory.epoch() != batch.epoch {
+            return false;
+        }
+    }
+    true
 }
 
 pub(super) fn settle_offloads(shared: &Shared, ends: &Receiver<OffloadEnd>) {
@@ -106,23 +113,30 @@ struct LastOnboard {
 
 /// Copies, part by part. Each part is settled by [`settle_onboards`] while the next is under way.
 pub(super) fn run_onboards(shared: &Shared, ends: &SyncSender<OnboardEnd>) {
-    while let Some(OnboardJob { mut batch, memory, tokens_per_block, done }) = shared.onboards.next() {
+    while let Some(OnboardJob { mut batch, pool, tokens_per_block, done }) = shared.onboards.next() {
         let started = Instant::now();
-        let block_bytes = memory.layout().block_bytes as u64;
+        let block_bytes = pool.memory.layout().block_bytes as u64;
         let blocks = batch.copies().len();
-        let mut copied = true;
+        let mut copied = match &pool.gpu {
+            None => true,
+            // As a whole: settling takes little beside that.
+            Some(on_gpu) => gpu::onboard(shared, &pool.memory, on_gpu, &batch),
+        };
         let settle = |end| ends.send(end).expect("the thread that settles ends after this one");
-        while batch.copies().len() > PIECE_BLOCKS {
+        loop {
+            let last = batch.copies().len() <= PIECE_BLOCKS;
             let part = batch.take_part(PIECE_BLOCKS);
-            copied = copied && copy_part(shared, &memory, batch.epoch, &part);
+            if pool.gpu.is_none() {
+                copied = copied && copy_part(shared, &pool.memory, batch.epoch, &part);
+            }
+            if last {
+                shared.gate.leave();
+                let (bytes, took) = (blocks as u64 * block_bytes, started.elapsed());
+                let last = LastOnboard { batch, blocks, bytes, took, tokens_per_block, done };
+                break settle(OnboardEnd { part, copied, last: Some(last) });
+            }
             settle(OnboardEnd { part, copied, last: None });
         }
-        let part = batch.take_part(PIECE_BLOCKS);
-        copied = copied && copy_part(shared, &memory, batch.epoch, &part);
-        shared.gate.leave();
-        let (bytes, took) = (blocks as u64 * block_bytes, started.elapsed());
-        let last = LastOnboard { batch, blocks, bytes, took, tokens_per_block, done };
-        settle(OnboardEnd { part, copied, last: Some(last) });
     }
 }
 
@@ -136,9 +150,9 @@ fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPar
             return false;
         }
         let from = &segments[place.segment.0 as usize];
-        let to = (memory.memory(), layout.offset(block));
+        let to = (&**memory.memory(), layout.offset(block));
         from.copy_in(&copies, place.offset(part.stride()), to, layout.block_bytes, None);
-        delay(shared);
+        shared.copy_delay(1);
     }
     true
 }
@@ -164,10 +178,6 @@ pub(super) fn settle_onboards(shared: &Shared, ends: &Receiver<OnboardEnd>) {
             Outcome { blocks_done: 0, blocks_failed: blocks, bytes: 0, error }
         });
     }
-}
-
-fn delay(shared: &Shared) {
-    shared.copy_delay(1);
 }
 
 impl Shared {

@@ -36,7 +36,7 @@ use crate::ledger::{
     SlotsIn, TrustDomain, WaiterId,
 };
 use crate::store::{
-    HostSegments, Pools, WarmHost, WarmSegment, WarmTables, WarmWords, disk_io, segment_plan,
+    HostSegments, OwnedPool, Pools, WarmHost, WarmSegment, WarmTables, WarmWords, disk_io, segment_plan,
 };
 use crate::store::{MapExports, MapShared};
 use crate::tier::Tier;
@@ -407,6 +407,7 @@ impl Manager {
     pub fn tick(&self) {
         self.shared.with_ledger(|ledger, now| {
             self.shared.read_pins(ledger, now);
+            self.shared.read_write_pins(ledger, now);
             self.shared.read_found_pins(ledger, now);
             ledger.tick(now);
         });
@@ -508,7 +509,7 @@ impl Shared {
     }
 
     /// Forgets pools that the ledger no longer knows. To be dropped without locks.
-    fn unmapped_pools(&self) -> Vec<Arc<PoolMemory>> {
+    fn unmapped_pools(&self) -> Vec<Arc<OwnedPool>> {
         let ledger = self.ledger.lock();
         self.pools.take_all_but(|id| ledger.pool(id).is_some())
     }
@@ -520,13 +521,12 @@ impl Shared {
         while self.offloads.has_room() {
             let Some(batch) = ledger.next_offload(self.config.batch_blocks, now) else { return };
             self.bind_segments(ledger);
-            let memory = self.pools.get(batch.pool);
-            let Some(memory) = memory else {
+            let Some(pool) = self.pools.get(batch.pool) else {
                 // The pool was added to the ledger a moment ago and is not mapped here yet: it has no blocks.
                 ledger.finish_offload(batch, false, now);
                 return;
             };
-            if let Err(job) = self.offloads.push(OffloadJob { batch, memory }) {
+            if let Err(job) = self.offloads.push(OffloadJob { batch, pool }) {
                 ledger.finish_offload(job.batch, false, now);
                 return;
             }

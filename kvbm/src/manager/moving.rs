@@ -54,7 +54,7 @@ impl Manager {
         targets: &[BlockRef],
         done: Done,
     ) -> Result<(), Refused> {
-        let memory = self.shared.pools.get(pool).ok_or(Refused::Unknown { what: "pool" })?;
+        let mapped = self.shared.pools.get(pool).ok_or(Refused::Unknown { what: "pool" })?;
         self.shared.with_ledger(|ledger, now| {
             // Only pushed to under this lock: room that is there now is there below.
             if !self.shared.onboards.has_room() {
@@ -64,7 +64,7 @@ impl Manager {
             let batch = ledger.begin_onboard(session, lease, pool, targets, now)?;
             let tokens_per_block = ledger.pool(pool).map_or(0, |pool| pool.identity.tokens_per_block);
             self.shared.gate.enter();
-            let job = OnboardJob { batch, memory, tokens_per_block, done };
+            let job = OnboardJob { batch, pool: mapped, tokens_per_block, done };
             if let Err(job) = self.shared.onboards.push(job) {
                 self.shared.gate.leave();
                 ledger.cancel_onboard(job.batch, now);

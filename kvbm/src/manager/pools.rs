@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use kvbm_shm::PoolMemory;
-
+use super::adopt::Adopted;
 use super::{AdoptPool, HostCapacity, Manager, OpenPool, OpenedPool, PIECE_BLOCKS, domain_of, populate};
 use crate::error::{Error, Refused};
 use crate::ledger::{BlockRef, CommitBlock, Held, NamespaceId, PoolId, PoolIdentity, SessionId};
+use crate::store::OwnedPool;
 
 impl Manager {
     /// Gives a session the pool that a dead worker left, if one fits. It may hold blocks of namespaces that the session
@@ -36,8 +36,8 @@ impl Manager {
             Ok(Some((id, epoch, entries)))
         })?;
         Ok(inherited.map(|(pool_id, epoch, entries)| {
-            let memory = self.shared.pools.get(pool_id).expect("the ledger's pools are mapped");
-            OpenedPool { pool_id, memory, epoch, entries, inherited: true }
+            let pool = self.shared.pools.get(pool_id).expect("the ledger's pools are mapped");
+            OpenedPool { pool_id, memory: Arc::clone(&pool.memory), epoch, entries, inherited: true }
         }))
     }
 
@@ -46,8 +46,9 @@ impl Manager {
         if let Some(inherited) = self.inherit_pool(session, &open)? {
             return Ok(inherited);
         }
-        let memory = Arc::new(PoolMemory::create(open.uuid, open.layout)?);
+        let pool = Arc::new(self.create_pool(&open)?);
         self.size_host_for(open.layout.stride())?;
+        let memory = Arc::clone(&pool.memory);
         let epoch = memory.epoch();
         let pool_id = self.shared.with_ledger(|ledger, _| {
             let domain = domain_of(ledger, session)?;
@@ -61,12 +62,28 @@ impl Manager {
             };
             ledger.add_pool(session, identity, epoch)
         })?;
-        self.shared.pools.insert(pool_id, Arc::clone(&memory));
-        let whole = Arc::clone(&memory);
-        if let Err(error) = self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &whole)) {
+        self.shared.pools.insert(pool_id, Arc::clone(&pool));
+        self.prepare_pool(pool);
+        Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
+    }
+
+    /// Pools of a GPU that nobody has come for give way to a new one.
+    fn create_pool(&self, open: &OpenPool) -> Result<OwnedPool, Error> {
+        let create = || OwnedPool::create(&*self.shared.config.exports, &open.device, open.uuid, open.layout);
+        match create() {
+            Err(Error::Refused(Refused::Exhausted { .. })) => {
+                self.drop_orphan_pools();
+                create()
+            }
+            created => created,
+        }
+    }
+
+    /// Does in the background what would hold up the first who use it.
+    fn prepare_pool(&self, pool: Arc<OwnedPool>) {
+        if let Err(error) = self.spawn("kvbm-pool", move |shared| populate::run_pool(&shared, &pool)) {
             tracing::warn!(%error, "a device pool is populated only as it is used");
         }
-        Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
     }
 
     /// Gives up the pools that wait for a successor, to make room for another.
@@ -89,12 +106,21 @@ impl Manager {
         &self,
         session: SessionId,
         adopt: AdoptPool,
-        done: Box<dyn FnOnce(Result<OpenedPool, Refused>) + Send>,
+        done: Box<dyn FnOnce(Result<OpenedPool, Error>) + Send>,
     ) {
         let sized = self.size_host_for(adopt.memory.layout().stride());
         if let Err(error) = sized {
             *self.shared.host_error.lock() = Some(error.to_string());
         }
+        let AdoptPool { memory, epoch, base, tokens_per_block, device, entries, held } = adopt;
+        let pool = match OwnedPool::map(&*self.shared.config.exports, &device, memory) {
+            Ok(pool) => Arc::new(pool),
+            Err(error) => return done(Err(error)),
+        };
+        if pool.gpu.is_some() {
+            self.prepare_pool(Arc::clone(&pool));
+        }
+        let adopt = Adopted { pool, epoch, base, tokens_per_block, device, entries, held };
         self.shared.adopt(session, adopt, done);
     }
 

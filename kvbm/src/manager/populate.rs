@@ -5,10 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use kvbm_shm::PoolMemory;
-
 use super::Shared;
-use crate::store::{Pages, SegmentNodes};
+use crate::store::{OwnedPool, Pages, SegmentNodes};
 
 /// Populating is bound by the kernel zeroing pages: a few threads help on large machines, more do not.
 const THREADS_MAX: usize = 8;
@@ -46,8 +44,13 @@ pub(super) fn run(shared: &Shared, there: u32, count: u32, segment_bytes: usize)
 }
 
 /// Populates a device pool, so that neither its first writer nor the first copy out of it faults page by page.
-pub(super) fn run_pool(shared: &Shared, pool: &PoolMemory) {
-    let memory = pool.memory();
+/// If it is a GPU's, the memory that is copied from and to is that of the host tier.
+pub(super) fn run_pool(shared: &Shared, pool: &OwnedPool) {
+    if pool.gpu.is_some() {
+        let segments = shared.host.segments();
+        return segments.iter().take_while(|_| !shared.is_stopping()).for_each(|host| pool.prepare(host));
+    }
+    let memory = pool.memory.memory();
     for start in (0..memory.bytes()).step_by(POOL_PIECE_BYTES) {
         if shared.stopping.load(Ordering::SeqCst) {
             return;
@@ -71,6 +74,8 @@ fn add_segment(shared: &Shared, bytes: usize, node: Option<u32>) -> bool {
             if let Some(store) = shared.disk.as_ref().and_then(|tier| tier.store()) {
                 store.register(&memory);
             }
+            shared.pools.all().iter().for_each(|pool| pool.prepare(&memory));
+            shared.engines.prepare(&memory);
             shared.with_ledger(|ledger, _| ledger.add_segment(segment));
             true
         }

@@ -17,7 +17,7 @@ impl Manager {
         self.shared.with_ledger(|ledger, now| {
             for id in ledger.pools_of(session) {
                 let known = ledger.pool(id).map(|pool| pool.epoch);
-                if self.shared.pools.get(id).map(|memory| memory.epoch()) != known {
+                if self.shared.pools.get(id).map(|pool| pool.memory.epoch()) != known {
                     ledger.retire_pool(id);
                 }
             }

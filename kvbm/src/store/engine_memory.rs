@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvbm_shm::{Copies, PoolWords, SharedMemory};
+use kvbm_shm::{Copies, DeviceMemory, PoolWords, SharedMemory};
 
 /// Memory that an engine lets the daemon map.
 #[derive(Debug)]
@@ -64,6 +64,24 @@ pub struct RangeCopy<'a> {
     pub bytes: usize,
 }
 
+/// How fast copies out of an engine's memory go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// So that the engine's steps suffer no more than their share.
+    Background,
+    /// As fast as they can.
+    Full,
+}
+
+/// Why memory of a GPU cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoDeviceMemory {
+    /// There is less: so many bytes are free.
+    Exhausted(u64),
+    /// Anything else.
+    Impossible(String),
+}
+
 /// Mapped memory of an engine. Copies are complete when they return; one that fails says why.
 pub trait EngineMemory: Debug + Send + Sync {
     /// Bytes of an export; `None`: there is no such export.
@@ -73,16 +91,29 @@ pub trait EngineMemory: Debug + Send + Sync {
     fn blocks_at_once(&self) -> usize;
 
     /// Out of the engine's memory.
-    fn copy_out(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
+    fn copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<(), String>;
 
     /// Into the engine's memory.
     fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
+
+    /// Host memory will be copied from and to: what has to be done about it first, and takes long, is done now.
+    fn prepare(&self, _host: &Arc<SharedMemory>) {}
+
+    /// The engine tells there how fast it decodes, at that byte: copies in the background are paced by it from now on.
+    fn pace_by(&self, _words: &Arc<SharedMemory>, _offset: usize) {}
 }
 
 /// Maps what engines export.
 pub trait MapExports: Debug + Send + Sync {
     /// All exports of one pool, or why that cannot be.
     fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String>;
+
+    /// New memory of a GPU, zeroed, of at least so many bytes; and what others need to map it too.
+    fn allocate(
+        &self,
+        gpu_uuid: &str,
+        bytes: usize,
+    ) -> Result<(Arc<dyn EngineMemory>, DeviceMemory), NoDeviceMemory>;
 }
 
 /// Maps memfds, and nothing of a GPU.
@@ -100,6 +131,10 @@ impl MapExports for MapShared {
         let mapped: Result<Vec<_>, String> = exports.into_iter().map(map).collect();
         Ok(Arc::new(SharedExports(mapped?)))
     }
+
+    fn allocate(&self, _: &str, _: usize) -> Result<(Arc<dyn EngineMemory>, DeviceMemory), NoDeviceMemory> {
+        Err(NoDeviceMemory::Impossible("this daemon has no CUDA".into()))
+    }
 }
 
 #[derive(Debug)]
@@ -114,7 +149,7 @@ impl EngineMemory for SharedExports {
         1
     }
 
-    fn copy_out(&self, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+    fn copy_out(&self, _: Pace, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
         let copies = Copies::default();
         for range in ranges {
             let to = (&**range.host, range.host_offset);
@@ -195,6 +230,15 @@ pub(crate) struct EnginePoolMemory {
     pub kept_words: Option<u32>,
 }
 
+impl EnginePoolMemory {
+    /// Host memory will be copied from and to, if the daemon copies.
+    pub fn prepare(&self, host: &Arc<SharedMemory>) {
+        if let Some(blocks) = &self.blocks {
+            blocks.memory.prepare(host);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,7 +263,7 @@ mod tests {
         assert_eq!((into[0].offset, into[1].offset, into[1].host_offset), (3100, 600, 1300));
         blocks.memory.copy_in(&into).unwrap();
         let back: Vec<_> = blocks.ranges(3, &host, 2000).collect();
-        blocks.memory.copy_out(&back).unwrap();
+        blocks.memory.copy_out(Pace::Full, &back).unwrap();
         let mut seen = vec![0; 500];
         host.read(2000, &mut seen);
         assert_eq!(seen, pattern);

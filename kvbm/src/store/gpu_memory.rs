@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvbm_cuda::copy_engine::StepWords;
 use kvbm_cuda::copy_engine::{CopyMemory, Direction, Gpu, Gpus, LaneId, Urgency};
 use kvbm_cuda::{DeviceName, DeviceRange, IpcHandle, IpcMemory, VmmMemory};
+use kvbm_shm::{DeviceMemory, SharedMemory};
 
-use super::{EngineMemory, Export, MapExports, MapShared, RangeCopy};
+use super::{EngineMemory, Export, MapExports, MapShared, NoDeviceMemory, Pace, RangeCopy};
 
 /// Blocks in one batch: enough that the copy engines are never idle between two.
 const BLOCKS_AT_ONCE: usize = 256;
@@ -43,6 +45,23 @@ impl MapGpus {
         };
         Ok(Mapped { bytes: memory.bytes() - start, memory: CopyMemory::Device(memory), start })
     }
+
+    fn exports(&self, gpu: Arc<Gpu>, mapped: Vec<Mapped>) -> Arc<dyn EngineMemory> {
+        let lane = LaneId(self.lanes.fetch_add(1, Ordering::Relaxed));
+        Arc::new(GpuExports { gpus: Some(Arc::clone(&self.gpus)), gpu, lane, mapped })
+    }
+}
+
+/// Memory that can be handed to other processes, zeroed.
+fn create(gpu: &Gpu, bytes: usize) -> Result<VmmMemory, NoDeviceMemory> {
+    let impossible = |error: kvbm_cuda::Error| NoDeviceMemory::Impossible(error.to_string());
+    let context = gpu.context().ok_or_else(|| NoDeviceMemory::Impossible("it is not a GPU".into()))?;
+    let memory = VmmMemory::create(context, bytes).map_err(|error| match error.is_out_of_memory() {
+        true => NoDeviceMemory::Exhausted(context.memory().unwrap_or_default().0),
+        false => impossible(error),
+    })?;
+    memory.fill(0, 0, memory.bytes()).map_err(impossible)?;
+    Ok(memory)
 }
 
 impl MapExports for MapGpus {
@@ -62,9 +81,20 @@ impl MapExports for MapGpus {
         let gpu = self.gpus.gpu(&DeviceName::Uuid(uuid)).map_err(|error| error.to_string())?;
         let mapped: Result<Vec<_>, String> =
             exports.into_iter().map(|export| self.open(&gpu, export)).collect();
-        let lane = LaneId(self.lanes.fetch_add(1, Ordering::Relaxed));
-        let gpus = Some(Arc::clone(&self.gpus));
-        Ok(Arc::new(GpuExports { gpus, gpu, lane, mapped: mapped? }))
+        Ok(self.exports(gpu, mapped?))
+    }
+
+    fn allocate(
+        &self,
+        gpu_uuid: &str,
+        bytes: usize,
+    ) -> Result<(Arc<dyn EngineMemory>, DeviceMemory), NoDeviceMemory> {
+        let impossible = |error: kvbm_cuda::Error| NoDeviceMemory::Impossible(error.to_string());
+        let gpu = self.gpus.gpu(&DeviceName::Uuid(gpu_uuid.to_owned())).map_err(impossible)?;
+        let memory = create(&gpu, bytes)?;
+        let device = DeviceMemory { descriptor: memory.export().map_err(impossible)?, bytes: memory.bytes() };
+        let mapped = Mapped { bytes: device.bytes, memory: CopyMemory::Device(Arc::new(memory)), start: 0 };
+        Ok((self.exports(gpu, vec![mapped]), device))
     }
 }
 
@@ -117,14 +147,42 @@ impl EngineMemory for GpuExports {
         BLOCKS_AT_ONCE
     }
 
-    fn copy_out(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
-        self.copy(Direction::Offload, Urgency::Background, copies)
+    fn copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<(), String> {
+        let urgency = match pace {
+            Pace::Background => Urgency::Background,
+            Pace::Full => Urgency::Demanded,
+        };
+        self.copy(Direction::Offload, urgency, copies)
     }
 
     fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
         self.copy(Direction::Onboard, Urgency::Demanded, copies)
     }
+
+    fn prepare(&self, host: &Arc<SharedMemory>) {
+        if let Some(gpus) = &self.gpus
+            && let Err(error) = gpus.host_memory(&self.gpu, host)
+        {
+            tracing::warn!(%error, "host memory cannot be made known to a GPU");
+        }
+    }
+
+    fn pace_by(&self, words: &Arc<SharedMemory>, offset: usize) {
+        self.gpu.engine().pace_by(self.lane, StepWords::new(Arc::clone(words), offset));
+    }
 }
+
+impl Drop for GpuExports {
+    fn drop(&mut self) {
+        // Nobody waits for a copy any more: whoever does has a share in this.
+        self.gpu.engine().close_lane(self.lane);
+    }
+}
+
+#[cfg(test)]
+mod stand_in;
+#[cfg(test)]
+pub(crate) use stand_in::StandInGpus;
 
 #[cfg(test)]
 mod tests {
@@ -163,7 +221,7 @@ mod tests {
         blocks.memory.copy_in(&down).unwrap();
         host.write(0, &vec![0; host.bytes()]);
         let up: Vec<_> = (0..64).flat_map(|block| blocks.ranges(block, &host, slot(63 - block))).collect();
-        blocks.memory.copy_out(&up).unwrap();
+        blocks.memory.copy_out(Pace::Background, &up).unwrap();
         for block in 0..64 {
             let mut seen = vec![0; 4000];
             host.read(slot(63 - block), &mut seen);

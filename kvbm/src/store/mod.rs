@@ -11,11 +11,16 @@ mod table;
 pub(crate) mod wall_time;
 mod warm;
 
-pub use engine_memory::{EngineMemory, Export, Fragment, MapExports, MapShared, RangeCopy};
+pub use engine_memory::{
+    EngineMemory, Export, Fragment, MapExports, MapShared, NoDeviceMemory, Pace, RangeCopy,
+};
 pub(crate) use engine_memory::{EnginePoolMemory, MappedBlocks};
 pub use gpu_memory::MapGpus;
+#[cfg(test)]
+pub(crate) use gpu_memory::StandInGpus;
 pub(crate) use host::{HostSegments, Pages, segment_plan};
 pub(crate) use nodes::SegmentNodes;
-pub(crate) use pools::Pools;
+pub use pools::is_gpu;
+pub(crate) use pools::{OwnedPool, Pools};
 pub(crate) use warm::WarmTables;
 pub use warm::{Keeper, WarmHost, WarmSegment, WarmWords};

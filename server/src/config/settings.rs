@@ -300,8 +300,11 @@ pub static SETTINGS: &[Setting] = &[
         env: &["KVBM_ANNOUNCE"],
         default: Default::Unset,
         kind: Kind::OptionalText {
-            form: "etcd://host:port, with further members behind commas",
-            is_form: |text| text.starts_with("etcd://") && kvbm_etcd::Etcd::parse(text).is_some(),
+            form: "etcd://host:port, with further members behind commas, or etcds:// over TLS",
+            is_form: |text| {
+                let named = text.starts_with("etcd://") || text.starts_with("etcds://");
+                named && kvbm_etcd::Etcd::parse(text).is_some()
+            },
             field: |c| &mut c.announce,
         },
         help: "Tell frontends through etcd that the registry is served at grpc_listen",
@@ -320,6 +323,17 @@ pub static SETTINGS: &[Setting] = &[
             field: |c| &mut c.announce_url,
         },
         help: "The URL under which others reach grpc_listen, if it is not its own",
+    },
+    Setting {
+        key: "events",
+        env: &["KVBM_EVENTS"],
+        default: Default::Unset,
+        kind: Kind::OptionalText {
+            form: kvbm_nats::Nats::FORM,
+            is_form: |text| kvbm_nats::Nats::parse(text).is_some(),
+            field: |c| &mut c.events,
+        },
+        help: "Tell frontends through NATS JetStream, too, which blocks come and go",
     },
     Setting {
         key: "record",
@@ -493,7 +507,7 @@ pub static SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "log_json",
-        env: &["KVBM_LOG_JSON"],
+        env: &["KVBM_LOG_JSON", "DYN_LOGGING_JSONL"],
         default: Default::Text("false"),
         kind: Kind::Switch { field: |c| &mut c.log_json },
         help: "Log one JSON object per line",

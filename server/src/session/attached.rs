@@ -10,19 +10,21 @@ use std::time::Duration;
 
 use kvbm::ledger::PoolEntry;
 use kvbm::{
-    AdoptPool, Error, LeaseId, NamespaceId, OpenPool, OpenedPool, PoolId, Prefetched, Refused, SessionId,
-    TrustDomain,
+    AdoptPool, Error, LeaseId, Manager, NamespaceId, OpenPool, OpenedPool, PoolId, Prefetched, Refused,
+    SessionId, TrustDomain,
 };
 use kvbm_proto::v1::{self, ClientMessage, client_message::Body as Ask, server_message::Body};
 use kvbm_proto::{SideMessage, digest, uuid};
-use kvbm_shm::{POOL_HEADER_BYTES, PoolLayout, PoolMemory};
+use kvbm_shm::{PoolLayout, PoolMemory};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tonic::Streaming;
+use tracing::field::Empty;
+use tracing::{Span, info_span};
 
 use super::End;
 use super::outbound::{Answer, Outbound};
-use super::side::{Side, pool_memory};
+use super::side::{Ahead, Side, ahead};
 use crate::core::Core;
 use crate::random;
 use crate::wire::{self, invalid, malformed};
@@ -46,6 +48,8 @@ pub(super) struct Attached {
     side: Side,
     /// Memory of pools that the client will ask to have adopted.
     descriptors: HashMap<[u8; 16], OwnedFd>,
+    /// Memory of GPUs that has the blocks of such pools.
+    device_descriptors: HashMap<[u8; 16], OwnedFd>,
     /// How long the client may take for each step.
     limit: Duration,
     /// Changes when host memory was given to a class: an engine may have to map it.
@@ -62,7 +66,8 @@ impl Attached {
     ) -> Self {
         let waits = Waits::new(usize::try_from(core.config.session_queue_depth).unwrap_or(1));
         let segments = core.segments_changed.subscribe();
-        Self { core, id, domain, outbound, waits, side, descriptors: HashMap::new(), limit, segments }
+        let (descriptors, device_descriptors) = Default::default();
+        Self { core, id, domain, outbound, waits, side, descriptors, device_descriptors, limit, segments }
     }
 
     pub fn into_side(self) -> Side {
@@ -76,7 +81,7 @@ impl Attached {
                 biased;
                 packet = self.side.receive() => match packet {
                     Some(packet) => {
-                        self.keep(pool_memory(packet));
+                        self.keep(ahead(packet));
                         continue;
                     }
                     None => return End::SideClosed,
@@ -101,10 +106,13 @@ impl Attached {
         }
     }
 
-    fn keep(&mut self, memory: Option<([u8; 16], OwnedFd)>) {
+    fn keep(&mut self, memory: Option<Ahead>) {
         match memory {
-            Some((uuid, fd)) if self.descriptors.len() < DESCRIPTORS_MAX => {
+            Some(Ahead::Pool(uuid, fd)) if self.descriptors.len() < DESCRIPTORS_MAX => {
                 self.descriptors.insert(uuid, fd);
+            }
+            Some(Ahead::Device(uuid, fd)) if self.device_descriptors.len() < DESCRIPTORS_MAX => {
+                self.device_descriptors.insert(uuid, fd);
             }
             Some(_) => tracing::warn!(session = self.id.0, "a descriptor too many is dropped"),
             None => tracing::warn!(session = self.id.0, "a side channel packet without meaning is dropped"),
@@ -112,7 +120,8 @@ impl Attached {
     }
 
     async fn handle(&mut self, message: ClientMessage) -> Result<(), End> {
-        let ClientMessage { id, body, trace: _ } = message;
+        let ClientMessage { id, body, trace } = message;
+        let span = trace.map_or_else(Span::none, |trace| span_of(body.as_ref(), &trace));
         // Those that are answered only when refused.
         let done = match &body {
             None => Err(invalid("body", "is missing or not known")),
@@ -150,23 +159,23 @@ impl Attached {
                 Err(refused) => self.outbound.reserve(id).await?.refuse(&refused),
             },
             (Ok(()), Some(Ask::Prefetch(message))) if message.wait => {
-                if let Err(refused) = self.prefetch_and_wait(id, &message) {
+                if let Err(refused) = self.prefetch_and_wait(id, &message, span) {
                     self.outbound.reserve(id).await?.refuse(&refused);
                 }
             }
-            (Ok(()), Some(body)) => self.answer(self.outbound.reserve(id).await?, body).await?,
+            (Ok(()), Some(body)) => self.answer(self.outbound.reserve(id).await?, body, span).await?,
         }
         Ok(())
     }
 
-    async fn answer(&mut self, answer: Answer, body: Ask) -> Result<(), End> {
+    async fn answer(&mut self, answer: Answer, body: Ask, span: Span) -> Result<(), End> {
         match body {
             Ask::Ping(_) => answer.send(Body::Pong(v1::Pong {})),
             Ask::Hello(_) => answer.refuse(&invalid("hello", "was said already")),
             Ask::RegisterNamespace(message) => answer.send_or_refuse(self.register_namespace(&message)),
             Ask::OpenPool(message) => self.open_pool(answer, &message).await?,
-            Ask::Match(message) => answer.send_or_refuse(self.find(&message)),
-            Ask::Onboard(message) => self.onboard(answer, &message),
+            Ask::Match(message) => answer.send_or_refuse(self.find(&message, &span)),
+            Ask::Onboard(message) => self.onboard(answer, &message, span),
             Ask::RequestGrants(message) => answer.send_or_refuse(self.grant(&message)),
             Ask::Offload(message) => self.offload(answer, &message),
             Ask::Prefetch(message) => answer.send_or_refuse(self.prefetch(&message)),
@@ -212,7 +221,7 @@ impl Attached {
         Ok(Body::Namespace(v1::NamespaceReply { namespace_id: id.0 }))
     }
 
-    fn find(&self, message: &v1::Match) -> Result<Body, Refused> {
+    fn find(&self, message: &v1::Match, span: &Span) -> Result<Body, Refused> {
         let keys = wire::hashes("keys", &message.keys)?;
         let retention = wire::match_retention(message, keys.len())?;
         let pool = (message.pool_id > 0).then_some(PoolId(message.pool_id));
@@ -230,6 +239,10 @@ impl Attached {
         if let Some(recorder) = &self.core.recorder {
             recorder.matched(&self.core.manager, namespace, keys, &matched);
         }
+        span.record("keys", message.keys.len() / 16);
+        span.record("device_blocks", matched.device.len());
+        span.record("host_blocks", matched.host_blocks);
+        span.record("disk_blocks", matched.disk_blocks);
         Ok(Body::Match(v1::MatchReply {
             device: matched.device.into_iter().map(wire::block_out).collect(),
             host_blocks: wire::count(matched.host_blocks),
@@ -265,11 +278,16 @@ impl Attached {
 
     // ---- answered when copies have ended ----------------------------------------------------------------------------
 
-    fn onboard(&self, answer: Answer, message: &v1::Onboard) {
+    fn onboard(&self, answer: Answer, message: &v1::Onboard, span: Span) {
         let (lease, pool) = (LeaseId(message.lease_id), PoolId(message.pool_id));
         let targets = wire::blocks(&message.targets);
+        span.record("host_blocks", targets.len());
         later(answer, |done| {
-            let done = Box::new(move |outcome: kvbm::Outcome| done(wire::transfer_done(&outcome)));
+            let done = Box::new(move |outcome: kvbm::Outcome| {
+                // The span ends with the copy.
+                drop(span);
+                done(wire::transfer_done(&outcome));
+            });
             self.core.manager.onboard(self.id, lease, pool, &targets, done)
         });
     }
@@ -284,14 +302,17 @@ impl Attached {
 
     // ---- answered when a drive has done its part ----------------------------------------------------------------------
 
-    fn prefetch_and_wait(&mut self, id: u64, message: &v1::Prefetch) -> Result<(), Refused> {
+    fn prefetch_and_wait(&mut self, id: u64, message: &v1::Prefetch, span: Span) -> Result<(), Refused> {
         let keys = wire::hashes("keys", &message.keys)?;
         let Some(answering) = self.waits.begin(&self.outbound, id) else {
             let busy = Refused::Busy { queue: "session_answers" };
             self.core.refusals.note(&busy);
             return Err(busy);
         };
-        let done = Box::new(move |found: Prefetched| answering(wire::prefetched(&found)));
+        let done = Box::new(move |found: Prefetched| {
+            drop(span);
+            answering(wire::prefetched(&found));
+        });
         let namespace = NamespaceId(message.namespace_id);
         self.core.manager.prefetch_and_wait(self.id, namespace, &keys, done)
     }
@@ -312,7 +333,7 @@ impl Attached {
         match &message.adoption {
             None => answer.send(self.give_pool(wanted).await?),
             Some(adoption) => match self.adoption(adoption, wanted).await? {
-                Ok(adopt) => self.adopt(answer, adopt),
+                Ok(adopt) => self.adopt(answer, adopt).await,
                 Err(refused) => answer.refuse(&refused),
             },
         }
@@ -325,8 +346,9 @@ impl Attached {
         // What a dead worker left costs no new memory.
         let opened = match self.core.manager.inherit_pool(self.id, &wanted) {
             Ok(Some(inherited)) => Ok(inherited),
-            Ok(None) => match self.core.check_memory(layout) {
-                Ok(()) => self.core.manager.open_pool(self.id, wanted),
+            Ok(None) => match self.core.check_memory(&wanted.device, layout) {
+                // A GPU that is used for the first time takes a while.
+                Ok(()) => self.aside(move |manager, id| manager.open_pool(id, wanted)).await,
                 Err(refused) => Err(refused.into()),
             },
             Err(refused) => Err(refused.into()),
@@ -347,9 +369,11 @@ impl Attached {
             "a pool is opened"
         );
         let uuid = opened.memory.uuid();
-        let sent =
-            self.side.send(SideMessage::PoolMemory { uuid }, Some(opened.memory.fd()), self.limit).await;
-        sent.map_err(|_| End::SideClosed)?;
+        let device = opened.memory.device().map(|(fd, _)| (SideMessage::DeviceMemory { uuid }, fd));
+        let memory = (SideMessage::PoolMemory { uuid }, opened.memory.fd());
+        for (message, fd) in device.into_iter().chain([memory]) {
+            self.side.send(message, Some(fd), self.limit).await.map_err(|_| End::SideClosed)?;
+        }
         Ok(pool_reply(&self.core, &opened))
     }
 
@@ -396,26 +420,39 @@ impl Attached {
             Err(reason) => return Ok(Err(malformed(reason))),
         };
         match timeout(self.limit, self.descriptor(name)).await {
-            Ok(fd) => Ok(adoption_of(fd?, name, adoption, wanted)),
+            Ok(fd) => {
+                let fds = (fd?, self.device_descriptors.remove(&name));
+                Ok(adoption_of(fds, name, adoption, wanted))
+            }
             Err(_) => Ok(Err(invalid("adoption.pool_uuid", "its descriptor did not come in time"))),
         }
     }
 
-    fn adopt(&self, answer: Answer, adopt: AdoptPool) {
+    async fn adopt(&self, answer: Answer, adopt: AdoptPool) {
         let (core, session) = (Arc::clone(&self.core), self.id.0);
-        let done = move |result: Result<OpenedPool, Refused>| match result {
+        let done = move |result: Result<OpenedPool, Error>| match result {
             Ok(opened) => {
                 tracing::info!(session, pool = opened.pool_id.0, "a pool is adopted");
                 core.end_forgotten_sessions();
                 answer.send(pool_reply(&core, &opened));
             }
-            Err(refused) => {
-                tracing::warn!(session, %refused, "an adoption is refused");
+            Err(error) => {
+                tracing::warn!(session, %error, "an adoption is refused");
                 core.end_forgotten_sessions();
-                answer.refuse(&refused);
+                answer.send(Body::Refused(wire::failed(&error)));
             }
         };
-        self.core.manager.adopt_pool(self.id, adopt, Box::new(done));
+        self.aside(move |manager, id| manager.adopt_pool(id, adopt, Box::new(done))).await;
+    }
+
+    /// Does what may take long where no other session waits for it.
+    async fn aside<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Manager, SessionId) -> R + Send + 'static,
+    ) -> R {
+        let (core, id) = (Arc::clone(&self.core), self.id);
+        let done = tokio::task::spawn_blocking(move || work(&core.manager, id)).await;
+        done.expect("the block manager does not panic")
     }
 
     /// The memory of that name, which travels beside the message.
@@ -425,7 +462,7 @@ impl Attached {
                 return Ok(fd);
             }
             let packet = self.side.receive().await.ok_or(End::SideClosed)?;
-            self.keep(pool_memory(packet));
+            self.keep(ahead(packet));
         }
     }
 }
@@ -468,13 +505,28 @@ fn later_or(
     }
 }
 
+/// The span of a question that belongs to a trace, until it is answered.
+fn span_of(body: Option<&Ask>, trace: &v1::TraceContext) -> Span {
+    let span = match body {
+        Some(Ask::Match(_)) => {
+            info_span!("match", keys = Empty, device_blocks = Empty, host_blocks = Empty, disk_blocks = Empty)
+        }
+        Some(Ask::Onboard(_)) => info_span!("onboard", host_blocks = Empty),
+        Some(Ask::Prefetch(_)) => info_span!("promote"),
+        _ => return Span::none(),
+    };
+    kvbm_telemetry::follow(&span, trace);
+    span
+}
+
 fn adoption_of(
-    fd: OwnedFd,
+    (fd, device): (OwnedFd, Option<OwnedFd>),
     name: [u8; 16],
     adoption: &v1::Adoption,
     wanted: OpenPool,
 ) -> Result<AdoptPool, Refused> {
-    let memory = PoolMemory::from_fd(fd).map_err(|error| invalid("adoption.pool_uuid", error.to_string()))?;
+    let memory =
+        PoolMemory::from_fds(fd, device).map_err(|error| invalid("adoption.pool_uuid", error.to_string()))?;
     if memory.uuid() != name || memory.layout() != wanted.layout {
         return Err(invalid(
             "adoption.pool_uuid",
@@ -501,7 +553,7 @@ fn pool_reply(core: &Core, opened: &OpenedPool) -> Body {
         epoch: opened.epoch,
         block_count: layout.block_count,
         stride: layout.stride() as u64,
-        offset: POOL_HEADER_BYTES as u64,
+        offset: opened.memory.blocks_offset() as u64,
         entries: opened.entries.iter().map(wire::pool_entry_out).collect(),
         namespaces: core.known_namespaces(opened.entries.iter().map(|entry| entry.namespace)),
         ..Default::default()

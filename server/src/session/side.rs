@@ -144,10 +144,20 @@ fn into_io(error: Error) -> io::Error {
     }
 }
 
-/// A pool's memory that came ahead of the message that names it.
-pub(crate) fn pool_memory(packet: Packet) -> Option<([u8; 16], OwnedFd)> {
+/// Memory that came ahead of the message that names its pool.
+#[derive(Debug)]
+pub(crate) enum Ahead {
+    /// The pool's.
+    Pool([u8; 16], OwnedFd),
+    /// The GPU's that has its blocks.
+    Device([u8; 16], OwnedFd),
+}
+
+/// What a packet brought.
+pub(crate) fn ahead(packet: Packet) -> Option<Ahead> {
     match (SideMessage::decode(&packet.bytes), packet.fd) {
-        (Ok(SideMessage::PoolMemory { uuid }), Some(fd)) => Some((uuid, fd)),
+        (Ok(SideMessage::PoolMemory { uuid }), Some(fd)) => Some(Ahead::Pool(uuid, fd)),
+        (Ok(SideMessage::DeviceMemory { uuid }), Some(fd)) => Some(Ahead::Device(uuid, fd)),
         _ => None,
     }
 }

@@ -161,9 +161,17 @@ impl Ledger {
         let mine =
             |rank: &&PoolId| self.engines.pools.get(rank).is_some_and(|pool| pool.session() == Some(session));
         let rank = of.ranks.iter().find(mine).copied();
+        // Of a rank whose part is over already: its pin table said so before its message came. It speaks for itself only,
+        // also if its session asked for the lease; the others may still be about to begin.
+        let engine = of.engine;
+        let is_rank = self
+            .engines
+            .pools
+            .values()
+            .any(|pool| pool.identity.engine == engine && pool.session() == Some(session));
         match (whole, rank) {
             (false, Some(rank)) => self.rank_done(id, rank, now),
-            (false, None) if lease.session != session => {}
+            (false, None) if is_rank || lease.session != session => {}
             (true, _) | (false, None) => self.withdraw_lease(id, now),
         }
         Ok(true)

@@ -2,7 +2,7 @@
 
 use super::place::{NotBegun, Wanted};
 use super::store::StagedWrite;
-use super::{StoreBlock, StoreId, Verdict};
+use super::{EngineOwner, StoreBlock, StoreId, Verdict};
 use crate::error::Refused;
 use crate::ledger::key::Key;
 use crate::ledger::segments::{Class, Place};
@@ -116,19 +116,38 @@ impl Ledger {
 
     /// The process behind a pool is dead: what it was writing does not arrive.
     pub(super) fn abandon_writes(&mut self, id: PoolId, now: Millis) {
-        let shard = self.engines.pools[&id].identity.shard;
         let stores = self.engines.stores.open.iter().filter(|(_, store)| store.pool == id);
         let stores: Vec<StoreId> = stores.map(|(id, _)| *id).collect();
-        for store in stores {
-            let open = self.engines.stores.open.remove(&store).expect("listed just now");
-            let none = vec![false; open.writes.len()];
-            self.end_writes(id, shard, &open.writes, &none);
-            self.engines.stores.give_up(store, open);
-            for known in self.engines.pools.get_mut(&id).into_iter().flat_map(|p| p.registered.values_mut()) {
-                known.asked = known.asked.filter(|(asked, _)| *asked != store);
-            }
-        }
+        stores.into_iter().for_each(|store| self.abandon_store(store, now));
         self.settle_fills(now);
+    }
+
+    /// Nothing of a store arrives any more, and nobody copies for it.
+    pub fn abandon_store(&mut self, store: StoreId, now: Millis) {
+        let Some(open) = self.engines.stores.open.remove(&store) else { return };
+        let Some(shard) = self.engines.pools.get(&open.pool).map(|pool| pool.identity.shard) else { return };
+        let none = vec![false; open.writes.len()];
+        self.end_writes(open.pool, shard, &open.writes, &none);
+        for known in
+            self.engines.pools.get_mut(&open.pool).into_iter().flat_map(|p| p.registered.values_mut())
+        {
+            known.asked = known.asked.filter(|(asked, _)| *asked != store);
+        }
+        self.engines.stores.give_up(store, open);
+        self.settle_fills(now);
+    }
+
+    /// Staged stores that nobody will report, because their session is over while the process lives: the process clears
+    /// its entries of the pin table, and that is all that it can do.
+    pub fn unreported_stores(&self) -> Vec<(StoreId, PoolId, Vec<u32>)> {
+        let is_over = |id: &PoolId| {
+            let owner = self.engines.pools.get(id).map(|pool| pool.owner);
+            matches!(owner, Some(EngineOwner::Silent(_) | EngineOwner::Former(_)))
+        };
+        let open = self.engines.stores.open.iter();
+        open.filter(|(_, store)| !store.writes.is_empty() && is_over(&store.pool))
+            .map(|(id, store)| (*id, store.pool, store.writes.iter().map(|write| write.pin).collect()))
+            .collect()
     }
 
     /// Slots that engines may write by themselves: half of a class at most, so that what they hold does not fill it.

@@ -324,6 +324,7 @@ impl Nodes {
         let held = &mut self.held[at];
         // It may have ended by its deadline, or with the engine.
         let _ = self.ledger.release_engine_lease(session, held.lease, false, now);
+        assert!(self.ledger.take_withdrawn().is_empty(), "one rank's word takes nothing from the others");
         held.waiting.retain(|waiting| *waiting != pool);
         if held.waiting.is_empty() {
             self.held.swap_remove(at);

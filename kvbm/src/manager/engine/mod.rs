@@ -52,6 +52,12 @@ impl EngineState {
         self.pools.read().get(&id).cloned()
     }
 
+    /// There is more host memory that will be copied from and to.
+    pub fn prepare(&self, host: &Arc<SharedMemory>) {
+        let all: Vec<_> = self.pools.read().values().cloned().collect();
+        all.iter().for_each(|memory| memory.prepare(host));
+    }
+
     /// Host memory was given to a class.
     pub fn segments_changed(&self) {
         if let Some(changed) = &*self.segments_changed.lock() {

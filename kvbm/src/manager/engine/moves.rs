@@ -14,7 +14,7 @@ use crate::ledger::{
     BlockRef, Copied, LeaseId, Ledger, LoadBatch, Millis, PoolId, SessionId, StoreBatch, StoreCopy,
 };
 use crate::manager::{Done, Outcome};
-use crate::store::{EnginePoolMemory, MappedBlocks, RangeCopy};
+use crate::store::{EnginePoolMemory, MappedBlocks, Pace, RangeCopy};
 use crate::tier::Route;
 
 /// Engine to host.
@@ -63,6 +63,8 @@ fn store_all(shared: &Shared, batch: &StoreBatch, memory: &EnginePoolMemory) -> 
     let blocks = mapped(memory);
     let copies: Vec<StoreCopy> = batch.copies().collect();
     let mut outcomes = Vec::with_capacity(copies.len());
+    // Whoever is dead suffers nothing, and the next one waits for its memory.
+    let pace = if batch.rescue { Pace::Full } else { Pace::Background };
     let holds = |copy: &StoreCopy| shared.is_current(memory, copy.from);
     for piece in copies.chunks(blocks.memory.blocks_at_once().max(1)) {
         // When stopping, nobody will read what is copied now.
@@ -79,7 +81,7 @@ fn store_all(shared: &Shared, batch: &StoreBatch, memory: &EnginePoolMemory) -> 
                 blocks.ranges(copy.from.block, &segments[copy.to.segment.0 as usize], host_offset)
             })
             .collect();
-        let copied = blocks.memory.copy_out(&ranges);
+        let copied = blocks.memory.copy_out(pace, &ranges);
         if let Err(reason) = &copied {
             tracing::warn!(pool = batch.pool.0, reason, "blocks cannot be copied out of an engine's memory");
         }

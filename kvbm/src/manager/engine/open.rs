@@ -61,7 +61,28 @@ impl Manager {
         {
             *self.shared.host_error.lock() = Some(error.to_string());
         }
-        self.shared.open_engine_pool(Opening { session, open, done });
+        let manager = self.clone();
+        let opened = move |opened: Result<OpenedEnginePool, Error>| {
+            if let Ok(opened) = &opened {
+                manager.prepare_engine_pool(opened.pool_id);
+            }
+            done(opened);
+        };
+        self.shared.open_engine_pool(Opening { session, open, done: Box::new(opened) });
+    }
+
+    /// Makes host memory known to the GPU in the background: a rescue has no time for that.
+    fn prepare_engine_pool(&self, pool: PoolId) {
+        let Some(memory) = self.shared.engines.get(pool).filter(|memory| memory.blocks.is_some()) else {
+            return;
+        };
+        let prepare = move |shared: Arc<Shared>| {
+            let segments = shared.host.segments();
+            segments.iter().take_while(|_| !shared.is_stopping()).for_each(|host| memory.prepare(host));
+        };
+        if let Err(error) = self.spawn("kvbm-pool", prepare) {
+            tracing::warn!(%error, "host memory is made known to a GPU only as it is used");
+        }
     }
 }
 

@@ -28,6 +28,16 @@ impl Shared {
         }
     }
 
+    /// Ends stores of sessions that are over, when the engine's process does not copy for them any more.
+    pub(in crate::manager) fn read_write_pins(&self, ledger: &mut Ledger, now: Millis) {
+        for (store, pool, pins) in ledger.unreported_stores() {
+            let Some(memory) = self.engines.get(pool) else { continue };
+            if pins.iter().all(|pin| memory.words.pin(*pin) != PinState::InUse(store.0)) {
+                ledger.abandon_store(store, now);
+            }
+        }
+    }
+
     fn holds(&self, pool: PoolId, pin: u32, lease: LeaseId) -> bool {
         let Some(memory) = self.engines.get(pool) else { return false };
         match memory.words.pin(pin) {

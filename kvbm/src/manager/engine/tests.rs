@@ -283,6 +283,60 @@ fn an_engine_that_copies_by_itself_holds_what_it_reads_until_it_says_so() {
     manager.stop();
 }
 
+#[test]
+fn a_rank_that_says_again_that_it_is_done_takes_nothing_from_the_others() {
+    let manager = manager(with_host(4 << 20));
+    let ranks = [0, 1].map(|rank| Rank::open(&manager, 1, EnginePoolMode::Staged, (rank, 2)));
+    ranks.iter().for_each(Rank::map);
+    let keys = chain(5);
+    for rank in &ranks {
+        let blocks = rank.compute(&keys);
+        let staged = manager.stage(rank.session, rank.namespace, rank.pool, &blocks).unwrap();
+        let copied = write_slots(rank, &blocks, &staged);
+        manager.finish_staged(rank.session, staged.store, &copied).unwrap();
+    }
+    // The first rank's session asks, as that of an engine's scheduler does.
+    let found = ranks[0].find(&keys, 0, true);
+    let (lease, pin) = (found.matched.lease.unwrap(), found.pin.unwrap().pin);
+    assert!(ranks[0].words.begin_use(pin, lease.0));
+    ranks[0].words.clear_pin(pin);
+    // Its entry is seen before its message comes.
+    manager.tick();
+    manager.release_lease_of(ranks[0].session, lease, false).unwrap();
+    assert!(ranks[1].words.begin_use(pin, lease.0), "the other rank was promised the same");
+    ranks[1].words.clear_pin(pin);
+    manager.tick();
+    assert_eq!(manager.inspect(Ledger::leases), 0);
+    manager.inspect(Ledger::check_integrity);
+    manager.stop();
+}
+
+#[test]
+fn blocks_whose_writer_lost_its_session_can_be_written_again_when_it_has_cleared_its_entries() {
+    let manager = manager(with_host(4 << 20));
+    let former = Rank::open(&manager, 1, EnginePoolMode::Staged, (0, 1));
+    let keys = chain(3);
+    let blocks = former.compute(&keys);
+    let staged = manager.stage(former.session, former.namespace, former.pool, &blocks).unwrap();
+    assert_eq!(staged.verdicts, [Verdict::Write; 3]);
+    manager.session_silent(former.session);
+    let anew = Rank::open(&manager, 1, EnginePoolMode::Staged, (0, 1));
+    let store =
+        |rank: &Rank| manager.stage(rank.session, rank.namespace, rank.pool, &rank.compute(&keys)).unwrap();
+    manager.tick();
+    assert_eq!(store(&anew).verdicts, [Verdict::InFlight; 3], "somebody may still be writing there");
+    staged.slots[1..].iter().for_each(|slot| former.words.clear_pin(slot.pin));
+    manager.tick();
+    assert_eq!(store(&anew).verdicts, [Verdict::InFlight; 3]);
+    former.words.clear_pin(staged.slots[0].pin);
+    manager.tick();
+    assert_eq!(store(&anew).verdicts, [Verdict::Write; 3]);
+    manager.inspect(Ledger::check_integrity);
+    manager.session_dead(former.session);
+    manager.session_dead(anew.session);
+    manager.stop();
+}
+
 fn rescue(ignore_generations: bool) {
     let manager = manager(with_host(4 << 20));
     manager.shared.ignore_generations.store(ignore_generations, Ordering::SeqCst);
