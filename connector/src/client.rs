@@ -3,7 +3,6 @@
 //! Every question has a deadline and may be asked from many tasks at once. What a late answer brings (pins, leases) is
 //! given back by itself.
 
-use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use kvbm_hash::{BaseNamespace, Namespace, Retention, SequenceHash};
 use kvbm_proto::v1;
 use kvbm_proto::v1::registry_client::RegistryClient;
 use kvbm_proto::{MESSAGE_BYTES_MAX, pack_keys, retention_runs};
-use kvbm_shm::{PoolMemory, ProcessWatch};
+use kvbm_shm::{PoolMemory, PoolWords, ProcessWatch};
 use tokio::time::timeout;
 use tonic::Streaming;
 use tonic::transport::Channel;
@@ -132,21 +131,37 @@ impl Client {
     pub async fn open_pool(&self, open: v1::OpenPool) -> Result<(PoolMemory, v1::PoolReply), ClientError> {
         let reply = answer!(self.ask(Question::OpenPool(open)).await?, Pool)?;
         let uuid = kvbm_proto::uuid("pool_uuid", &reply.pool_uuid)?;
-        let memory = timeout(self.deadline, self.session.side().take_memory(uuid));
-        let memory = PoolMemory::from_fd(memory.await.map_err(|_| ClientError::Deadline)?);
-        Ok((memory.map_err(ClientError::malformed)?, reply))
+        let memory = timeout(self.deadline, self.session.side().take_pool(uuid));
+        let (memory, device) = memory.await.map_err(|_| ClientError::Deadline)?;
+        Ok((PoolMemory::from_fds(memory, device).map_err(ClientError::malformed)?, reply))
     }
 
     /// Hands over a pool that the engine kept: its memory, then the table in `open.adoption`.
     pub async fn hand_over_pool(
         &self,
-        uuid: [u8; 16],
-        memory: BorrowedFd<'_>,
+        memory: &PoolMemory,
         open: v1::OpenPool,
     ) -> Result<v1::PoolReply, ClientError> {
-        let sent = timeout(self.deadline, self.session.side().send_memory(uuid, memory));
+        let sent = timeout(self.deadline, self.session.side().send_pool(memory));
         sent.await.unwrap_or(Err(ClientError::Deadline))?;
         answer!(self.ask(Question::OpenPool(open)).await?, Pool)
+    }
+
+    /// Opens a pool of the engine's own. Returns the words that are shared about it.
+    pub async fn open_engine_pool(
+        &self,
+        open: v1::OpenPool,
+    ) -> Result<(PoolWords, v1::PoolReply), ClientError> {
+        let reply = answer!(self.ask(Question::OpenPool(open)).await?, Pool)?;
+        let uuid = kvbm_proto::uuid("pool_uuid", &reply.pool_uuid)?;
+        let words = timeout(self.deadline, self.session.side().take_memory(uuid)).await;
+        let words = PoolWords::from_fd(words.map_err(|_| ClientError::Deadline)?);
+        Ok((words.map_err(ClientError::malformed)?, reply))
+    }
+
+    /// Says that blocks of such a pool are complete.
+    pub async fn store(&self, store: v1::Store) -> Result<v1::StoreReply, ClientError> {
+        answer!(self.ask(Question::Store(store)).await?, Store)
     }
 
     /// The longest prefix of `keys` that is held, pinned. `pool_id` 0 asks no device pool. What the blocks are to be kept

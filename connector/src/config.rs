@@ -19,7 +19,7 @@ pub struct Config {
     pub model: String,
     /// Tokens in one block.
     pub tokens_per_block: u32,
-    /// Device of the pool, for status.
+    /// Where the pool's blocks are: `cpu:0`, or the UUID of a GPU, as in `GPU-...`.
     pub device: String,
     /// Do not take over the pool that a dead worker left.
     pub fresh: bool,
@@ -116,6 +116,11 @@ impl Config {
             }
         }
         Ok(self)
+    }
+
+    /// Whether the pool's blocks are in a GPU's memory.
+    pub fn is_on_gpu(&self) -> bool {
+        self.device.starts_with("GPU-")
     }
 
     /// How long a lookup waits for so many bytes from disk.

@@ -14,6 +14,10 @@ use std::time::{Duration, Instant};
 use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_shm::PoolMemory;
 
+use kvbm_proto::v1::TraceContext;
+use kvbm_telemetry::context_of;
+use tracing::Span;
+
 use crate::exchange::{Attempt, Command, Note, QuestionId};
 use crate::link::LinkHandle;
 use crate::pool_table::{BlockRef, Content, DaemonId, PoolTable, Release};
@@ -25,7 +29,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 
-pub use start::{StartError, Startup};
+pub use start::{MakePool, StartError, Startup};
 
 use promotion::Stage;
 
@@ -125,6 +129,8 @@ struct Lookup {
     retention: Vec<Option<Retention>>,
     stage: Stage,
     abandoned: bool,
+    /// The caller's place in a trace.
+    trace: Option<TraceContext>,
 }
 
 #[derive(Debug)]
@@ -250,7 +256,8 @@ impl DeviceCache {
         retention: Vec<Option<Retention>>,
     ) {
         let (stage, abandoned) = (Stage::Asked, false);
-        self.ask_match(Lookup { ticket, namespace, keys, retention, stage, abandoned });
+        let trace = context_of(&Span::current());
+        self.ask_match(Lookup { ticket, namespace, keys, retention, stage, abandoned, trace });
     }
 
     fn ask_match(&mut self, lookup: Lookup) {
@@ -259,10 +266,10 @@ impl DeviceCache {
         }
         let question = self.number();
         let (namespace, keys) = (lookup.namespace, lookup.keys.clone());
-        let retention = lookup.retention.clone();
+        let (retention, trace) = (lookup.retention.clone(), lookup.trace.clone());
         self.lookups.insert(question, lookup);
         let (miss, fail) = (self.config.match_deadline, self.config.detach_after);
-        self.ask(question, Some(miss), fail, Command::Match { question, namespace, keys, retention });
+        self.ask(question, Some(miss), fail, Command::Match { question, namespace, keys, retention, trace });
     }
 
     /// Takes `count` blocks to fill, all or none.
@@ -311,7 +318,8 @@ impl DeviceCache {
         let mebibytes = (blocks * self.memory.layout().block_bytes).div_ceil(1 << 20);
         let fail = self.config.detach_after
             + self.config.onboard_per_mib.saturating_mul(u32::try_from(mebibytes).unwrap_or(u32::MAX));
-        let command = Command::Onboard { question, lease_id, targets: refs };
+        let command =
+            Command::Onboard { question, lease_id, targets: refs, trace: context_of(&Span::current()) };
         self.ask(question, None, fail, command);
     }
 

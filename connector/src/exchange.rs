@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvbm_hash::{Namespace, Retention, SequenceHash};
-use kvbm_proto::v1;
+use kvbm_proto::v1::{self, TraceContext};
 use kvbm_shm::PoolMemory;
 use parking_lot::{Condvar, Mutex};
 
@@ -36,11 +36,13 @@ pub(crate) enum Command {
         keys: Vec<SequenceHash>,
         /// Empty, or one for each key.
         retention: Vec<Option<Retention>>,
+        trace: Option<TraceContext>,
     },
     Onboard {
         question: QuestionId,
         lease_id: u64,
         targets: Vec<BlockRef>,
+        trace: Option<TraceContext>,
     },
     RequestGrants {
         question: QuestionId,
@@ -51,6 +53,7 @@ pub(crate) enum Command {
         question: QuestionId,
         namespace: Namespace,
         keys: Vec<SequenceHash>,
+        trace: Option<TraceContext>,
     },
     Notes(Vec<Note>),
     ReleaseLease(u64),

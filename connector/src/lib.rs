@@ -29,6 +29,7 @@ mod error;
 mod exchange;
 mod link;
 mod pool_table;
+pub mod serving;
 mod session;
 mod side;
 mod tenants;
@@ -37,7 +38,9 @@ pub use client::{Client, Committed};
 pub use config::{Config, InvalidSetting, WorkerRegistration};
 pub use counters::{Counter, Counters};
 pub use detach_reason::DetachReason;
-pub use device_cache::{Allocate, CacheEvent, CacheState, DeviceCache, LeaseId, StartError, Startup};
+pub use device_cache::{
+    Allocate, CacheEvent, CacheState, DeviceCache, LeaseId, MakePool, StartError, Startup,
+};
 pub use error::ClientError;
 pub use exchange::Waker;
 pub use pool_table::{

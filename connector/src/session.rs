@@ -12,7 +12,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use kvbm_proto::v1::cache_client::CacheClient;
 use kvbm_proto::v1::{
-    ClientMessage, Hello, HelloReply, Refusal, ServerMessage, client_message, server_message,
+    ClientMessage, Hello, HelloReply, Refusal, ServerMessage, TraceContext, client_message, server_message,
 };
 use kvbm_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION};
 use kvbm_shm::ProcessWatch;
@@ -168,6 +168,7 @@ impl Session {
     pub async fn ask(
         &self,
         body: Question,
+        trace: Option<TraceContext>,
         waiter: impl FnOnce(Result<Answer, ClientError>) + Send + 'static,
     ) {
         let Ok(room) = self.outgoing.reserve().await else {
@@ -175,7 +176,7 @@ impl Session {
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         match self.waiters.insert(id, Box::new(waiter)) {
-            Ok(()) => room.send(ClientMessage { id, body: Some(body), trace: None }),
+            Ok(()) => room.send(ClientMessage { id, body: Some(body), trace }),
             Err(waiter) => waiter(Err(ClientError::unavailable("the session ended"))),
         }
     }
@@ -194,7 +195,7 @@ impl Session {
             }
         };
         let wait = async {
-            self.ask(body, waiter).await;
+            self.ask(body, None, waiter).await;
             answered.await.unwrap_or_else(|_| Err(ClientError::unavailable("the session was dropped")))
         };
         timeout(deadline, wait).await.unwrap_or(Err(ClientError::Deadline))

@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use kvbm_proto::SideMessage;
-use kvbm_shm::{Packet, ProcessWatch, SideSocket};
+use kvbm_shm::{Packet, PoolMemory, ProcessWatch, SideSocket};
 use parking_lot::Mutex;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -42,6 +42,8 @@ fn watched<T: AsFd>(inner: T) -> std::io::Result<AsyncFd<Watched<T>>> {
 pub(crate) struct SideChannel {
     socket: AsyncFd<Watched<SideSocket>>,
     memories: Mutex<HashMap<[u8; 16], OwnedFd>>,
+    /// Of GPUs; each came before the memory of the same name.
+    device_memories: Mutex<HashMap<[u8; 16], OwnedFd>>,
     segments: Mutex<VecDeque<(u32, OwnedFd)>>,
     arrived: Notify,
 }
@@ -51,8 +53,8 @@ impl SideChannel {
     pub async fn bind(socket: &Path, token: [u8; 32]) -> Result<Arc<Self>, ClientError> {
         let socket = SideSocket::connect(&side_path(socket)).map_err(ClientError::unavailable)?;
         let socket = watched(socket).map_err(ClientError::unavailable)?;
-        let side =
-            Self { socket, memories: Mutex::default(), segments: Mutex::default(), arrived: Notify::new() };
+        let (memories, device_memories, segments) = Default::default();
+        let side = Self { socket, memories, device_memories, segments, arrived: Notify::new() };
         side.send(&SideMessage::Bind { token }, None).await?;
         match side.receive().await? {
             (SideMessage::Bound, _) => Ok(Arc::new(side)),
@@ -65,9 +67,24 @@ impl SideChannel {
         self.socket.get_ref().0.watch_peer().ok()
     }
 
-    /// Sends the memory of a pool.
+    /// Sends the memory of an engine's own pool.
     pub async fn send_memory(&self, uuid: [u8; 16], fd: BorrowedFd<'_>) -> Result<(), ClientError> {
         self.send(&SideMessage::PoolMemory { uuid }, Some(fd)).await
+    }
+
+    /// Sends a pool: the GPU's memory, if it has some, then the pool's.
+    pub async fn send_pool(&self, pool: &PoolMemory) -> Result<(), ClientError> {
+        let uuid = pool.uuid();
+        if let Some((descriptor, _)) = pool.device() {
+            self.send(&SideMessage::DeviceMemory { uuid }, Some(descriptor)).await?;
+        }
+        self.send_memory(uuid, pool.fd()).await
+    }
+
+    /// The pool that the daemon sent under this name: its memory, and that of a GPU if some came with it.
+    pub async fn take_pool(&self, uuid: [u8; 16]) -> (OwnedFd, Option<OwnedFd>) {
+        let memory = self.take_memory(uuid).await;
+        (memory, self.device_memories.lock().remove(&uuid))
     }
 
     /// The memory that the daemon sent under this name.
@@ -114,6 +131,12 @@ impl SideChannel {
                     }
                     drop(memories);
                     self.arrived.notify_waiters();
+                }
+                Ok((SideMessage::DeviceMemory { uuid }, Some(fd))) => {
+                    let mut memories = self.device_memories.lock();
+                    if memories.len() < MEMORIES_MAX {
+                        memories.insert(uuid, fd);
+                    }
                 }
                 Ok((message, _)) => return format!("unexpected {message:?} on the side channel"),
                 Err(error) => return error.to_string(),

@@ -1,11 +1,12 @@
 from os import PathLike
+from typing import Any
 
 def socket_of(address: str | None = None) -> str: ...
 def model_fingerprint(folder: str | PathLike[str]) -> str: ...
 
-# (id, tokens, pages by layer group, computed, scheduled, priorities)
+# (id, leading tokens known, other tokens, pages by layer group, computed, scheduled, priorities)
 # Tokens are 32-bit words, little endian; None: they are no such words.
-_Report = tuple[int, bytes | None, list[list[int]], int, int | None, list[int] | None]
+_Report = tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]
 
 class Engine:
     def __init__(
@@ -23,6 +24,35 @@ class Engine:
         shard_count: int,
         lora_scope: str,
     ) -> None: ...
+    @staticmethod
+    def apart(
+        *,
+        client: str,
+        engine: str,
+        model: str,
+        revision: str,
+        kv_dtype: str,
+        tokens_per_block: int,
+        rank: int,
+        rank_count: int,
+        options: dict[str, str],
+        prefix: str,
+    ) -> Engine: ...
+    def join(self, layout: str, replicated: bool, block_bytes: int) -> None: ...
+    def look_up(
+        self,
+        id: int,
+        tokens: bytes,
+        lora_name: str | None,
+        salt: str | None,
+        items: list[tuple[bytes, int, int]],
+        cacheable: bool,
+        local_tokens: int,
+    ) -> tuple[int | None, bool]: ...
+    def declined(self, id: int) -> None: ...
+    def told(self, failed: list[int], orphaned: list[int]) -> None: ...
+    def take_failed(self) -> list[int]: ...
+    def take_orphaned(self) -> list[int]: ...
     def register_memory(
         self,
         groups: list[list[tuple[int, int, int, int]]],
@@ -32,6 +62,7 @@ class Engine:
         windowed: bool,
         size_is_known: bool,
         owner: object,
+        memfds: list[tuple[int, int]] | None,
     ) -> None: ...
     def register_cuda_memory(
         self,
@@ -63,4 +94,31 @@ class Engine:
     def pass_done(self, stream: int) -> None: ...
     def get_finished(self, saving: list[int], loading: list[int]) -> tuple[list[int], list[int]]: ...
     def figures(self) -> dict[str, int | str | None]: ...
+    def close(self) -> None: ...
+
+class Worker:
+    @property
+    def running(self) -> int: ...
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        model: str,
+        model_path: str,
+        role: str,
+        tokens_per_block: int,
+        context_length: int,
+        vocab_size: int,
+        eos_token_ids: list[int],
+        socket: str | PathLike[str],
+        daemon: str | PathLike[str],
+        requests_max: int,
+    ) -> None: ...
+    def next(self, seconds: float) -> tuple[int, dict[str, Any] | None] | None: ...
+    def started(self, number: int, device_tokens: int, host_tokens: int) -> bool: ...
+    def tokens(self, number: int, ids: list[int]) -> bool: ...
+    def finished(self, number: int, reason: str, prompt_tokens: int, completion_tokens: int) -> bool: ...
+    def invalid(self, number: int, why: str) -> bool: ...
+    def failed(self, number: int, why: str) -> bool: ...
+    def drain(self) -> None: ...
     def close(self) -> None: ...

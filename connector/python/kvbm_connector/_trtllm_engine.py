@@ -75,7 +75,8 @@ def register_tensor(engine: Engine, llm_args: Any, tensor: Any) -> Callable[[], 
     groups = [[(tensor.data_ptr(), block_bytes, block_bytes, blocks)]]
     # One vector per token for all heads: every rank has all of it.
     replicated = int(tensor.shape[2]) == 1
-    return _register(engine, groups, layout, tensor.device, tensor, replicated=replicated)
+    memfd = getattr(tensor, "memfd", None)
+    return _register(engine, groups, layout, tensor.device, tensor, [memfd], replicated=replicated)
 
 
 def register_layout(engine: Engine, llm_args: Any, layout: Any) -> Callable[[], int]:
@@ -86,11 +87,12 @@ def register_layout(engine: Engine, llm_args: Any, layout: Any) -> Callable[[], 
             f"kvbm_connector: kv_cache_config.tokens_per_block is {said}: the engine uses blocks of "
             f"{layout.tokens_per_block} tokens; set it to that"
         )
-    groups, names = [], []
+    groups, names, memfds = [], [], []
     device: Any = "cpu"
     for group in layout.groups:
         regions = [*group.regions, *(getattr(group, "replicated_regions", None) or [])]
         groups.append([(region.base, region.size, region.stride, region.num_slots) for region in regions])
+        memfds += [getattr(region, "memfd", None) for region in regions]
         buffers = ";".join(
             ",".join(f"{buffer.layer_id} {buffer.role} {getattr(buffer, 'expansion', 1)}" for buffer in region.buffers)
             for region in regions
@@ -99,7 +101,7 @@ def register_layout(engine: Engine, llm_args: Any, layout: Any) -> Callable[[], 
         device = getattr(regions[0].as_tensor(), "device", "cpu")
     windowed = any(group.window_size is not None for group in layout.groups)
     named = f"trtllm groups {''.join(names)} {_backend(llm_args)}"
-    return _register(engine, groups, named, device, layout, windowed=windowed, size_is_known=True)
+    return _register(engine, groups, named, device, layout, memfds, windowed=windowed, size_is_known=True)
 
 
 def _register(
@@ -108,13 +110,15 @@ def _register(
     layout: str,
     device: Any,
     owner: Any,
+    memfds: list[Any],
     *,
     replicated: bool = False,
     windowed: bool = False,
     size_is_known: bool = False,
 ) -> Callable[[], int]:
     if getattr(device, "type", "cpu") != "cuda":
-        engine.register_memory(groups, layout, "cpu:0", replicated, windowed, size_is_known, owner)
+        exported = None if None in memfds else memfds
+        engine.register_memory(groups, layout, "cpu:0", replicated, windowed, size_is_known, owner, exported)
         return lambda: 0
     # An engine with memory on a GPU has brought torch.
     import torch

@@ -7,9 +7,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
-use kvbm_connector::engine::{BlockCopy, Fence, Mover, PoolShape};
+use kvbm_connector::engine::{
+    BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape,
+};
 use kvbm_cuda::{
-    BatchCopier, Context, DeviceAddress, DeviceName, Driver, Error, Event, RawCopy, RegisteredMemory, Stream,
+    BatchCopier, Context, DeviceAddress, DeviceName, Driver, Error, Event, IpcHandle, RawCopy,
+    RegisteredMemory, Stream,
 };
 use kvbm_shm::SharedMemory;
 use parking_lot::{Mutex, RwLock};
@@ -17,6 +20,9 @@ use parking_lot::{Mutex, RwLock};
 /// Bytes moved at once, at most, unless a single block has more: a load can be called back between two of these.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 const BATCH_BLOCKS_MAX: usize = 64;
+
+/// Bytes given to the driver at once, unless a single block has more: the GPU copies them while the next are prepared.
+const ISSUED_BYTES_MAX: usize = 16 << 20;
 
 /// One way.
 struct Lane {
@@ -32,6 +38,7 @@ pub(crate) struct CudaMover {
     saves: Mutex<Lane>,
     /// Host segments by where they are mapped.
     segments: RwLock<HashMap<usize, Arc<RegisteredMemory>>>,
+    callable_back: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,7 +62,20 @@ impl CudaMover {
                 done: Event::new(&context)?,
             }))
         };
-        Ok(Self { shape, loads: lane()?, saves: lane()?, segments: RwLock::default(), context })
+        Ok(Self {
+            shape,
+            loads: lane()?,
+            saves: lane()?,
+            segments: RwLock::default(),
+            context,
+            callable_back: true,
+        })
+    }
+
+    /// Of an engine that gives blocks to nobody while they are loaded: nothing is called back, so a load is one batch.
+    #[must_use]
+    pub fn never_called_back(self) -> Self {
+        Self { callable_back: false, ..self }
     }
 
     /// The GPU's name for status.
@@ -63,20 +83,46 @@ impl CudaMover {
         self.context.device().uuid.clone()
     }
 
-    fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
-        let mut copies = Vec::new();
-        for block in blocks {
-            self.pieces(block, way, &mut copies)?;
+    /// The pool by the handles of the allocations that it lies in.
+    pub fn exported(&self) -> Result<Exported, String> {
+        let (mut exports, mut regions, mut known) = (Vec::new(), Vec::new(), Vec::new());
+        for (_, region) in self.shape.regions() {
+            let at = DeviceAddress(region.base as u64);
+            let (handle, base, bytes) =
+                IpcHandle::of(&self.context, at).map_err(|error| error.to_string())?;
+            let offset = at.0 - base.0;
+            let end = offset + (region.stride * (region.pages as usize - 1) + region.bytes) as u64;
+            if end > bytes as u64 {
+                return Err("a layer's pages are spread over several allocations".into());
+            }
+            let export = known.iter().position(|known| *known == base).unwrap_or_else(|| {
+                let memory = ExportedMemory::CudaIpc { handle: handle.0, gpu_uuid: self.device() };
+                exports.push(Export { memory, bytes: bytes as u64 });
+                known.push(base);
+                known.len() - 1
+            });
+            let export = u32::try_from(export).map_err(|error| error.to_string())?;
+            regions.push(ExportedRegion { export, offset });
         }
+        Ok(Exported { exports, regions })
+    }
+
+    fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
+        let at_once = (ISSUED_BYTES_MAX / self.shape.block_bytes().max(1)).max(1);
         let mut lane = if way == Way::In { self.loads.lock() } else { self.saves.lock() };
         let Lane { stream, copier, done } = &mut *lane;
-        // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map holds
-        // them, which is until `self` goes; pieces lie within one chunk each, and within bounds that were checked when
-        // they were placed. The copies have ended before this returns.
-        let issued = unsafe { copier.copy(stream, &copies) };
+        let mut copies = Vec::new();
+        let issued = blocks.chunks(at_once).try_for_each(|blocks| {
+            copies.clear();
+            blocks.iter().try_for_each(|block| self.pieces(block, way, &mut copies))?;
+            // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
+            // holds them, which is until `self` goes; pieces lie within one chunk each, and within bounds that were
+            // checked when they were placed. The copies have ended before this function returns.
+            unsafe { copier.copy(stream, &copies) }.map_err(|error| error.to_string())
+        });
         // Also when some were not issued: those that were must not outlast this call.
         let ended = done.record(stream).and_then(|()| done.synchronize()).or_else(|_| stream.synchronize());
-        issued.and(ended).map_err(|error| error.to_string())
+        issued.and(ended.map_err(|error| error.to_string()))
     }
 
     /// A block as pieces that lie within one page and one registered chunk.
@@ -106,6 +152,9 @@ impl CudaMover {
 
 impl Mover for CudaMover {
     fn batch_blocks(&self) -> usize {
+        if !self.callable_back {
+            return usize::MAX;
+        }
         (BATCH_BYTES_MAX / self.shape.block_bytes().max(1)).clamp(1, BATCH_BLOCKS_MAX)
     }
 

@@ -1,20 +1,23 @@
 //! One process of an engine, as Python sees it.
 
+use std::collections::HashMap;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvbm_connector::engine as core;
-use kvbm_shm::LentMemory;
+use kvbm_shm::{LentMemory, SharedMemory};
 use parking_lot::Mutex;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::cuda::CudaMover;
+use crate::options::Options;
 
-/// `(id, tokens, pages by layer group, computed, scheduled or None, priorities or None)`
-type ReportTuple<'a> = (u64, Option<Tokens<'a>>, Vec<Vec<i32>>, usize, Option<usize>, Option<Vec<u8>>);
+/// `(id, tokens known, other tokens, pages by layer group, computed, scheduled or None, priorities or None)`
+type ReportTuple<'a> = (u64, usize, Option<Tokens<'a>>, Vec<Vec<i32>>, usize, Option<usize>, Option<Vec<u8>>);
 
 /// Tokens as 32-bit words, little endian: a list of as many numbers takes twice as long to cross over.
 type Tokens<'a> = Bound<'a, PyBytes>;
@@ -64,7 +67,7 @@ impl Engine {
             );
             return Err(PyValueError::new_err(what));
         }
-        log_to_stderr();
+        log_to_stderr(variable("TLLM_KVBM_LOG"));
         let settings = core::EngineSettings {
             client,
             model,
@@ -83,7 +86,110 @@ impl Engine {
         Ok(Self { process: core::EngineProcess::new(settings), owner: Mutex::new(None) })
     }
 
-    /// Takes memory of this process into service. `owner` is kept as long as the memory is used.
+    /// A process of an engine whose scheduler half is a process of its own. `engine` is the name that all share;
+    /// `options` are settings by name, `prefix` begins the variables of the environment that say the same.
+    #[staticmethod]
+    #[pyo3(signature = (*, client, engine, model, revision, kv_dtype, tokens_per_block, rank, rank_count, options, prefix))]
+    #[allow(clippy::too_many_arguments)]
+    fn apart(
+        client: String,
+        engine: &str,
+        model: String,
+        revision: String,
+        kv_dtype: String,
+        tokens_per_block: u32,
+        rank: u32,
+        rank_count: u32,
+        options: HashMap<String, String>,
+        prefix: String,
+    ) -> PyResult<Self> {
+        if tokens_per_block == 0 || rank >= rank_count {
+            let what = format!("{tokens_per_block} tokens per block, rank {rank} of {rank_count}");
+            return Err(PyValueError::new_err(what));
+        }
+        let options = Options::new(options, prefix);
+        log_to_stderr(options.variable("TLLM_KVBM_LOG"));
+        let name = blake3::hash(engine.as_bytes());
+        let settings = core::EngineSettings {
+            client,
+            model,
+            revision,
+            kv_dtype,
+            tokens_per_block,
+            rank,
+            rank_count,
+            shard: rank,
+            shard_count: rank_count,
+            apart: name.as_bytes().first_chunk().copied(),
+            // What has been measured with such an engine; the daemon copies out where that is asked for.
+            pool: core::PoolChoice::Staged,
+            ..core::EngineSettings::new(options.socket()?)
+        };
+        let settings =
+            settings.with_environment(|name| options.variable(name)).map_err(|error| options.wrong(error))?;
+        Ok(Self { process: core::EngineProcess::new(settings), owner: Mutex::new(None) })
+    }
+
+    /// Makes this the process of the scheduler half.
+    fn join(&self, py: Python<'_>, layout: String, replicated: bool, block_bytes: usize) -> PyResult<()> {
+        let facts = core::SharedFacts { layout, replicated, block_bytes };
+        self.guard(py, |process| process.join(&facts))
+    }
+
+    /// `(tokens found behind the local ones, or None: ask again; whether the request is to be parked)`
+    #[allow(clippy::too_many_arguments)]
+    fn look_up(
+        &self,
+        py: Python<'_>,
+        id: u64,
+        tokens: Tokens<'_>,
+        lora_name: Option<String>,
+        salt: Option<String>,
+        items: Vec<ItemTuple>,
+        cacheable: bool,
+        local_tokens: usize,
+    ) -> PyResult<(Option<usize>, bool)> {
+        let items =
+            items.into_iter().map(|(digest, start, tokens)| core::PlacedItem { digest, start, tokens });
+        let (tokens, items) = (words(&tokens)?, items.collect());
+        let prompt = core::Prompt { id, tokens, lora: None, lora_name, salt, items, cacheable };
+        self.guard(py, |process| {
+            Ok(match process.look_up(prompt, local_tokens) {
+                core::Found::Tokens(tokens, parked) => (Some(tokens), parked),
+                core::Found::Later => (None, false),
+            })
+        })
+    }
+
+    /// The engine does not take up what it was offered.
+    fn declined(&self, py: Python<'_>, id: u64) -> PyResult<()> {
+        self.guard(py, |process| {
+            process.declined(id);
+            Ok(())
+        })
+    }
+
+    /// What other processes of the engine tell the scheduler half: pages that were not loaded, requests not saved.
+    fn told(&self, py: Python<'_>, failed: Vec<i32>, orphaned: Vec<u64>) -> PyResult<()> {
+        self.guard(py, |process| {
+            process.loads_failed(&failed);
+            process.save_again(&orphaned);
+            Ok(())
+        })
+    }
+
+    /// Pages of this rank that were not loaded though it was promised, each once.
+    fn take_failed(&self, py: Python<'_>) -> PyResult<Vec<i32>> {
+        self.guard(py, |process| Ok(process.take_failed()))
+    }
+
+    /// Requests whose blocks this rank could not save, each once.
+    fn take_orphaned(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        self.guard(py, |process| Ok(process.take_orphaned()))
+    }
+
+    /// Takes memory of this process into service. `owner` is kept as long as the memory is used. `memfds`: a descriptor
+    /// and the byte at which each region begins in it, if the daemon may copy out of them.
     #[allow(clippy::too_many_arguments)]
     fn register_memory(
         &self,
@@ -95,8 +201,10 @@ impl Engine {
         windowed: bool,
         size_is_known: bool,
         owner: Py<PyAny>,
+        memfds: Option<Vec<(RawFd, u64)>>,
     ) -> PyResult<()> {
         let shape = shape_of(groups)?;
+        let exported = exported(&shape, memfds);
         let memories: Result<Vec<LentMemory>, _> = shape
             .regions()
             .map(|(_, region)| {
@@ -111,7 +219,7 @@ impl Engine {
         let mover = Arc::new(core::MemoryMover::new(shape.clone(), memories));
         self.owner.lock().replace(owner);
         let memory = core::MemoryFacts { layout, device, replicated, windowed, size_is_known };
-        self.guard(py, |process| process.register(shape, mover, &memory))
+        self.guard(py, |process| process.register(shape, mover, exported, &memory))
     }
 
     /// The same for memory of a GPU, by its number in this process.
@@ -132,10 +240,13 @@ impl Engine {
         // SAFETY: as for `register_memory`: memory of a tensor on this GPU, which `owner` keeps alive.
         let mover = py.detach(|| unsafe { CudaMover::new(of_mover, device) });
         let mover = mover.map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
+        let apart = self.process.settings().apart.is_some();
+        let mover = if apart { mover.never_called_back() } else { mover };
         let memory =
             core::MemoryFacts { layout, device: mover.device(), replicated, windowed, size_is_known };
         self.owner.lock().replace(owner);
-        self.guard(py, |process| process.register(shape, Arc::new(mover), &memory))
+        let exported = mover.exported();
+        self.guard(py, |process| process.register(shape, Arc::new(mover), exported, &memory))
     }
 
     #[getter]
@@ -159,8 +270,15 @@ impl Engine {
     ) -> PyResult<(usize, bool)> {
         let items =
             items.into_iter().map(|(digest, start, tokens)| core::PlacedItem { digest, start, tokens });
-        let prompt =
-            core::Prompt { id, tokens: words(&tokens)?, lora, salt, items: items.collect(), cacheable };
+        let prompt = core::Prompt {
+            id,
+            tokens: words(&tokens)?,
+            lora,
+            salt,
+            items: items.collect(),
+            cacheable,
+            ..Default::default()
+        };
         self.guard(py, |process| Ok(process.query(prompt, local_tokens)))
     }
 
@@ -255,11 +373,37 @@ fn shape_of(groups: Vec<Vec<RegionTuple>>) -> PyResult<core::PoolShape> {
         .map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
+/// Each memfd once, sealed.
+fn exported(shape: &core::PoolShape, memfds: Option<Vec<(RawFd, u64)>>) -> Result<core::Exported, String> {
+    let memfds = memfds.ok_or("it is memory of the engine's process alone")?;
+    if memfds.len() != shape.regions().count() {
+        return Err(format!("{} descriptors for {} regions", memfds.len(), shape.regions().count()));
+    }
+    let (mut exports, mut regions, mut known) = (Vec::new(), Vec::new(), Vec::new());
+    for (fd, offset) in memfds {
+        let export = match known.iter().position(|known| *known == fd) {
+            Some(export) => export,
+            None => {
+                // SAFETY: the adapter passes the descriptor of a tensor that it holds during this call.
+                let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+                let bytes = SharedMemory::seal(borrowed).map_err(|error| error.to_string())?;
+                let memory = borrowed.try_clone_to_owned().map_err(|error| error.to_string())?;
+                exports.push(core::Export { memory: core::ExportedMemory::Shared(memory), bytes });
+                known.push(fd);
+                known.len() - 1
+            }
+        };
+        let export = u32::try_from(export).map_err(|error| error.to_string())?;
+        regions.push(core::ExportedRegion { export, offset });
+    }
+    Ok(core::Exported { exports, regions })
+}
+
 fn report_of(
-    (id, tokens, pages, computed, scheduled, priorities): ReportTuple<'_>,
+    (id, known, tokens, pages, computed, scheduled, priorities): ReportTuple<'_>,
 ) -> PyResult<core::Report> {
     let (opaque, tokens) = (tokens.is_none(), tokens.as_ref().map(words).transpose()?.unwrap_or_default());
-    Ok(core::Report { id, tokens, opaque, pages, computed, scheduled, priorities })
+    Ok(core::Report { id, known, tokens, opaque, pages, computed, scheduled, priorities })
 }
 
 fn words(tokens: &Tokens<'_>) -> PyResult<Vec<u32>> {
@@ -270,13 +414,13 @@ fn words(tokens: &Tokens<'_>) -> PyResult<Vec<u32>> {
     Ok(words.iter().map(|word| u32::from_le_bytes(*word)).collect())
 }
 
-fn variable(name: &str) -> Option<String> {
+pub(crate) fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// What a person should see goes where the engine's own messages go. `TLLM_KVBM_LOG` says what: `warn` unless it is set.
-fn log_to_stderr() {
-    let filter = variable("TLLM_KVBM_LOG").unwrap_or_else(|| "warn".into());
+/// What a person should see goes where the engine's own messages go: warnings, unless something else is said.
+pub(crate) fn log_to_stderr(filter: Option<String>) {
+    let filter = filter.unwrap_or_else(|| "warn".into());
     let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|_| "warn".into());
     let subscriber =
         tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr);

@@ -5,6 +5,8 @@
 mod cuda;
 mod engine;
 mod model;
+mod options;
+mod serving;
 
 /// The engine's side of the daemon, for Python.
 #[pyo3::pymodule]
@@ -15,4 +17,6 @@ mod _native {
     use crate::engine::socket_of;
     #[pymodule_export]
     use crate::model::model_fingerprint;
+    #[pymodule_export]
+    use crate::serving::Worker;
 }

@@ -56,12 +56,13 @@ impl DeviceCache {
         let question = self.number();
         let wait = self.config.disk_wait(on_disk.len().saturating_mul(self.memory.layout().block_bytes));
         let (namespace, keys) = (lookup.namespace, lookup.keys[..on_disk.end].to_vec());
+        let trace = lookup.trace.clone();
         self.counters.disk_waits.add(1);
         self.push(CacheEvent::Promoting { ticket: lookup.ticket });
         lookup.stage = Stage::Promoting(on_disk);
         self.lookups.insert(question, lookup);
         let fail = wait.saturating_add(self.config.disk_fail_after);
-        self.ask(question, Some(wait), fail, Command::Prefetch { question, namespace, keys });
+        self.ask(question, Some(wait), fail, Command::Prefetch { question, namespace, keys, trace });
     }
 
     pub(super) fn prefetched(

@@ -35,12 +35,18 @@ pub struct Startup {
     pub runtime: Option<Handle>,
 }
 
+/// A pool of the engine's own making: what it is called and what it is to be like.
+pub type MakePool<'a> = dyn FnOnce([u8; 16], PoolLayout) -> Result<PoolMemory, StartError> + 'a;
+
 /// Why there is no cache at all.
 #[derive(Debug, Error)]
 pub enum StartError {
     /// There is no memory for the pool.
     #[error("create the pool: {0}")]
     Memory(#[from] kvbm_shm::Error),
+    /// There is none on the GPU.
+    #[error("create the pool on the GPU: {0}")]
+    Device(String),
     /// The link has nothing to run on.
     #[error("start the link: {0}")]
     Link(#[from] std::io::Error),
@@ -56,12 +62,22 @@ pub(super) struct Beginning {
 impl DeviceCache {
     /// The same allocator over private memory, without any daemon.
     pub fn private(layout: PoolLayout) -> Result<Self, StartError> {
-        Ok(Self::begin(Config::new(""), None, private(layout)?))
+        Self::private_in(layout, Box::new(in_host_memory))
+    }
+
+    /// As [`DeviceCache::private`], in memory that `make` makes.
+    pub fn private_in(layout: PoolLayout, make: Box<MakePool<'_>>) -> Result<Self, StartError> {
+        Ok(Self::begin(Config::new(""), None, private(layout, make)?))
     }
 
     /// Opens a pool at the daemon, waiting up to `init_timeout` for it. Without one it starts on private memory, and
     /// hands that over when a daemon appears. This is the only call here that waits.
     pub fn attach(startup: Startup) -> Result<Self, StartError> {
+        Self::attach_or(startup, Box::new(in_host_memory))
+    }
+
+    /// As [`DeviceCache::attach`]; without a daemon it starts on memory that `make` makes.
+    pub fn attach_or(startup: Startup, make: Box<MakePool<'_>>) -> Result<Self, StartError> {
         let Startup { config, layout, base, worker, tenants, waker, runtime } = startup;
         let inbox = Arc::new(Inbox::new(waker));
         let desk = Arc::new(Desk::default());
@@ -78,7 +94,7 @@ impl DeviceCache {
             }
             Err(reason) => {
                 tracing::warn!(%reason, "started without the daemon");
-                (private(layout)?, None)
+                (private(layout, make)?, None)
             }
         };
         let mut cache = Self::begin(config, Some(link), beginning);
@@ -115,10 +131,14 @@ impl DeviceCache {
     }
 }
 
-fn private(layout: PoolLayout) -> Result<Beginning, StartError> {
+fn in_host_memory(uuid: [u8; 16], layout: PoolLayout) -> Result<PoolMemory, StartError> {
+    Ok(PoolMemory::create(uuid, layout)?)
+}
+
+fn private(layout: PoolLayout, make: Box<MakePool<'_>>) -> Result<Beginning, StartError> {
     let mut uuid = [0; 16];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
-    let memory = PoolMemory::create(uuid, layout)?;
+    let memory = make(uuid, layout)?;
     let table = PoolTable::new_private(layout.block_count);
     Ok(Beginning { table, memory, mode: Mode::Detached })
 }

@@ -213,10 +213,11 @@ fn a_question_that_cannot_be_asked_is_answered_by_the_question_itself() {
     engine.turn([]);
     let stage = Stage::Asked;
     let (retention, abandoned) = (vec![], false);
-    let lookup = Lookup { ticket: 3, namespace: NAMESPACE, keys: keys(1), retention, stage, abandoned };
+    let (namespace, keys_) = (NAMESPACE, keys(1));
+    let lookup = Lookup { ticket: 3, namespace, keys: keys_, retention, stage, abandoned, trace: None };
     engine.cache.lookups.insert(99, lookup);
     let (question, namespace) = (99, NAMESPACE);
-    let command = Command::Match { question, namespace, keys: keys(1), retention: vec![] };
+    let command = Command::Match { question, namespace, keys: keys(1), retention: vec![], trace: None };
     engine.cache.ask(question, None, Duration::ZERO, command);
     assert!(matches!(engine.turn([])[..], [CacheEvent::Looked { ticket: 3, .. }]));
 }

@@ -1,11 +1,11 @@
 //! Host memory as a worker half uses it: mapped segments, and the pins that keep slots in place.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use kvbm_hash::{Namespace, SequenceHash};
 use kvbm_shm::{PinState, PoolWords, SharedMemory};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::metadata::Lease;
 use super::pool::Mover;
@@ -13,7 +13,8 @@ use super::pool::Mover;
 /// What one session with the daemon mapped. It is good for as long as it is held, also when the session is over.
 #[derive(Debug)]
 pub(crate) struct HostMemory {
-    pub words: PoolWords,
+    pub words: Arc<PoolWords>,
+    pub writes: Arc<WritePins>,
     pub segments: RwLock<HashMap<u32, Arc<SharedMemory>>>,
     /// Bytes from one slot to the next.
     pub slot_stride: usize,
@@ -65,8 +66,58 @@ impl HostMemory {
 
     /// A slot is not being written any more.
     pub fn written(&self, pin: u32) {
-        if is_pin(pin) {
+        self.writes.end(pin);
+    }
+}
+
+/// Entries that stand for slots this process is writing.
+///
+/// The daemon sets an entry before it says so; of answers that never arrive this process does not know. So when the
+/// session is over, entries that nobody here writes under are cleared: the daemon would keep their slots, and refuse
+/// their blocks, for as long as this process lives.
+#[derive(Debug)]
+pub(crate) struct WritePins {
+    words: Arc<PoolWords>,
+    /// Those that we write under. When the session is over, no write is begun any more.
+    ours: Mutex<(HashSet<u32>, Session)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Session {
+    Open,
+    Over,
+}
+
+impl WritePins {
+    pub fn new(words: Arc<PoolWords>) -> Self {
+        Self { words, ours: Mutex::new((HashSet::new(), Session::Open)) }
+    }
+
+    /// Takes up the writes of an answer. False: the session is over, and nothing is to be written.
+    #[must_use]
+    pub fn begin(&self, pins: impl Iterator<Item = u32>) -> bool {
+        let mut ours = self.ours.lock();
+        if ours.1 == Session::Over {
+            return false;
+        }
+        ours.0.extend(pins.filter(|pin| is_pin(*pin)));
+        true
+    }
+
+    fn end(&self, pin: u32) {
+        if self.ours.lock().0.remove(&pin) {
             self.words.clear_pin(pin);
+        }
+    }
+
+    /// The session is over. To be called again for a while: the daemon may still be working off what it was asked.
+    pub fn end_session(&self) {
+        let mut ours = self.ours.lock();
+        ours.1 = Session::Over;
+        for pin in (PoolWords::LEASE_PINS..PoolWords::PINS).filter(|pin| !ours.0.contains(pin)) {
+            if self.words.pin(pin) != PinState::Free {
+                self.words.clear_pin(pin);
+            }
         }
     }
 }
@@ -111,6 +162,27 @@ pub(crate) struct Writes {
     pub busy: bool,
 }
 
+/// What became of blocks that could be stored.
+#[derive(Debug)]
+pub(crate) enum Stored {
+    /// This process is to copy some.
+    ToWrite(Writes),
+    /// The daemon has copied those that were to be.
+    Copied(Copied),
+}
+
+/// Blocks by what the daemon did with them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Copied {
+    pub stored: u64,
+    /// Their pages changed hands before they were copied.
+    pub stale: u64,
+    /// Some were refused because what comes before them is not there.
+    pub orphans: bool,
+    /// Some were refused for now.
+    pub busy: bool,
+}
+
 /// The daemon as a worker half uses it. Its methods are called by threads that the engine does not wait for.
 pub(crate) trait Host: Send + Sync {
     /// Begins to copy under a lease. `None`: it is not this rank's to use.
@@ -120,8 +192,37 @@ pub(crate) trait Host: Send + Sync {
     fn end(&self, lease: Lease);
 
     /// Offers blocks. `None`: nobody takes them now.
-    fn store(&self, request: &StoreRequest) -> Option<Writes>;
+    fn store(&self, request: &StoreRequest) -> Option<Stored>;
 
     /// The copies have ended, each with its bytes there or not.
     fn store_done(&self, writes: &Writes, copied: Vec<bool>);
+}
+
+#[cfg(test)]
+mod tests {
+    use kvbm_shm::PinnedSlot;
+
+    use super::*;
+
+    #[test]
+    fn when_a_session_is_over_entries_that_nobody_writes_under_are_cleared_and_no_write_begins() {
+        let words = Arc::new(PoolWords::create([1; 16], 4).unwrap());
+        let slot = PinnedSlot { segment: 1, index: 2 };
+        let first = PoolWords::LEASE_PINS;
+        let state = |pin| words.pin(pin) != PinState::Free;
+        words.set_pin(5, PinState::Promised(9), slot);
+        for pin in [first, first + 1] {
+            words.set_pin(pin, PinState::InUse(7), slot);
+        }
+        let pins = WritePins::new(words.clone());
+        assert!(pins.begin([first].into_iter()));
+        pins.end_session();
+        assert!(state(first) && !state(first + 1) && state(5), "leases are another matter");
+        // An answer that nobody waited for.
+        words.set_pin(first + 2, PinState::InUse(8), slot);
+        assert!(!pins.begin([first + 2].into_iter()));
+        pins.end_session();
+        pins.end(first);
+        assert!(!state(first) && !state(first + 2));
+    }
 }

@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvbm_hash::{BaseNamespace, Namespace, SequenceHash};
@@ -20,10 +20,12 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 
-use super::host::{Host, HostMemory, StoreRequest, Write, Writes};
+use super::export::Exported;
+use super::generations::Generations;
+use super::host::{Host, HostMemory, StoreRequest, Stored, Write, WritePins, Writes};
 use super::metadata::Lease;
 use super::pool::{Mover, PoolShape};
-use super::scheduler::{Directory, Promised};
+use super::scheduler::{Arrival, Directory, Look, Promised};
 use super::settings::EngineSettings;
 use crate::client::Client;
 use crate::session::Question;
@@ -31,8 +33,8 @@ use crate::session::Question;
 mod ask;
 mod attach;
 mod breaker;
+mod wait;
 
-use ask::Reply;
 use breaker::Breaker;
 
 /// Sessions that are over whose mappings are kept, at most.
@@ -49,24 +51,50 @@ pub struct LinkCounts {
     pub lookups_skipped: AtomicU64,
     /// Lookups that found blocks.
     pub lookups_found: AtomicU64,
+    /// Requests that waited for blocks from disk.
+    pub disk_waits: AtomicU64,
 }
 
 /// What was registered.
 pub(crate) struct Registered {
-    pub shape: PoolShape,
     pub base: BaseNamespace,
+    /// Bytes of a block, all ranks'.
+    pub block_bytes: usize,
+    /// `None`: a process without KV memory, which only asks.
+    pub pool: Option<RegisteredPool>,
+}
+
+/// KV memory of this process.
+pub(crate) struct RegisteredPool {
+    pub shape: PoolShape,
     pub device: String,
     pub mover: Arc<dyn Mover>,
+    pub generations: Arc<Generations>,
+    /// For the daemon to copy out of, or why it cannot.
+    pub exported: Result<Arc<Exported>, String>,
 }
+
+/// Namespaces that are made known in a new session before it is asked for anything, at most.
+const NAMESPACES_KEPT: usize = 64;
+
+/// How long entries that a session left are looked after when it is over.
+const PINS_KEPT: Duration = Duration::from_secs(30);
 
 /// A session that is open.
 struct Attachment {
     client: Client,
-    pool_id: u32,
-    host: Arc<HostMemory>,
+    pool: Option<OpenPool>,
     namespaces: tokio::sync::Mutex<HashMap<Namespace, u32>>,
     /// Set to end it.
     given_up: watch::Sender<bool>,
+}
+
+/// The pool of this process, as the daemon knows it.
+struct OpenPool {
+    id: u32,
+    /// Who copies blocks out.
+    mode: v1::PoolMode,
+    host: Arc<HostMemory>,
 }
 
 /// See the module. Clones share the session.
@@ -79,6 +107,10 @@ struct Inner {
     handle: Handle,
     current: RwLock<Option<Arc<Attachment>>>,
     former: Mutex<VecDeque<Arc<HostMemory>>>,
+    /// Entries of sessions that are over, and since when.
+    former_writes: Mutex<Vec<(Instant, Arc<WritePins>)>>,
+    /// Those asked for last.
+    namespaces: Mutex<VecDeque<Namespace>>,
     breaker: Breaker,
     counts: LinkCounts,
 }
@@ -98,13 +130,18 @@ impl LinkOwner {
             .thread_name("kvbm-engine")
             .enable_all()
             .build()?;
+        let breaker = Breaker::new(settings.lookup_deadline);
+        // That of most requests is made known before the first of them comes.
+        let plain = settings.namespace(registered.base, None, None);
         let link = EngineLink(Arc::new(Inner {
             settings,
             registered,
             handle: runtime.handle().clone(),
             current: RwLock::default(),
             former: Mutex::default(),
-            breaker: Breaker::default(),
+            former_writes: Mutex::default(),
+            namespaces: Mutex::new([plain].into()),
+            breaker,
             counts: LinkCounts::default(),
         }));
         let (engine, named) = watch::channel(None);
@@ -138,6 +175,12 @@ impl EngineLink {
         self.0.current.read().is_some()
     }
 
+    /// True while the daemon copies blocks out by itself.
+    pub fn is_ipc(&self) -> bool {
+        let mode = self.0.current().and_then(|attachment| Some(attachment.pool.as_ref()?.mode));
+        mode == Some(v1::PoolMode::Ipc)
+    }
+
     pub fn counts(&self) -> &LinkCounts {
         &self.0.counts
     }
@@ -150,7 +193,7 @@ impl Inner {
 
     /// Current memory first, then what former sessions left.
     fn memories(&self) -> Vec<Arc<HostMemory>> {
-        let current = self.current().map(|attachment| attachment.host.clone());
+        let current = self.current().and_then(|attachment| Some(attachment.pool.as_ref()?.host.clone()));
         current.into_iter().chain(self.former.lock().iter().rev().cloned()).collect()
     }
 
@@ -169,35 +212,104 @@ impl Inner {
         *former = kept;
         drop(former);
         drop(dropped);
+        let mut writes = self.former_writes.lock();
+        writes.retain(|(ended, writes)| {
+            writes.end_session();
+            ended.elapsed() < PINS_KEPT
+        });
+    }
+
+    /// A namespace was asked for; it will be again.
+    fn note_namespace(&self, namespace: Namespace) {
+        let mut namespaces = self.namespaces.lock();
+        namespaces.retain(|known| *known != namespace);
+        namespaces.push_back(namespace);
+        if namespaces.len() > NAMESPACES_KEPT {
+            namespaces.pop_front();
+        }
+    }
+}
+
+impl EngineLink {
+    /// What is in host memory behind the first `skip` blocks, and how many behind that are on disk.
+    fn ask(
+        &self,
+        namespace: Namespace,
+        keys: &[SequenceHash],
+        skip: usize,
+    ) -> Option<(Option<Promised>, usize)> {
+        let inner = &self.0;
+        let begun = Instant::now();
+        let asked = inner.current().zip(inner.breaker.patience(begun));
+        let Some((attachment, patience)) = asked else {
+            inner.counts.lookups_skipped.fetch_add(1, Ordering::Relaxed);
+            return None;
+        };
+        let (asking, keys) = (inner.clone(), keys.to_vec());
+        let asked = attachment.clone();
+        let mut answer = Box::pin(async move { asking.look_up(&asked, namespace, &keys, skip).await });
+        let _entered = inner.handle.enter();
+        match wait::until(&mut answer, begun + patience) {
+            Some(found) => {
+                let now = Instant::now();
+                inner.breaker.answered(now, now - begun);
+                found
+            }
+            None => {
+                inner.counts.lookup_timeouts.fetch_add(1, Ordering::Relaxed);
+                inner.breaker.open(Instant::now());
+                let late = inner.clone();
+                // It says whether the daemon lives; what it brings goes back.
+                inner.handle.spawn(async move {
+                    if let Some((Some(promised), _)) = answer.await {
+                        late.take_back(&attachment, promised.lease);
+                    }
+                });
+                None
+            }
+        }
+    }
+
+    fn found(&self, promised: Option<Promised>) -> Option<Promised> {
+        promised.inspect(|_| {
+            self.0.counts.lookups_found.fetch_add(1, Ordering::Relaxed);
+        })
+    }
+
+    /// Has blocks brought from disk to host memory.
+    fn fetch(&self, namespace: Namespace, keys: &[SequenceHash], blocks: usize) -> Option<Arrival> {
+        let patience = self.0.settings.wait_for_disk(self.0.registered.block_bytes.saturating_mul(blocks));
+        let attachment = self.0.current().filter(|_| !patience.is_zero())?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let (asked, keys, told) = (self.0.clone(), keys.to_vec(), ended.clone());
+        self.0.counts.disk_waits.fetch_add(1, Ordering::Relaxed);
+        self.0.handle.spawn(async move {
+            asked.bring(&attachment, namespace, &keys, patience).await;
+            told.store(true, Ordering::Release);
+        });
+        Some(Arrival { ended, patience })
     }
 }
 
 impl Directory for EngineLink {
     fn look_up(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Option<Promised> {
-        let inner = &self.0;
-        let Some(attachment) = inner.current().filter(|_| !inner.breaker.is_open()) else {
-            inner.counts.lookups_skipped.fetch_add(1, Ordering::Relaxed);
-            return None;
-        };
-        let reply = Reply::default();
-        let (asked, answered) = (inner.clone(), reply.clone());
-        let keys = keys.to_vec();
-        inner.handle.spawn(async move {
-            let promised = asked.look_up(&attachment, namespace, &keys, skip).await;
-            if let Some(Some(late)) = answered.answer(promised) {
-                asked.take_back(&attachment, late.lease);
-            }
-        });
-        match reply.wait(inner.settings.lookup_deadline) {
-            Some(promised) => promised.inspect(|_| {
-                inner.counts.lookups_found.fetch_add(1, Ordering::Relaxed);
-            }),
-            None => {
-                inner.counts.lookup_timeouts.fetch_add(1, Ordering::Relaxed);
-                inner.breaker.open(Instant::now());
-                None
+        self.found(self.ask(namespace, keys, skip)?.0)
+    }
+
+    fn look_up_patiently(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Look {
+        let Some((promised, on_disk)) = self.ask(namespace, keys, skip) else { return Look::Now(None) };
+        if on_disk > 0 {
+            let in_host = promised.as_ref().map_or(0, |promised| promised.slots.len());
+            let end = keys.len().min(skip + in_host + on_disk);
+            if let Some(arrival) = self.fetch(namespace, &keys[..end], on_disk) {
+                // While it waits it holds nothing.
+                if let Some(promised) = promised {
+                    self.take_back(promised.lease);
+                }
+                return Look::Later(arrival);
             }
         }
+        Look::Now(self.found(promised))
     }
 
     fn take_back(&self, lease: Lease) {
@@ -227,15 +339,18 @@ impl Host for EngineLink {
         }
     }
 
-    fn store(&self, request: &StoreRequest) -> Option<Writes> {
+    fn store(&self, request: &StoreRequest) -> Option<Stored> {
         let attachment = self.0.current()?;
         let stored = self.0.handle.block_on(self.0.store(&attachment, request));
         stored.inspect_err(|error| tracing::debug!(%error, "blocks were not stored")).ok()
     }
 
     fn store_done(&self, writes: &Writes, copied: Vec<bool>) {
-        // A session that is over frees what was not reported.
-        if let Some(attachment) = self.0.current().filter(|now| Arc::ptr_eq(&now.host, &writes.host)) {
+        // What a session that is over does not report, the daemon sees by the entries that were cleared.
+        let is_current = |now: &Arc<Attachment>| {
+            now.pool.as_ref().is_some_and(|pool| Arc::ptr_eq(&pool.host, &writes.host))
+        };
+        if let Some(attachment) = self.0.current().filter(is_current) {
             let copied = copied.into_iter().map(u8::from).collect();
             let done = v1::StoreDone { store_id: writes.store_id, copied };
             self.0.handle.block_on(attachment.tell(Question::StoreDone(done)));

@@ -12,6 +12,8 @@
 //! such an engine: this process copies out of host memory that it has mapped, so a promise is kept whether the daemon
 //! lives or not, and what is called back is not written by anybody.
 
+mod export;
+mod generations;
 mod host;
 mod keys;
 mod link;
@@ -22,10 +24,11 @@ mod scheduler;
 mod settings;
 mod worker;
 
+pub use export::{Export, Exported, ExportedMemory, ExportedRegion, PoolChoice};
 pub use keys::PlacedItem;
 pub use link::LinkCounts;
 pub use pool::{BlockCopy, Fence, InvalidPool, LayerGroup, MemoryMover, Mover, PoolShape, Region};
-pub use process::{EngineProcess, Figure, MemoryFacts, Prompt};
+pub use process::{EngineProcess, Figure, Found, MemoryFacts, Prompt, SharedFacts};
 pub use scheduler::{LoadMode, NewRequest, Report, SchedulerCounts};
 pub use settings::{EngineSettings, InvalidEngineSetting, socket_of};
 pub use worker::WorkerCounts;

@@ -7,13 +7,19 @@ use std::time::{Duration, Instant};
 use kvbm_hash::BaseNamespace;
 use parking_lot::Mutex;
 
+use super::export::Exported;
+use super::generations::Generations;
 use super::keys::PlacedItem;
-use super::link::{LinkOwner, Registered};
+use super::link::{LinkOwner, Registered, RegisteredPool};
 use super::metadata::Metadata;
 use super::pool::{Mover, PoolShape};
 use super::scheduler::{LoadMode, NewRequest, Report, SchedulerHalf};
 use super::settings::EngineSettings;
-use super::worker::WorkerHalf;
+use super::worker::{BrokenPromise, WorkerHalf};
+
+mod apart;
+
+pub use apart::{Found, SharedFacts};
 
 /// A request as the engine's scheduler presents it.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +30,8 @@ pub struct Prompt {
     pub tokens: Vec<u32>,
     /// Number of its adapter.
     pub lora: Option<u64>,
+    /// Where adapters have names that tell their weights from all others: its name.
+    pub lora_name: Option<String>,
     /// Its cache salt.
     pub salt: Option<String>,
     /// Inputs that are not tokens, with their digests.
@@ -81,11 +89,12 @@ impl EngineProcess {
         &self.settings
     }
 
-    /// Takes the engine's KV memory into service.
+    /// Takes the engine's KV memory into service. `exported`: for the daemon to copy out of, or why it cannot.
     pub fn register(
         &self,
         shape: PoolShape,
         mover: Arc<dyn Mover>,
+        exported: Result<Exported, String>,
         memory: &MemoryFacts,
     ) -> Result<(), String> {
         let mut parts = self.parts.lock();
@@ -98,14 +107,27 @@ impl EngineProcess {
         }
         let base = settings.base(&memory.layout);
         let device = memory.device.clone();
-        let registered = Registered { shape: shape.clone(), base, device, mover: mover.clone() };
+        let generations = Arc::new(Generations::new(&shape));
+        let block_bytes = shape.block_bytes() * settings.shard_count as usize;
+        let pool = RegisteredPool {
+            exported: settings.pool.exported(&shape, exported)?,
+            shape: shape.clone(),
+            device,
+            mover: mover.clone(),
+            generations: generations.clone(),
+        };
+        let registered = Registered { base, block_bytes, pool: Some(pool) };
         let failed = |error: std::io::Error| format!("start threads: {error}");
         let link = LinkOwner::start(settings, registered).map_err(failed)?;
         let host = Arc::new(link.link().clone());
         // What all ranks have alike is stored once.
         let saves = !memory.replicated || self.settings.rank == 0;
-        *self.worker.lock() = Some(WorkerHalf::new(shape, mover, host, saves).map_err(failed)?);
-        if self.settings.rank == 0 {
+        let broken = if self.settings.apart.is_some() { BrokenPromise::IsTold } else { BrokenPromise::Stops };
+        let worker = WorkerHalf::new(shape, mover, host, generations, saves, broken).map_err(failed)?;
+        *self.worker.lock() = Some(worker);
+        if let Some(engine) = self.settings.apart {
+            link.name(engine);
+        } else if self.settings.rank == 0 {
             let mut engine = [0; 16];
             rustix::rand::getrandom(&mut engine, rustix::rand::GetRandomFlags::empty())
                 .map_err(|error| format!("draw a name for this engine: {error}"))?;
@@ -129,16 +151,20 @@ impl EngineProcess {
     /// park the request until they are.
     pub fn query(&self, prompt: Prompt, local_tokens: usize) -> (usize, bool) {
         let Some(base) = self.parts.lock().as_ref().map(|parts| parts.base) else { return (0, false) };
-        let new = NewRequest {
-            id: prompt.id,
-            tokens: prompt.tokens,
-            namespace: self.settings.namespace(base, prompt.lora, prompt.salt.as_deref()),
-            items: prompt.items,
-            cacheable: prompt.cacheable,
-        };
+        let new = self.request_of(base, prompt);
         let now = self.now();
         let found = self.scheduler.lock().as_mut().map_or(0, |half| half.query(new, local_tokens, now));
         (found, found > 0 && self.settings.load_mode == LoadMode::Parked)
+    }
+
+    fn request_of(&self, base: BaseNamespace, prompt: Prompt) -> NewRequest {
+        let salt = prompt.salt.as_deref();
+        let namespace = match &prompt.lora_name {
+            Some(name) => self.settings.namespace_of_named(base, Some(name), salt),
+            None => self.settings.namespace(base, prompt.lora, salt),
+        };
+        let Prompt { id, tokens, items, cacheable, .. } = prompt;
+        NewRequest { id, tokens, namespace, items, cacheable }
     }
 
     /// The engine says where the request's blocks are, one list of pages per layer group.
@@ -216,6 +242,7 @@ impl EngineProcess {
                 ("blocks_to_save", counts.blocks_to_save),
                 ("voided_loads", counts.voided_loads),
                 ("bypassed_requests", counts.bypassed_requests),
+                ("failed_loads", counts.failed_loads),
             ]);
         }
         if let Some(worker) = &*self.worker.lock() {
@@ -233,6 +260,7 @@ impl EngineProcess {
             );
         }
         if let Some(parts) = &*self.parts.lock() {
+            figures.push(("ipc", u64::from(parts.link.link().is_ipc())));
             let counts = parts.link.link().counts();
             figures.extend(
                 [
@@ -240,6 +268,7 @@ impl EngineProcess {
                     ("lookup_timeouts", &counts.lookup_timeouts),
                     ("lookups_skipped", &counts.lookups_skipped),
                     ("lookups_found", &counts.lookups_found),
+                    ("disk_waits", &counts.disk_waits),
                 ]
                 .map(|(name, count)| (name, count.load(Ordering::Relaxed))),
             );

@@ -20,6 +20,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvbm_hash::{Namespace, SequenceHash};
@@ -29,11 +30,13 @@ use super::metadata::{Lease, Metadata};
 
 mod copies;
 mod pages;
+mod patience;
 mod request;
 #[cfg(test)]
 mod tests;
 
 use pages::{Fit, Place};
+use patience::Wait;
 use request::{Offer, Request};
 
 /// An offer that the engine does not take up for so long is taken back.
@@ -60,11 +63,37 @@ pub(crate) trait Directory: Send + Sync {
     /// behind those, which stay as they are until they are released. Nothing when in doubt, or too slow.
     fn look_up(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Option<Promised>;
 
+    /// The same for an engine that asks again: what is on disk may be worth waiting for. Nothing is held meanwhile.
+    fn look_up_patiently(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Look {
+        Look::Now(self.look_up(namespace, keys, skip))
+    }
+
     /// No rank has heard of these slots, and none will.
     fn take_back(&self, lease: Lease);
 
     /// True when blocks that are saved have somewhere to go.
     fn takes_saves(&self) -> bool;
+}
+
+/// What a patient lookup found.
+pub(crate) enum Look {
+    Now(Option<Promised>),
+    /// More is on its way from disk.
+    Later(Arrival),
+}
+
+/// Blocks on their way from disk.
+pub(crate) struct Arrival {
+    /// They have come, or will not.
+    pub ended: Arc<AtomicBool>,
+    /// How long they are worth waiting for.
+    pub patience: Duration,
+}
+
+impl Arrival {
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
 }
 
 /// Blocks that every rank can copy by itself, whatever happens to the daemon.
@@ -110,6 +139,9 @@ pub struct NewRequest {
 pub struct Report {
     /// The engine's number.
     pub id: u64,
+    /// How many tokens it begins with were compared with those of the query, are the same, and are left out of
+    /// `tokens`. Only in the first report.
+    pub known: usize,
     /// Tokens not reported before.
     pub tokens: Vec<u32>,
     /// Something is among them that is no token: from now on the request is served without the cache.
@@ -137,6 +169,14 @@ pub struct SchedulerCounts {
     pub voided_loads: u64,
     /// Requests neither looked up nor saved, because something about them is not in the key.
     pub bypassed_requests: u64,
+    /// Requests whose blocks did not arrive, so that they are computed.
+    pub failed_loads: u64,
+}
+
+/// Blocks `[skip, end)` of a request can be asked for.
+struct Asked {
+    skip: usize,
+    end: usize,
 }
 
 /// Load that some rank may be working on.
@@ -153,8 +193,9 @@ pub(crate) struct SchedulerHalf {
     directory: Arc<dyn Directory>,
     requests: HashMap<u64, Request>,
     loads: HashMap<u64, LoadUnderWay>,
-    /// Which load writes a page of a group.
-    targets: HashMap<(usize, i32), u64>,
+    /// Which load writes a page, 0 for none, by group and page. Pages are few and their numbers small: no map, because
+    /// all blocks of a prompt are entered and taken out at once.
+    targets: Vec<Vec<u64>>,
     next_load: u64,
     /// For the next metadata.
     next: Metadata,
@@ -165,6 +206,10 @@ pub(crate) struct SchedulerHalf {
     size_is_known: bool,
     /// The engine's blocks are not what it says they are.
     disabled: Option<String>,
+    /// Requests that wait for blocks from disk.
+    waits: HashMap<u64, Wait>,
+    /// Requests that were loaded for in vain: they compute everything.
+    failed: HashSet<u64>,
     counts: SchedulerCounts,
 }
 
@@ -182,13 +227,15 @@ impl SchedulerHalf {
             directory,
             requests: HashMap::new(),
             loads: HashMap::new(),
-            targets: HashMap::new(),
+            targets: Vec::new(),
             next_load: 1,
             next: Metadata::new(engine),
             looked_at: Duration::ZERO,
             windowed: false,
             size_is_known: false,
             disabled: None,
+            waits: HashMap::new(),
+            failed: HashSet::new(),
             counts: SchedulerCounts::default(),
         }
     }
@@ -214,23 +261,39 @@ impl SchedulerHalf {
     pub fn query(&mut self, new: NewRequest, local_tokens: usize, now: Duration) -> usize {
         self.counts.queries += 1;
         self.forget(new.id);
+        let Some((keys, asked)) = self.keys_of(&new, local_tokens) else { return 0 };
+        let promised = asked
+            .and_then(|Asked { skip, end }| self.directory.look_up(new.namespace, &keys.keys()[..end], skip));
+        self.offer(new, keys, promised, local_tokens, now)
+    }
+
+    /// Keys of a request, and which of its blocks can be asked for. `None`: it is served without the cache.
+    fn keys_of(&mut self, new: &NewRequest, local_tokens: usize) -> Option<(RequestKeys, Option<Asked>)> {
         if !new.cacheable || self.disabled.is_some() || self.requests.len() >= REQUESTS_MAX {
             self.counts.bypassed_requests += 1;
-            return 0;
+            return None;
         }
         let size = self.tokens_per_block as usize;
-        let mut keys = RequestKeys::new(new.namespace, self.tokens_per_block, new.items);
+        let mut keys = RequestKeys::new(new.namespace, self.tokens_per_block, new.items.clone());
         keys.extend(&new.tokens);
-        let blocks_max = new.tokens.len().saturating_sub(1) / size;
-        let skip = local_tokens / size;
+        let (skip, end) = (local_tokens / size, new.tokens.len().saturating_sub(1) / size);
         // Within a block of its own the engine goes on by itself: only it knows what else is in that block.
-        let askable = local_tokens.is_multiple_of(size) && skip < blocks_max;
-        let promised = askable
-            .then(|| self.directory.look_up(new.namespace, &keys.keys()[..blocks_max], skip))
-            .flatten()
-            .filter(|promised| !promised.slots.is_empty());
+        let askable = local_tokens.is_multiple_of(size) && skip < end && !self.failed.contains(&new.id);
+        Some((keys, askable.then_some(Asked { skip, end })))
+    }
+
+    fn offer(
+        &mut self,
+        new: NewRequest,
+        keys: RequestKeys,
+        promised: Option<Promised>,
+        local_tokens: usize,
+        now: Duration,
+    ) -> usize {
+        let size = self.tokens_per_block as usize;
+        let promised = promised.filter(|promised| !promised.slots.is_empty());
         let offered = promised.as_ref().map_or(0, |promised| promised.slots.len() * size);
-        let offer = promised.map(|promised| Offer::new(promised, skip, now));
+        let offer = promised.map(|promised| Offer::new(promised, local_tokens / size, now));
         let request = Request::new(keys, new.tokens, local_tokens, offer, now);
         self.requests.insert(new.id, request);
         self.counts.promised_tokens += offered as u64;
@@ -272,6 +335,8 @@ impl SchedulerHalf {
 
     /// The request is over. True, at most once: some of its blocks may still be being saved.
     pub fn finished(&mut self, id: u64) -> bool {
+        self.waits.remove(&id);
+        self.failed.remove(&id);
         let Some(request) = self.requests.get(&id) else { return false };
         let saving = request.saves_given;
         self.forget(id);
@@ -308,7 +373,7 @@ impl SchedulerHalf {
         let Some(mut request) = self.requests.remove(&report.id) else {
             return self.reassign_all(&report.pages);
         };
-        if report.opaque || !request.begins_with_prompt(&mut report.tokens) {
+        if report.opaque || !request.begins_with_prompt(report.known, &mut report.tokens) {
             // Not the tokens that we were asked about: whatever this is, its keys are not known.
             self.reassign_all(&report.pages);
             return self.leave_out(report.id, request);

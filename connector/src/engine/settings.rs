@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvbm_hash::{BaseNamespace, BaseParts, Namespace};
 use thiserror::Error;
 
-use super::LoadMode;
+use super::{LoadMode, PoolChoice};
 
 /// A setting that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -45,12 +45,20 @@ pub struct EngineSettings {
     pub shard: u32,
     /// Parts of a block.
     pub shard_count: u32,
+    /// Set: the scheduler half is in no process with memory, and this is the name of the engine, which all its processes
+    /// know. Otherwise rank 0 has it and draws a name.
+    pub apart: Option<[u8; 16]>,
     /// How the engine waits for loads.
     pub load_mode: LoadMode,
+    /// Who copies blocks out.
+    pub pool: PoolChoice,
     /// The longest that a lookup holds up the engine.
     pub lookup_deadline: Duration,
     /// How long any answer may be missing before the session is given up.
     pub detach_after: Duration,
+    /// How long a request may wait for blocks that come from disk: at least, besides for each MiB, and at most. Zero at
+    /// most: it does not wait. Only engines that ask again can.
+    pub disk_wait: (Duration, Duration, Duration),
     /// How long attaching may take.
     pub attach_deadline: Duration,
     /// First and longest pause between attempts to attach.
@@ -73,17 +81,20 @@ impl EngineSettings {
             rank_count: 1,
             shard: 0,
             shard_count: 1,
+            apart: None,
             load_mode: LoadMode::Parked,
+            pool: PoolChoice::Auto,
             lookup_deadline: Duration::from_millis(20),
             detach_after: Duration::from_secs(1),
+            disk_wait: (Duration::from_millis(250), Duration::from_millis(2), Duration::from_secs(10)),
             attach_deadline: Duration::from_secs(2),
             reconnect_pause: (Duration::from_millis(20), Duration::from_millis(500)),
         }
     }
 
     /// Takes what an operator says, where it is said: `TLLM_KVBM_MODEL`, `TLLM_KVBM_REVISION`, `TLLM_KVBM_TENANT`,
-    /// `TLLM_KVBM_LORA_SCOPE`, `TLLM_KVBM_LOAD` (`parked` or `in-pass`), `TLLM_KVBM_LOOKUP_DEADLINE_MS`,
-    /// `TLLM_KVBM_DETACH_AFTER_MS`.
+    /// `TLLM_KVBM_LORA_SCOPE`, `TLLM_KVBM_LOAD` (`parked` or `in-pass`), `TLLM_KVBM_POOL` (`auto`, `ipc` or
+    /// `staged`), `TLLM_KVBM_LOOKUP_DEADLINE_MS`, `TLLM_KVBM_DETACH_AFTER_MS`, `TLLM_KVBM_DISK_WAIT_MAX_MS`.
     pub fn with_environment(
         mut self,
         variable: impl Fn(&str) -> Option<String>,
@@ -106,9 +117,19 @@ impl EngineSettings {
                 return Err(invalid("TLLM_KVBM_LOAD", format!("is {other:?}, expected parked or in-pass")));
             }
         }
+        match variable("TLLM_KVBM_POOL").as_deref() {
+            None => {}
+            Some("auto") => self.pool = PoolChoice::Auto,
+            Some("ipc") => self.pool = PoolChoice::Ipc,
+            Some("staged") => self.pool = PoolChoice::Staged,
+            Some(other) => {
+                return Err(invalid("TLLM_KVBM_POOL", format!("is {other:?}, expected auto, ipc or staged")));
+            }
+        }
         for (name, setting, range) in [
             ("TLLM_KVBM_LOOKUP_DEADLINE_MS", &mut self.lookup_deadline, 1..=1000),
             ("TLLM_KVBM_DETACH_AFTER_MS", &mut self.detach_after, 10..=600_000),
+            ("TLLM_KVBM_DISK_WAIT_MAX_MS", &mut self.disk_wait.2, 0..=600_000),
         ] {
             let Some(value) = variable(name) else { continue };
             let milliseconds = value.parse::<u64>().ok().filter(|value| range.contains(value));
@@ -136,7 +157,24 @@ impl EngineSettings {
     /// The namespace of requests with this adapter and salt.
     pub fn namespace(&self, base: BaseNamespace, lora: Option<u64>, salt: Option<&str>) -> Namespace {
         let lora = lora.map(|number| format!("{number}@{}", self.lora_scope));
-        base.namespace(lora.as_deref(), salt).of_tenant(&self.tenant)
+        self.namespace_of_named(base, lora.as_deref(), salt)
+    }
+
+    /// The same for an adapter whose name tells its weights from all others.
+    pub fn namespace_of_named(
+        &self,
+        base: BaseNamespace,
+        lora: Option<&str>,
+        salt: Option<&str>,
+    ) -> Namespace {
+        base.namespace(lora, salt).of_tenant(&self.tenant)
+    }
+
+    /// How long a request waits for so many bytes from disk.
+    pub(crate) fn wait_for_disk(&self, bytes: usize) -> Duration {
+        let (base, per_mib, most) = self.disk_wait;
+        let mebibytes = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+        base.saturating_add(per_mib.saturating_mul(mebibytes)).min(most)
     }
 }
 
@@ -204,6 +242,8 @@ mod tests {
             EngineSettings::new("/s").with_environment(move |asked| (asked == name).then(|| value.to_owned()))
         };
         assert_eq!(with("TLLM_KVBM_LOAD", "in-pass").unwrap().load_mode, LoadMode::InPass);
+        assert_eq!(with("TLLM_KVBM_POOL", "staged").unwrap().pool, PoolChoice::Staged);
+        assert!(with("TLLM_KVBM_POOL", "cuda").unwrap_err().to_string().contains("auto, ipc or staged"));
         assert_eq!(with("TLLM_KVBM_TENANT", "t").unwrap().tenant, "t");
         let wrong = with("TLLM_KVBM_LOAD", "sync").unwrap_err().to_string();
         assert!(wrong.contains("TLLM_KVBM_LOAD") && wrong.contains("parked or in-pass"), "{wrong}");

@@ -13,10 +13,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::generations::Generations;
 use super::host::Host;
 use super::metadata::Metadata;
 use super::pool::{Mover, PoolShape};
@@ -36,6 +38,9 @@ use saves::SaveJob;
 /// Copies of one kind that wait for their thread, at most. More loads than the engine has requests cannot wait; a save
 /// that finds no room is left out.
 const QUEUE_MAX: usize = 65_536;
+
+/// How long a save waits for room where the engine does not wait for the save.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Totals since the start.
 #[derive(Debug, Default)]
@@ -59,12 +64,15 @@ struct Shared {
     shape: PoolShape,
     mover: Arc<dyn Mover>,
     host: Arc<dyn Host>,
-    /// Of each page of each group: raised when the page changes hands.
-    generations: Vec<Vec<AtomicU32>>,
+    generations: Arc<Generations>,
     loading: Mutex<Endings>,
     saving: Mutex<Endings>,
     /// Requests whose saves did not arrive because of what came before them.
     orphaned: Mutex<Vec<u64>>,
+    /// Pages, of the first layer group, of loads that could not be kept; where the engine can be told.
+    failed: Option<Mutex<Vec<i32>>>,
+    /// How long a save waits for room. Nothing where blocks are kept until it has ended.
+    busy_patience: Duration,
     broken: Mutex<Option<String>>,
     counts: Arc<WorkerCounts>,
 }
@@ -82,19 +90,25 @@ pub(crate) struct WorkerHalf {
     saves: Option<Queue<SaveJob>>,
 }
 
+/// What becomes of a load that cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BrokenPromise {
+    /// The engine is stopped before it computes on wrong bytes.
+    Stops,
+    /// The engine is told which pages to compute.
+    IsTold,
+}
+
 impl WorkerHalf {
     /// `saves`: false where another rank saves the same bytes.
     pub fn new(
         shape: PoolShape,
         mover: Arc<dyn Mover>,
         host: Arc<dyn Host>,
+        generations: Arc<Generations>,
         saves: bool,
+        broken: BrokenPromise,
     ) -> std::io::Result<Self> {
-        let generations = shape
-            .groups()
-            .iter()
-            .map(|group| (0..group.regions[0].pages).map(|_| AtomicU32::new(0)).collect())
-            .collect();
         let shared = Arc::new(Shared {
             shape,
             mover,
@@ -103,6 +117,8 @@ impl WorkerHalf {
             loading: Mutex::new(Endings::always_asked()),
             saving: Mutex::default(),
             orphaned: Mutex::default(),
+            failed: (broken == BrokenPromise::IsTold).then(Mutex::default),
+            busy_patience: if broken == BrokenPromise::IsTold { BUSY_PATIENCE } else { Duration::ZERO },
             broken: Mutex::default(),
             counts: Arc::default(),
         });
@@ -130,11 +146,7 @@ impl WorkerHalf {
         for save in std::mem::take(&mut self.next_saves) {
             save.drop_unsaved(&self.shared);
         }
-        for (group, pages) in metadata.reassigned.iter().enumerate() {
-            for page in &pages.pages {
-                self.shared.raise(group, *page)?;
-            }
-        }
+        self.shared.generations.raise(&metadata.reassigned)?;
         for load_id in &metadata.voided {
             if let Some(job) = self.under_way.remove(load_id) {
                 job.call_back();
@@ -227,6 +239,11 @@ impl WorkerHalf {
         self.shared.saving.lock().is_under_way(request)
     }
 
+    /// Pages that were not loaded though it was promised, each once.
+    pub fn take_failed(&mut self) -> Vec<i32> {
+        self.shared.failed.as_ref().map_or_else(Vec::new, |failed| std::mem::take(&mut *failed.lock()))
+    }
+
     /// Requests that are to be saved again from the first block.
     pub fn take_orphaned(&mut self) -> Vec<u64> {
         std::mem::take(&mut *self.shared.orphaned.lock())
@@ -234,21 +251,13 @@ impl WorkerHalf {
 }
 
 impl Shared {
-    fn raise(&self, group: usize, page: i32) -> Result<(), String> {
-        let word = usize::try_from(page).ok().and_then(|page| self.generations.get(group)?.get(page));
-        let word = word.ok_or_else(|| format!("page {page} of layer group {group} was never registered"))?;
-        word.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-
-    /// Generation of a page, if there is one.
-    fn generation(&self, group: usize, page: i32) -> u32 {
-        let page = usize::try_from(page).ok();
-        page.map_or(0, |page| self.generations[group][page].load(Ordering::SeqCst))
-    }
-
-    fn break_promise(&self, why: String) {
+    /// A load into these pages of the first layer group ended without their bytes.
+    fn break_promise(&self, pages: impl Iterator<Item = i32>, why: String) {
         self.counts.broken_promises.fetch_add(1, Ordering::Relaxed);
+        if let Some(failed) = &self.failed {
+            tracing::warn!(why, "blocks that were found are computed after all");
+            return failed.lock().extend(pages);
+        }
         tracing::error!(why, "a promised load cannot be kept");
         self.broken.lock().get_or_insert(why);
     }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_proto::{entry_retention, set_entry_retention, v1};
-use kvbm_shm::{POOL_HEADER_BYTES, PoolMemory};
+use kvbm_shm::PoolMemory;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -29,7 +29,7 @@ impl Link {
             match opening {
                 Opening::Fresh => {
                     let (memory, reply) = client.open_pool(fresh).await?;
-                    check_reply(parts, &reply)?;
+                    check_reply(parts, &memory, &reply)?;
                     check_memory(parts, &memory)?;
                     let inherited = inherited(&reply)?;
                     Ok(Opened { pool_id: reply.pool_id, memory: Some(memory), inherited })
@@ -38,8 +38,8 @@ impl Link {
                     register(parts, &client, &table, &mut namespaces).await?;
                     let adoption = adoption_message(memory.uuid(), epoch, &table, &namespaces);
                     let open = v1::OpenPool { adoption: Some(adoption), ..fresh };
-                    let reply = client.hand_over_pool(memory.uuid(), memory.fd(), open).await?;
-                    check_reply(parts, &reply)?;
+                    let reply = client.hand_over_pool(&memory, open).await?;
+                    check_reply(parts, &memory, &reply)?;
                     Ok(Opened { pool_id: reply.pool_id, memory: None, inherited: Vec::new() })
                 }
             }
@@ -118,9 +118,9 @@ fn adoption_message(
 }
 
 /// A pool of another shape than the engine computes with would be wrong KV.
-fn check_reply(parts: &LinkParts, reply: &v1::PoolReply) -> Result<(), ClientError> {
+fn check_reply(parts: &LinkParts, memory: &PoolMemory, reply: &v1::PoolReply) -> Result<(), ClientError> {
     let layout = parts.layout;
-    let shape = (layout.block_count, layout.stride() as u64, POOL_HEADER_BYTES as u64);
+    let shape = (layout.block_count, layout.stride() as u64, memory.blocks_offset() as u64);
     if reply.pool_id == 0 || (reply.block_count, reply.stride, reply.offset) != shape {
         return Err(ClientError::malformed(format!("a pool of {layout:?} was answered with {reply:?}")));
     }
@@ -130,6 +130,10 @@ fn check_reply(parts: &LinkParts, reply: &v1::PoolReply) -> Result<(), ClientErr
 fn check_memory(parts: &LinkParts, memory: &PoolMemory) -> Result<(), ClientError> {
     if memory.layout() != parts.layout {
         let detail = format!("expected memory of {:?}, got {:?}", parts.layout, memory.layout());
+        return Err(ClientError::malformed(detail));
+    }
+    if memory.device().is_some() != parts.config.is_on_gpu() {
+        let detail = format!("the memory of a pool on {} is not there", parts.config.device);
         return Err(ClientError::malformed(detail));
     }
     Ok(())

@@ -48,7 +48,7 @@ impl Sender<'_> {
         match command {
             // The attempt is open already.
             Command::Open(_) => {}
-            Command::Match { question, namespace, keys, retention } => {
+            Command::Match { question, namespace, keys, retention, trace } => {
                 let refused = |error| Arrival::Matched { question, result: Err(error) };
                 let Some(namespace_id) = self.namespace_for(question, namespace, refused).await? else {
                     return Ok(());
@@ -63,15 +63,16 @@ impl Sender<'_> {
                     ..Default::default()
                 });
                 let of = |answer| answer!(answer, Match);
-                self.ask(question, body, of, |question, result| Arrival::Matched { question, result }).await;
+                let matched = |question, result| Arrival::Matched { question, result };
+                self.ask(question, (body, trace), of, matched).await;
             }
-            Command::Onboard { question, lease_id, targets } => {
+            Command::Onboard { question, lease_id, targets, trace } => {
                 let targets = targets.into_iter().map(Into::into).collect();
                 let body =
                     Question::Onboard(v1::Onboard { lease_id, pool_id, targets, ..Default::default() });
                 let of = |answer| answer!(answer, TransferDone);
-                self.ask(question, body, of, |question, result| Arrival::Onboarded { question, result })
-                    .await;
+                let onboarded = |question, result| Arrival::Onboarded { question, result };
+                self.ask(question, (body, trace), of, onboarded).await;
             }
             Command::RequestGrants { question, count } => {
                 let body = Question::RequestGrants(v1::RequestGrants { pool_id, count });
@@ -79,17 +80,18 @@ impl Sender<'_> {
                     let grants: v1::Grants = answer!(answer, Grants)?;
                     Ok(grants.blocks.into_iter().map(Into::into).collect())
                 };
-                self.ask(question, body, of, |question, result| Arrival::Granted { question, result }).await;
+                let granted = |question, result| Arrival::Granted { question, result };
+                self.ask(question, (body, None), of, granted).await;
             }
-            Command::Prefetch { question, namespace, keys } => {
+            Command::Prefetch { question, namespace, keys, trace } => {
                 let refused = |error| Arrival::Prefetched { question, result: Err(error) };
                 let Some(namespace_id) = self.namespace_for(question, namespace, refused).await? else {
                     return Ok(());
                 };
                 let body = Question::Prefetch(prefetch_message(namespace_id, &keys, PrefetchAnswer::Arrived));
                 let of = |answer| answer!(answer, Prefetch);
-                self.ask(question, body, of, |question, result| Arrival::Prefetched { question, result })
-                    .await;
+                let prefetched = |question, result| Arrival::Prefetched { question, result };
+                self.ask(question, (body, trace), of, prefetched).await;
             }
             Command::Notes(notes) => self.notes(notes).await?,
             Command::ReleaseLease(lease_id) => {
@@ -184,7 +186,7 @@ impl Sender<'_> {
     async fn ask<T>(
         &self,
         question: QuestionId,
-        body: Question,
+        (body, trace): (Question, Option<v1::TraceContext>),
         of: impl FnOnce(Answer) -> Result<T, ClientError> + Send + 'static,
         arrival: impl FnOnce(QuestionId, Result<T, ClientError>) -> Arrival + Send + 'static,
     ) {
@@ -194,7 +196,7 @@ impl Sender<'_> {
             Err(ClientError::Unavailable { .. }) => {}
             result => answered(arrival(question, result)),
         };
-        self.connection.client.session().ask(body, waiter).await;
+        self.connection.client.session().ask(body, trace, waiter).await;
     }
 
     fn answered(&self, question: QuestionId) -> impl FnOnce(Arrival) + Send + 'static {

@@ -5,9 +5,10 @@ use std::time::Duration;
 use kvbm_connector::{Allocate, CacheEvent, CacheState, Config, DetachReason, DeviceCache};
 use kvbm_hash::Retention;
 use kvbm_proto::v1::client_message::Body as Question;
+use kvbm_shm::{PoolMemory, SharedMemory};
 
 use crate::engine::{Engine, NAMESPACE, keys, layout, patient};
-use crate::mock::{Hold, Mock, wait_for};
+use crate::mock::{Hold, Mock, on_gpu, wait_for};
 
 const CALM: CacheState = CacheState::Attached { breaker_open: false };
 
@@ -210,6 +211,51 @@ fn without_a_daemon_everything_works_alone() {
     let [CacheEvent::Looked { ticket: 1, device, .. }] = &events[..] else { panic!("{events:?}") };
     assert_eq!(*device, blocks[..1]);
     assert_eq!(cache.state(), CacheState::Detached);
+}
+
+fn device_of(pool: &PoolMemory) -> SharedMemory {
+    let (descriptor, _) = pool.device().expect("it is on a GPU");
+    SharedMemory::from_fd(descriptor.try_clone_to_owned().unwrap()).unwrap()
+}
+
+#[test]
+fn the_memory_of_a_gpu_goes_with_its_pool_to_the_next_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("kvbm.sock");
+    let mock = Mock::start(&socket);
+    let config = Config { device: "GPU-1".into(), ..patient(&socket) };
+    let mut engine = Engine::start(config, 8);
+    let memory = engine.cache.memory();
+    device_of(&mock.state.lock().memory.clone().unwrap()).write(8192, b"daemon");
+    drop(mock);
+    detached(&mut engine);
+    let mock = Mock::start(&socket);
+    engine.until("re-attachment", |event| matches!(event, CacheEvent::Attached { .. }).then_some(()));
+    let mut seen = [0; 6];
+    for pool in [&memory, &mock.state.lock().memory.clone().unwrap()] {
+        device_of(pool).read(8192, &mut seen);
+        assert_eq!(&seen, b"daemon");
+    }
+}
+
+#[test]
+fn without_a_daemon_the_engine_makes_memory_of_a_gpu_itself_and_hands_it_over_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("kvbm.sock");
+    let config = Config {
+        device: "GPU-1".into(),
+        init_timeout: Duration::from_millis(20),
+        attach_deadline: Duration::from_millis(200),
+        ..patient(&socket)
+    };
+    let mut engine = Engine::start_or(config, 8, Box::new(|_, layout| Ok(on_gpu(layout))));
+    assert_eq!(engine.cache.state(), CacheState::Detached);
+    device_of(&engine.cache.memory()).write(0, b"engine");
+    let mock = Mock::start(&socket);
+    engine.until("attachment", |event| matches!(event, CacheEvent::Attached { .. }).then_some(()));
+    let mut seen = [0; 6];
+    device_of(&mock.state.lock().memory.clone().unwrap()).read(0, &mut seen);
+    assert_eq!(&seen, b"engine");
 }
 
 #[test]

@@ -6,10 +6,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvbm_connector::{
-    Allocate, CacheEvent, CacheState, Config, DeviceCache, LeaseId, Startup, Tenants, WorkerRegistration,
+    Allocate, CacheEvent, CacheState, Config, DeviceCache, LeaseId, MakePool, Startup, Tenants,
+    WorkerRegistration,
 };
 use kvbm_hash::{BaseNamespace, Namespace, Retention, SequenceHash};
-use kvbm_shm::PoolLayout;
+use kvbm_shm::{PoolLayout, PoolMemory};
 
 pub const BASE: BaseNamespace = BaseNamespace([3; 32]);
 pub const NAMESPACE: Namespace = Namespace([7; 32]);
@@ -44,6 +45,11 @@ pub fn keys(count: u8) -> Vec<SequenceHash> {
 
 impl Engine {
     pub fn start(config: Config, block_count: u32) -> Self {
+        Self::start_or(config, block_count, Box::new(|uuid, layout| Ok(PoolMemory::create(uuid, layout)?)))
+    }
+
+    /// With a pool that `make` makes if there is no daemon.
+    pub fn start_or(config: Config, block_count: u32, make: Box<MakePool<'_>>) -> Self {
         let (wake, woken) = sync_channel(1);
         let waker = Arc::new(move || {
             let _ = wake.try_send(());
@@ -59,7 +65,7 @@ impl Engine {
             waker,
             runtime: None,
         };
-        let mut cache = DeviceCache::attach(startup).unwrap();
+        let mut cache = DeviceCache::attach_or(startup, make).unwrap();
         let first = cache.poll();
         let attached = matches!(cache.state(), CacheState::Attached { .. });
         assert_eq!(matches!(first[..], [CacheEvent::Attached { .. }]), attached, "{first:?}");

@@ -2,6 +2,7 @@
 //! committed, and a disk. A script may hold back its answers.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +13,7 @@ use kvbm_proto::v1::client_message::Body as Question;
 use kvbm_proto::v1::server_message::Body as Answer;
 use kvbm_proto::v1::{self, ClientMessage, Refusal, ServerMessage};
 use kvbm_proto::{MESSAGE_BYTES_MAX, SideMessage};
-use kvbm_shm::{PoolLayout, PoolMemory, SideListener, SideSocket};
+use kvbm_shm::{DeviceMemory, PoolLayout, PoolMemory, SharedMemory, SideListener, SideSocket};
 use parking_lot::Mutex;
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
@@ -66,6 +67,7 @@ pub struct State {
     namespaces: u32,
     side: HashMap<u64, Arc<SideSocket>>,
     arrived: HashMap<Vec<u8>, PoolMemory>,
+    devices: HashMap<Vec<u8>, OwnedFd>,
 }
 
 pub struct Mock {
@@ -171,9 +173,14 @@ fn serve_side(listener: &SideListener, state: &Mutex<State>, stop: &AtomicBool) 
                             state.lock().side.insert(session, connection.clone());
                             connection.send(&SideMessage::Bound.encode(), None).unwrap();
                         }
+                        SideMessage::DeviceMemory { uuid } => {
+                            state.lock().devices.insert(uuid.to_vec(), packet.fd.unwrap());
+                        }
                         SideMessage::PoolMemory { uuid } => {
-                            let memory = PoolMemory::from_fd(packet.fd.unwrap()).unwrap();
-                            state.lock().arrived.insert(uuid.to_vec(), memory);
+                            let mut state = state.lock();
+                            let device = state.devices.remove(&uuid[..]);
+                            let memory = PoolMemory::from_fds(packet.fd.unwrap(), device).unwrap();
+                            state.arrived.insert(uuid.to_vec(), memory);
                         }
                         SideMessage::Bound
                         | SideMessage::PoolWords { .. }
@@ -184,6 +191,14 @@ fn serve_side(listener: &SideListener, state: &Mutex<State>, stop: &AtomicBool) 
         });
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Memory of the host stands in for that of a GPU.
+pub fn on_gpu(layout: PoolLayout) -> PoolMemory {
+    let bytes = (layout.stride() * layout.block_count as usize).next_multiple_of(2 << 20);
+    let memory = SharedMemory::create("gpu", bytes).unwrap();
+    let device = DeviceMemory { descriptor: memory.fd().try_clone_to_owned().unwrap(), bytes };
+    PoolMemory::create_on_device([5; 16], layout, device).unwrap()
 }
 
 #[tonic::async_trait]
@@ -303,8 +318,16 @@ impl State {
         self.blocks = vec![Block::default(); open.block_count as usize];
         let uuid = match open.adoption {
             None => {
-                let memory = Arc::new(PoolMemory::create([5; 16], layout).unwrap());
                 let side = self.side[&session].clone();
+                let memory = match open.device.starts_with("GPU-") {
+                    true => on_gpu(layout),
+                    false => PoolMemory::create([5; 16], layout).unwrap(),
+                };
+                if let Some((descriptor, _)) = memory.device() {
+                    let packet = SideMessage::DeviceMemory { uuid: [5; 16] }.encode();
+                    side.send(&packet, Some(descriptor)).unwrap();
+                }
+                let memory = Arc::new(memory);
                 let packet = SideMessage::PoolMemory { uuid: [5; 16] }.encode();
                 side.send(&packet, Some(memory.fd())).unwrap();
                 self.memory = Some(memory);
@@ -334,7 +357,7 @@ impl State {
             epoch: self.memory.as_ref().unwrap().epoch(),
             block_count: layout.block_count,
             stride: layout.stride() as u64,
-            offset: 4096,
+            offset: self.memory.as_ref().unwrap().blocks_offset() as u64,
             ..Default::default()
         })
     }

@@ -321,7 +321,7 @@ impl World {
                 self.push(Arrival::Prefetched { question, result: Err(refused(Refusal::Busy)) });
             }
             Command::Prefetch { question, keys, .. } => self.daemon.waiting.push((question, keys)),
-            Command::Onboard { question, lease_id, targets } => {
+            Command::Onboard { question, lease_id, targets, .. } => {
                 let keys = self.daemon.leases.remove(&lease_id).expect("a lease is used once");
                 for (target, key) in targets.iter().zip(keys) {
                     let (generation, pins, content) = &mut self.daemon.slots[target.block as usize];

@@ -5,18 +5,20 @@ use std::time::{Duration, Instant};
 
 use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_proto::{pack_keys, retention_runs, v1};
-use parking_lot::{Condvar, Mutex};
 
 use super::{Attachment, Inner, writes_of};
 use crate::ClientError;
 use crate::client::answer;
-use crate::engine::host::{StoreRequest, Writes};
+use crate::engine::host::{Copied, StoreRequest, Stored, Writes};
 use crate::engine::metadata::Lease;
 use crate::engine::scheduler::{Promised, Slot};
 use crate::session::{Answer, Question};
 
 /// Stands for a block of which nothing is said.
 const NO_PRIORITY: u8 = u8::MAX;
+
+/// How long the daemon may take to copy blocks out. Whether it lives is seen elsewhere.
+const COPY_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Attachment {
     /// Says something that needs no answer. What cannot be said goes with the session.
@@ -47,7 +49,17 @@ impl Inner {
         let (base, tenant) = (self.registered.base, &self.settings.tenant);
         let id = client.register_namespace(namespace, base, tenant, &self.settings.model).await?;
         known.insert(namespace, id);
+        self.note_namespace(namespace);
         Ok(id)
+    }
+
+    /// Makes known in a new session what was asked for in those before, so that the first lookups need one answer only.
+    pub(super) async fn register_known(&self, attachment: &Attachment) -> Result<(), ClientError> {
+        let known: Vec<Namespace> = self.namespaces.lock().iter().copied().collect();
+        for namespace in known {
+            self.namespace_id(attachment, namespace).await?;
+        }
+        Ok(())
     }
 
     /// Blocks behind the first `skip`, held. A daemon that says nothing for too long loses the session.
@@ -57,49 +69,83 @@ impl Inner {
         namespace: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-    ) -> Option<Promised> {
+    ) -> Option<(Option<Promised>, usize)> {
         let found = async {
             let namespace_id = self.namespace_id(attachment, namespace).await?;
             let question = v1::Match {
                 namespace_id,
                 keys: pack_keys(keys.iter().map(|key| &key.0)),
-                pool_id: attachment.pool_id,
+                pool_id: attachment.pool.as_ref().map_or(0, |pool| pool.id),
                 skip_blocks: u32::try_from(skip).map_err(ClientError::malformed)?,
                 hold: true,
                 ..v1::Match::default()
             };
             let reply = attachment.ask(Question::Match(question), self.patience()).await?;
-            promised(answer!(reply, Match)?, keys.len() - skip)
+            let reply: v1::MatchReply = answer!(reply, Match)?;
+            let on_disk = reply.disk_blocks as usize;
+            Ok((promised(reply, keys.len() - skip)?, on_disk))
         };
-        self.judge(attachment, found.await).flatten()
+        self.judge(attachment, found.await)
+    }
+
+    /// Returns when these blocks have come from disk or failed to, or after `patience`. How long a drive takes says
+    /// nothing about the daemon.
+    pub(super) async fn bring(
+        &self,
+        attachment: &Arc<Attachment>,
+        namespace: Namespace,
+        keys: &[SequenceHash],
+        patience: Duration,
+    ) {
+        let Ok(namespace_id) = self.namespace_id(attachment, namespace).await else { return };
+        let client = attachment.client.with_deadline(patience);
+        if let Err(error) = client.prefetch_and_wait(namespace_id, keys).await {
+            tracing::debug!(%error, "blocks on disk are not waited for");
+        }
     }
 
     pub(super) async fn store(
         &self,
         attachment: &Arc<Attachment>,
         request: &StoreRequest,
-    ) -> Result<Writes, ClientError> {
+    ) -> Result<Stored, ClientError> {
         let stored = async {
+            let pool = attachment.pool.as_ref().ok_or_else(|| ClientError::malformed("there is no pool"))?;
             let namespace_id = self.namespace_id(attachment, request.namespace).await?;
-            let question = store_message(namespace_id, attachment.pool_id, request);
-            let reply: v1::StoreReply =
-                answer!(attachment.ask(Question::Store(question), self.patience()).await?, Store)?;
+            let question = store_message(namespace_id, pool.id, request);
+            let is_ipc = pool.mode == v1::PoolMode::Ipc;
+            let patience = if is_ipc { COPY_PATIENCE } else { self.patience() };
+            // Copies take their time; a session that is given up meanwhile is not waited for.
+            let mut given_up = attachment.given_up.subscribe();
+            let answer = tokio::select! {
+                answer = attachment.ask(Question::Store(question), patience) => answer?,
+                _ = given_up.wait_for(|given_up| *given_up) => {
+                    return Err(ClientError::unavailable("the session is over"));
+                }
+            };
+            let reply: v1::StoreReply = answer!(answer, Store)?;
             if reply.verdicts.len() != request.keys.len() {
                 return Err(ClientError::malformed("a Store was answered for another number of blocks"));
+            }
+            let count = |verdict: v1::StoreVerdict| {
+                reply.verdicts.iter().filter(|of| i32::from(**of) == verdict as i32).count() as u64
+            };
+            let orphans = count(v1::StoreVerdict::Orphan) > 0;
+            let busy = count(v1::StoreVerdict::Busy) > 0;
+            if is_ipc {
+                let stored = count(v1::StoreVerdict::Stored);
+                let stale = count(v1::StoreVerdict::Stale) + count(v1::StoreVerdict::Failed);
+                return Ok(Stored::Copied(Copied { stored, stale, orphans, busy }));
             }
             let writes = writes_of(&reply.verdicts, &reply.slots.unwrap_or_default());
             let writes = writes.ok_or_else(|| {
                 ClientError::malformed("a Store was answered with other slots than blocks to write")
             })?;
-            let any =
-                |verdict: v1::StoreVerdict| reply.verdicts.iter().any(|of| i32::from(*of) == verdict as i32);
-            Ok(Writes {
-                store_id: reply.store_id,
-                host: attachment.host.clone(),
-                writes,
-                orphans: any(v1::StoreVerdict::Orphan),
-                busy: any(v1::StoreVerdict::Busy),
-            })
+            let host = pool.host.clone();
+            if !host.writes.begin(writes.iter().map(|write| write.pin)) {
+                return Err(ClientError::unavailable("the session is over"));
+            }
+            Ok(Stored::ToWrite(Writes { store_id: reply.store_id, host, writes, orphans, busy }))
         };
         let stored = stored.await;
         let kept = stored.as_ref().map(|_| ()).map_err(Clone::clone);
@@ -118,8 +164,9 @@ impl Inner {
     fn judge<T>(&self, attachment: &Arc<Attachment>, result: Result<T, ClientError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
-            // Full, or not of a mind to: an answer like others.
-            Err(ClientError::Refused { refusal, detail }) => {
+            // Full, or not of a mind to: an answer like others. Only one that does not know this session's pool, because
+            // another has been opened in its place, will never know it again.
+            Err(ClientError::Refused { refusal, detail }) if refusal != v1::Refusal::Unknown => {
                 tracing::debug!(?refusal, detail, "the daemon refused");
                 None
             }
@@ -138,7 +185,12 @@ impl Inner {
         let given_up = current.as_ref().is_some_and(|now| Arc::ptr_eq(now, attachment));
         if given_up {
             // First: at no time is a promise found in neither.
-            self.keep(attachment.host.clone());
+            if let Some((registered, pool)) = self.registered.pool.as_ref().zip(attachment.pool.as_ref()) {
+                self.keep(pool.host.clone());
+                self.former_writes.lock().push((Instant::now(), pool.host.writes.clone()));
+                pool.host.writes.end_session();
+                registered.generations.unshare(&pool.host.words);
+            }
             *current = None;
         }
         drop(current);
@@ -185,68 +237,9 @@ fn store_message(namespace_id: u32, pool_id: u32, request: &StoreRequest) -> v1:
     }
 }
 
-/// An answer that one side waits for and the other gives, whichever comes first: given up, or answered.
-pub(super) struct Reply<T>(Arc<(Mutex<State<T>>, Condvar)>);
-
-enum State<T> {
-    Open,
-    Answered(T),
-    GivenUp,
-}
-
-impl<T> Default for Reply<T> {
-    fn default() -> Self {
-        Self(Arc::new((Mutex::new(State::Open), Condvar::new())))
-    }
-}
-
-impl<T> Clone for Reply<T> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
-impl<T> Reply<T> {
-    /// Gives the answer. It comes back when nobody waits for it any more.
-    pub fn answer(&self, value: T) -> Option<T> {
-        let mut state = self.0.0.lock();
-        if matches!(*state, State::GivenUp) {
-            return Some(value);
-        }
-        *state = State::Answered(value);
-        self.0.1.notify_one();
-        None
-    }
-
-    /// Waits for it; `None` after `patience`.
-    pub fn wait(&self, patience: Duration) -> Option<T> {
-        let deadline = Instant::now() + patience;
-        let mut state = self.0.0.lock();
-        while matches!(*state, State::Open) {
-            if self.0.1.wait_until(&mut state, deadline).timed_out() {
-                break;
-            }
-        }
-        match std::mem::replace(&mut *state, State::GivenUp) {
-            State::Answered(value) => Some(value),
-            State::Open | State::GivenUp => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_answer_is_had_by_exactly_one_side() {
-        let early = Reply::default();
-        assert_eq!(early.answer(1), None);
-        assert_eq!(early.wait(Duration::ZERO), Some(1));
-        let late = Reply::default();
-        assert_eq!(late.wait(Duration::ZERO), None);
-        assert_eq!(late.answer(2), Some(2));
-    }
 
     #[test]
     fn slots_that_do_not_fit_the_answer_are_refused() {

@@ -1,7 +1,7 @@
 //! Opening a session, and looking after it until it ends.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,12 @@ use parking_lot::RwLock;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::{Attachment, HostMemory, Inner};
+use super::{Attachment, HostMemory, Inner, OpenPool, RegisteredPool, WritePins};
 use crate::ClientError;
 use crate::client::{Client, answer};
+use crate::engine::PoolChoice;
+use crate::engine::export::ExportedMemory;
+use crate::engine::settings::EngineSettings;
 use crate::session::Question;
 
 /// Longest pause after a daemon that answers but does not take the pool.
@@ -34,8 +37,9 @@ pub(super) async fn run(inner: Arc<Inner>, mut named: watch::Receiver<Option<[u8
     let (first, longest) = inner.settings.reconnect_pause;
     let mut pause = first;
     let mut said = String::new();
+    let mut staged_because = None;
     loop {
-        match attach(&inner, engine).await {
+        match attach(&inner, engine, &mut staged_because).await {
             Ok(attachment) => {
                 pause = first;
                 said.clear();
@@ -58,7 +62,11 @@ pub(super) async fn run(inner: Arc<Inner>, mut named: watch::Receiver<Option<[u8
     }
 }
 
-async fn attach(inner: &Arc<Inner>, engine: [u8; 16]) -> Result<Arc<Attachment>, ClientError> {
+async fn attach(
+    inner: &Arc<Inner>,
+    engine: [u8; 16],
+    staged_because: &mut Option<String>,
+) -> Result<Arc<Attachment>, ClientError> {
     let (settings, registered) = (&inner.settings, &inner.registered);
     let client = Client::connect_as(&settings.socket, &settings.client, settings.attach_deadline).await?;
     if !client.hello().features.iter().any(|feature| feature == FEATURE) {
@@ -67,14 +75,40 @@ async fn attach(inner: &Arc<Inner>, engine: [u8; 16]) -> Result<Arc<Attachment>,
             format!("the daemon (kvbm {version}) does not serve engines with pools of their own; update it");
         return Err(ClientError::Malformed { detail });
     }
-    let block_bytes = registered.shape.block_bytes();
-    let open = v1::OpenPool {
+    let pool = match &registered.pool {
+        Some(pool) => Some(open_pool(inner, pool, &client, engine, staged_because).await?),
+        None => {
+            let join = v1::JoinEngine { engine: engine.to_vec(), base: registered.base.0.to_vec() };
+            let asked =
+                client.session().question(Question::JoinEngine(join), settings.attach_deadline, |_| ());
+            let _: v1::EngineReply = answer!(asked.await?, Engine)?;
+            None
+        }
+    };
+    let (given_up, _) = watch::channel(false);
+    let namespaces = tokio::sync::Mutex::default();
+    let attachment = Attachment { client, pool, namespaces, given_up };
+    inner.register_known(&attachment).await?;
+    Ok(Arc::new(attachment))
+}
+
+async fn open_pool(
+    inner: &Inner,
+    pool: &RegisteredPool,
+    client: &Client,
+    engine: [u8; 16],
+    staged_because: &mut Option<String>,
+) -> Result<OpenPool, ClientError> {
+    let settings = &inner.settings;
+    let shape = &pool.shape;
+    let block_bytes = shape.block_bytes();
+    let staged = v1::OpenPool {
         mode: v1::PoolMode::Staged.into(),
-        base: registered.base.0.to_vec(),
+        base: inner.registered.base.0.to_vec(),
         block_bytes: block_bytes as u64,
-        block_count: registered.shape.pages_max(),
+        block_count: shape.pages_max(),
         tokens_per_block: settings.tokens_per_block,
-        device: registered.device.clone(),
+        device: pool.device.clone(),
         shard: settings.shard,
         shard_count: settings.shard_count,
         rank: settings.rank,
@@ -82,13 +116,12 @@ async fn attach(inner: &Arc<Inner>, engine: [u8; 16]) -> Result<Arc<Attachment>,
         engine: engine.to_vec(),
         ..v1::OpenPool::default()
     };
-    let question = client.session().question(Question::OpenPool(open), settings.attach_deadline, |_| ());
-    let reply: v1::PoolReply = answer!(question.await?, Pool)?;
+    let (mode, reply) = open(settings, pool, client, staged, staged_because).await?;
     let uuid = kvbm_proto::uuid("pool_uuid", &reply.pool_uuid)?;
     let words = timeout(settings.attach_deadline, client.session().side().take_memory(uuid)).await;
     let words =
         PoolWords::from_fd(words.map_err(|_| ClientError::Deadline)?).map_err(ClientError::malformed)?;
-    if words.uuid() != uuid || words.block_count() != registered.shape.pages_max() {
+    if words.uuid() != uuid || words.block_count() != shape.pages_max() {
         return Err(ClientError::malformed("the shared words are of another pool"));
     }
     let fits = |shard_offset: usize, slot_stride: usize| {
@@ -102,16 +135,69 @@ async fn attach(inner: &Arc<Inner>, engine: [u8; 16]) -> Result<Arc<Attachment>,
         )));
     }
     let segments = RwLock::new(HashMap::new());
-    let mover = registered.mover.clone();
-    let host = Arc::new(HostMemory { words, segments, slot_stride, shard_offset, block_bytes, mover });
-    let (given_up, _) = watch::channel(false);
-    let namespaces = tokio::sync::Mutex::default();
-    Ok(Arc::new(Attachment { client, pool_id: reply.pool_id, host, namespaces, given_up }))
+    let mover = pool.mover.clone();
+    let words = Arc::new(words);
+    let writes = Arc::new(WritePins::new(words.clone()));
+    let host =
+        Arc::new(HostMemory { words, writes, segments, slot_stride, shard_offset, block_bytes, mover });
+    Ok(OpenPool { id: reply.pool_id, mode, host })
+}
+
+/// Opens the pool: for the daemon to copy out of if it can be exported, else for this process alone. What stands against
+/// it is said once.
+async fn open(
+    settings: &EngineSettings,
+    pool: &RegisteredPool,
+    client: &Client,
+    staged: v1::OpenPool,
+    staged_because: &mut Option<String>,
+) -> Result<(v1::PoolMode, v1::PoolReply), ClientError> {
+    let ask = async |open: v1::OpenPool| {
+        let question = client.session().question(Question::OpenPool(open), settings.attach_deadline, |_| ());
+        answer!(question.await?, Pool)
+    };
+    let reason = match &pool.exported {
+        Ok(exported) => {
+            for (export, uuid) in exported.exports.iter().zip(exported.names()) {
+                if let ExportedMemory::Shared(fd) = &export.memory {
+                    client.session().side().send_memory(uuid, fd.as_fd()).await?;
+                }
+            }
+            let (exports, fragments) = exported.messages(&pool.shape);
+            let ipc = v1::OpenPool { mode: v1::PoolMode::Ipc.into(), exports, fragments, ..staged.clone() };
+            match ask(ipc).await {
+                // It could not map the memory, or finds blocks in it in no way that it can copy.
+                Err(ClientError::Refused { refusal: v1::Refusal::Invalid, detail })
+                    if settings.pool == PoolChoice::Auto
+                        && ["exports", "fragments"].iter().any(|field| detail.contains(field)) =>
+                {
+                    detail
+                }
+                opened => return Ok((v1::PoolMode::Ipc, opened?)),
+            }
+        }
+        Err(reason) => reason.clone(),
+    };
+    if staged_because.as_ref() != Some(&reason) {
+        if settings.pool == PoolChoice::Auto {
+            tracing::warn!(reason, "the daemon does not copy out of the engine's memory, this process does");
+        }
+        *staged_because = Some(reason);
+    }
+    Ok((v1::PoolMode::Staged, ask(staged).await?))
 }
 
 /// Serves until the session ends; says why it did.
 async fn serve(inner: &Arc<Inner>, attachment: Arc<Attachment>) -> String {
-    inner.breaker.close(Instant::now());
+    // A daemon that has just been started may be slow for a while: it is trusted when it answers promptly.
+    if answers(inner, &attachment).await != Some(Prompt::Yes) {
+        inner.breaker.open(Instant::now());
+    }
+    if let Some((registered, pool)) = inner.registered.pool.as_ref().zip(attachment.pool.as_ref())
+        && pool.mode == v1::PoolMode::Ipc
+    {
+        registered.generations.share(&pool.host.words);
+    }
     *inner.current.write() = Some(attachment.clone());
     let mut given_up = attachment.given_up.subscribe();
     let reason = tokio::select! {
@@ -126,15 +212,19 @@ async fn serve(inner: &Arc<Inner>, attachment: Arc<Attachment>) -> String {
 
 /// Maps what the daemon sends, and tells it.
 async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> String {
+    let Some((registered, pool)) = inner.registered.pool.as_ref().zip(attachment.pool.as_ref()) else {
+        // A process that only asks is sent none.
+        return std::future::pending().await;
+    };
     loop {
         let (segment, fd) = attachment.client.session().side().next_segment().await;
-        let mover = inner.registered.mover.clone();
+        let mover = registered.mover.clone();
         // Registering memory with a device takes its time.
         let mapped = tokio::task::spawn_blocking(move || map(fd, mover.as_ref())).await;
         match mapped.unwrap_or_else(|error| Err(error.to_string())) {
             Ok(memory) => {
-                attachment.host.segments.write().insert(segment, memory);
-                let mapped = v1::MappedSegments { pool_id: attachment.pool_id, segments: vec![segment] };
+                pool.host.segments.write().insert(segment, memory);
+                let mapped = v1::MappedSegments { pool_id: pool.id, segments: vec![segment] };
                 attachment.tell(Question::MappedSegments(mapped)).await;
             }
             // It is not reported, so nothing in it is ever promised.
@@ -156,13 +246,25 @@ async fn probe(inner: &Arc<Inner>, attachment: &Arc<Attachment>) {
         let pause = if inner.breaker.is_open() { PROBE_EVERY_OPEN } else { PROBE_EVERY };
         sleep(pause).await;
         inner.forget_former();
-        let asked = Instant::now();
-        let client = attachment.client.with_deadline(inner.patience());
-        if client.ping().await.is_err() {
+        if answers(inner, attachment).await.is_none() {
             return;
         }
-        if asked.elapsed() <= inner.settings.lookup_deadline / 2 {
-            inner.breaker.close(Instant::now());
-        }
     }
+}
+
+/// Whether the daemon answers, and promptly: that closes the breaker.
+async fn answers(inner: &Inner, attachment: &Attachment) -> Option<Prompt> {
+    let asked = Instant::now();
+    attachment.client.with_deadline(inner.patience()).ping().await.ok()?;
+    if asked.elapsed() > inner.settings.lookup_deadline / 2 {
+        return Some(Prompt::No);
+    }
+    inner.breaker.close(Instant::now());
+    Some(Prompt::Yes)
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Prompt {
+    Yes,
+    No,
 }

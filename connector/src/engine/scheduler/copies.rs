@@ -1,5 +1,7 @@
 //! What is to be loaded, and what to be saved.
 
+use kvbm_hash::SequenceHash;
+
 use super::request::Request;
 use super::{LoadMode, LoadUnderWay, SchedulerHalf};
 use crate::engine::metadata::{Load, Pages, Save};
@@ -33,7 +35,9 @@ impl SchedulerHalf {
                 .flat_map(|(group, pages)| pages.pages.iter().map(move |page| (group, *page)))
                 .filter(|(_, page)| *page >= 0)
                 .collect();
-            self.targets.extend(targets.iter().map(|target| (*target, load_id)));
+            for (group, page) in &targets {
+                self.set_target(*group, *page, load_id);
+            }
             self.loads.insert(load_id, LoadUnderWay { request_id: id, targets });
         }
         if !parked {
@@ -60,7 +64,7 @@ impl SchedulerHalf {
         self.next.saves.push(Save {
             request_id: id,
             namespace: request.keys.namespace().0.to_vec(),
-            keys: keys[first..end].iter().flat_map(|key| key.0).collect(),
+            keys: pack(&keys[first..end]),
             parent: first.checked_sub(1).map_or_else(Vec::new, |before| keys[before].0.to_vec()),
             pages: request.pages.iter().map(|group| Pages { pages: group[first..end].to_vec() }).collect(),
             priorities: request.priorities(first..end),
@@ -69,4 +73,11 @@ impl SchedulerHalf {
         request.saves_given = true;
         self.counts.blocks_to_save += (end - first) as u64;
     }
+}
+
+/// 16 bytes each.
+fn pack(keys: &[SequenceHash]) -> Vec<u8> {
+    let mut packed = Vec::with_capacity(keys.len() * 16);
+    keys.iter().for_each(|key| packed.extend_from_slice(&key.0));
+    packed
 }

@@ -87,7 +87,7 @@ impl SchedulerHalf {
             groups.resize(group + 1, Pages::default());
         }
         groups[group].pages.push(page);
-        if let Some(load_id) = self.targets.get(&(group, page)).copied() {
+        if let Some(load_id) = self.target(group, page) {
             self.counts.voided_loads += 1;
             self.end_load(load_id);
             match self.next.loads.iter_mut().find(|load| load.load_id == load_id) {
@@ -105,10 +105,28 @@ impl SchedulerHalf {
     /// Ends what is known of a load.
     pub(super) fn end_load(&mut self, load_id: u64) {
         let load = self.loads.remove(&load_id).expect("only loads under way have targets");
-        for target in &load.targets {
-            if self.targets.get(target) == Some(&load_id) {
-                self.targets.remove(target);
+        for (group, page) in load.targets {
+            if self.target(group, page) == Some(load_id) {
+                self.set_target(group, page, 0);
             }
         }
+    }
+
+    /// The load that writes a page.
+    pub(super) fn target(&self, group: usize, page: i32) -> Option<u64> {
+        let page = usize::try_from(page).ok()?;
+        self.targets.get(group)?.get(page).copied().filter(|load_id| *load_id > 0)
+    }
+
+    pub(super) fn set_target(&mut self, group: usize, page: i32, load_id: u64) {
+        let Ok(page) = usize::try_from(page) else { return };
+        if self.targets.len() <= group {
+            self.targets.resize(group + 1, Vec::new());
+        }
+        let pages = &mut self.targets[group];
+        if pages.len() <= page {
+            pages.resize(page + 1, 0);
+        }
+        pages[page] = load_id;
     }
 }

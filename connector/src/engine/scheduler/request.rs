@@ -82,9 +82,18 @@ impl Request {
         self.pages.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// Checks that the tokens of the first report begin with those of the query, and leaves those behind them.
-    pub fn begins_with_prompt(&mut self, tokens: &mut Vec<u32>) -> bool {
+    /// True if it was asked about with just these tokens.
+    pub fn is_prompt(&self, tokens: &[u32]) -> bool {
+        self.prompt_tokens == tokens
+    }
+
+    /// Checks that the tokens of the first report begin with those of the query, and leaves those behind them. `known`:
+    /// so many are left out of `tokens`, because they were found to be the same.
+    pub fn begins_with_prompt(&mut self, known: usize, tokens: &mut Vec<u32>) -> bool {
         let prompt = std::mem::take(&mut self.prompt_tokens);
+        if known > 0 {
+            return known == prompt.len();
+        }
         if !tokens.starts_with(&prompt) {
             return false;
         }

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
 use super::Shared;
 use crate::engine::host::HostMemory;
-use crate::engine::metadata::{Lease, Load};
+use crate::engine::metadata::{Lease, Load, Pages};
 use crate::engine::pool::{BlockCopy, Fence};
 
 pub(super) struct LoadJob {
@@ -18,8 +19,7 @@ pub(super) struct LoadJob {
     last: bool,
     /// Segment and index of each block.
     slots: Vec<(u32, u32)>,
-    /// Pages of each block, one per layer group.
-    pages: Vec<Vec<i32>>,
+    pages: BlockPages,
     fence: Mutex<Option<Arc<dyn Fence>>>,
     /// No batch is begun any more.
     called_back: AtomicBool,
@@ -30,7 +30,7 @@ pub(super) struct LoadJob {
 
 impl LoadJob {
     pub fn new(load: Load, shared: &Shared) -> Result<Self, String> {
-        let pages = by_block(&load.pages.iter().map(|group| group.pages.as_slice()).collect::<Vec<_>>());
+        let pages = BlockPages::new(&load.pages);
         if let Some(pages) = pages.iter().find(|pages| !shared.shape.has(pages)) {
             return Err(format!(
                 "request {} is to be loaded into pages {pages:?}, which were never registered",
@@ -77,12 +77,19 @@ impl LoadJob {
     }
 
     pub fn run(&self, shared: &Shared) {
+        let begun = Instant::now();
         match self.copy(shared) {
-            Ok(Copied::All) => {}
+            Ok(Copied::All) => {
+                let (blocks, took) = (self.slots.len(), begun.elapsed());
+                tracing::debug!(request = self.request_id, blocks, ?took, "loaded");
+            }
             Ok(Copied::CalledBack) => {
                 shared.counts.cancelled_loads.fetch_add(1, Ordering::Relaxed);
             }
-            Err(why) => shared.break_promise(format!("load of request {}: {why}", self.request_id)),
+            Err(why) => {
+                let pages = self.pages.iter().filter_map(|groups| groups.first().copied());
+                shared.break_promise(pages, format!("load of request {}: {why}", self.request_id));
+            }
         }
         if self.last {
             shared.host.end(self.lease);
@@ -105,7 +112,7 @@ impl LoadJob {
             fence.wait()?;
         }
         let host = shared.host.begin(self.lease).ok_or("the lease is not this rank's any more")?;
-        let blocks: Vec<_> = self.slots.iter().zip(&self.pages).collect();
+        let blocks: Vec<_> = self.slots.iter().zip(self.pages.iter()).collect();
         for batch in blocks.chunks(shared.mover.batch_blocks().max(1)) {
             let copying = self.over.lock();
             if self.called_back.load(Ordering::SeqCst) {
@@ -124,7 +131,7 @@ enum Copied {
     CalledBack,
 }
 
-fn copy_batch(shared: &Shared, host: &HostMemory, batch: &[(&(u32, u32), &Vec<i32>)]) -> Result<(), String> {
+fn copy_batch(shared: &Shared, host: &HostMemory, batch: &[(&(u32, u32), &[i32])]) -> Result<(), String> {
     let placed: Vec<_> = batch
         .iter()
         .map(|((segment, index), pages)| {
@@ -139,8 +146,32 @@ fn copy_batch(shared: &Shared, host: &HostMemory, batch: &[(&(u32, u32), &Vec<i3
     shared.mover.load(&copies)
 }
 
-/// From one list per group to one list per block.
-pub(super) fn by_block(groups: &[&[i32]]) -> Vec<Vec<i32>> {
-    let blocks = groups.first().map_or(0, |group| group.len());
-    (0..blocks).map(|block| groups.iter().map(|group| group[block]).collect()).collect()
+/// Pages of blocks, one per layer group, block by block.
+#[derive(Debug)]
+pub(super) struct BlockPages {
+    pages: Vec<i32>,
+    groups: usize,
+}
+
+impl BlockPages {
+    /// From one list per group, all of one length.
+    pub fn new(groups: &[Pages]) -> Self {
+        let blocks = groups.first().map_or(0, |group| group.pages.len());
+        let mut pages = Vec::with_capacity(blocks * groups.len());
+        for block in 0..blocks {
+            pages.extend(groups.iter().map(|group| group.pages[block]));
+        }
+        Self { pages, groups: groups.len().max(1) }
+    }
+
+    /// One after the other.
+    pub fn iter(&self) -> impl Iterator<Item = &[i32]> {
+        self.pages.chunks_exact(self.groups)
+    }
+
+    /// Those of one block.
+    pub fn get(&self, block: usize) -> Option<&[i32]> {
+        let from = block.checked_mul(self.groups)?;
+        self.pages.get(from..from + self.groups)
+    }
 }

@@ -2,17 +2,30 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
 use kvbm_hash::{Namespace, SequenceHash};
 
 use super::Shared;
-use super::loads::by_block;
-use crate::engine::host::{StoreRequest, Write, Writes};
+use super::loads::BlockPages;
+use crate::engine::host::{Copied, StoreRequest, Stored, Write, Writes};
 use crate::engine::metadata::Save;
 use crate::engine::pool::{BlockCopy, Fence};
 
 /// Blocks offered to the daemon in one message.
 const STORE_BLOCKS_MAX: usize = 512;
+
+/// How often blocks are offered again to a daemon that has no room for them just now: it makes some, or this process is
+/// about to map it.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
+
+/// What became of an offer.
+enum Offered {
+    Taken,
+    /// Not all of it yet. Those that were taken are known by their keys when it is made again.
+    Busy,
+    Refused,
+}
 
 pub(super) struct SaveJob {
     pub request_id: u64,
@@ -20,32 +33,30 @@ pub(super) struct SaveJob {
     keys: Vec<SequenceHash>,
     parent: Option<SequenceHash>,
     priorities: Vec<u8>,
-    /// Pages of each block, one per layer group, and their generations when the blocks were given to us.
-    pages: Vec<Vec<i32>>,
-    generations: Vec<Vec<u32>>,
+    pages: BlockPages,
+    /// Of each page, when the blocks were given to us.
+    generations: Vec<u32>,
     /// Reached when the blocks are complete.
     pub fence: Option<Arc<dyn Fence>>,
 }
 
 impl SaveJob {
     pub fn new(save: Save, shared: &Shared) -> Result<Self, String> {
-        let pages = by_block(&save.pages.iter().map(|group| group.pages.as_slice()).collect::<Vec<_>>());
+        let pages = BlockPages::new(&save.pages);
         if let Some(pages) = pages.iter().find(|pages| !shared.shape.has(pages)) {
             return Err(format!(
                 "request {} is to be saved from pages {pages:?}, which were never registered",
                 save.request_id
             ));
         }
-        let of_block = |pages: &Vec<i32>| {
-            pages.iter().enumerate().map(|(group, page)| shared.generation(group, *page)).collect()
-        };
+        let generations = pages.iter().flat_map(|pages| shared.generations.of_block(pages)).collect();
         Ok(Self {
             request_id: save.request_id,
             namespace: save.namespace(),
             keys: save.keys(),
             parent: save.parent(),
             priorities: save.priorities,
-            generations: pages.iter().map(of_block).collect(),
+            generations,
             pages,
             fence: None,
         })
@@ -66,34 +77,54 @@ impl SaveJob {
     }
 
     fn offer_all(&self, shared: &Shared) {
+        let until = Instant::now() + shared.busy_patience;
         for start in (0..self.keys.len()).step_by(STORE_BLOCKS_MAX) {
             let end = self.keys.len().min(start + STORE_BLOCKS_MAX);
-            let Some(writes) = shared.host.store(&self.request(start, end)) else {
-                shared.counts.dropped_saves.fetch_add(1, Ordering::Relaxed);
-                // What comes behind would be refused; it is offered again with the request's next blocks.
-                shared.orphaned.lock().push(self.request_id);
-                return;
-            };
-            if writes.orphans || writes.busy {
-                shared.orphaned.lock().push(self.request_id);
-            }
-            if !writes.writes.is_empty() {
-                let copied = self.copy(shared, &writes, start);
-                shared.host.store_done(&writes, copied);
-            }
-            if writes.orphans || writes.busy {
-                return;
+            loop {
+                match self.offer(shared, start, end) {
+                    Offered::Taken => break,
+                    Offered::Busy if Instant::now() < until => std::thread::sleep(BUSY_PAUSE),
+                    // What comes behind would be refused; it is offered again with the request's next blocks.
+                    Offered::Busy | Offered::Refused => return shared.orphaned.lock().push(self.request_id),
+                }
             }
         }
     }
 
+    fn offer(&self, shared: &Shared, start: usize, end: usize) -> Offered {
+        let Some(stored) = shared.host.store(&self.request(start, end)) else {
+            shared.counts.dropped_saves.fetch_add(1, Ordering::Relaxed);
+            return Offered::Refused;
+        };
+        let (orphans, busy) = match stored {
+            Stored::Copied(Copied { stored, stale, orphans, busy }) => {
+                shared.counts.saved_blocks.fetch_add(stored, Ordering::Relaxed);
+                shared.counts.stale_blocks.fetch_add(stale, Ordering::Relaxed);
+                (orphans, busy)
+            }
+            Stored::ToWrite(writes) => {
+                if !writes.writes.is_empty() {
+                    let copied = self.copy(shared, &writes, start);
+                    shared.host.store_done(&writes, copied);
+                }
+                (writes.orphans, writes.busy)
+            }
+        };
+        match (orphans, busy) {
+            (_, true) => Offered::Busy,
+            (true, false) => Offered::Refused,
+            (false, false) => Offered::Taken,
+        }
+    }
+
     fn request(&self, start: usize, end: usize) -> StoreRequest {
-        // Of several layer groups the first names the block: the daemon keeps no account of staged pages.
+        // Of several layer groups the first names the block: the daemon keeps no account of staged pages, and others have
+        // one group.
         let number = |block: usize| {
-            let page = self.pages[block].first().copied().unwrap_or_default();
+            let page = self.pages.get(block).and_then(|pages| pages.first()).copied().unwrap_or_default();
             (
                 u32::try_from(page).unwrap_or_default(),
-                self.generations[block].first().copied().unwrap_or_default(),
+                self.generations_of(block).and_then(|of| of.first()).copied().unwrap_or_default(),
             )
         };
         StoreRequest {
@@ -149,13 +180,14 @@ impl SaveJob {
     fn is_unchanged(&self, shared: &Shared, block: usize) -> bool {
         // The copy is read before the words are.
         fence(Ordering::SeqCst);
-        let of_block = self.pages.get(block).zip(self.generations.get(block));
-        of_block.is_some_and(|(pages, generations)| {
-            pages
-                .iter()
-                .enumerate()
-                .zip(generations)
-                .all(|((group, page), generation)| shared.generation(group, *page) == *generation)
+        let known = self.pages.get(block).zip(self.generations_of(block));
+        known.is_some_and(|(pages, generations)| {
+            shared.generations.of_block(pages).zip(generations).all(|(now, then)| now == *then)
         })
+    }
+
+    fn generations_of(&self, block: usize) -> Option<&[u32]> {
+        let groups = self.pages.get(block)?.len();
+        self.generations.get(block * groups..(block + 1) * groups)
     }
 }

@@ -8,7 +8,7 @@ use kvbm_shm::{LentMemory, PinState, PinnedSlot, PoolWords, SharedMemory};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::*;
-use crate::engine::host::{HostMemory, StoreRequest, Write, Writes};
+use crate::engine::host::{HostMemory, StoreRequest, Stored, Write, WritePins, Writes};
 use crate::engine::metadata::{Lease, Load, Pages, Save};
 use crate::engine::pool::{BlockCopy, Fence, LayerGroup, MemoryMover, Region};
 
@@ -27,6 +27,8 @@ struct Daemon {
     done: Mutex<Vec<Done>>,
     offered: Mutex<Vec<StoreRequest>>,
     takes: Mutex<bool>,
+    /// Says so many times that it has no room.
+    full: Mutex<u32>,
 }
 
 impl Host for Daemon {
@@ -38,16 +40,19 @@ impl Host for Daemon {
         self.memory.end(lease);
     }
 
-    fn store(&self, request: &StoreRequest) -> Option<Writes> {
+    fn store(&self, request: &StoreRequest) -> Option<Stored> {
         self.offered.lock().push(request.clone());
+        let mut full = self.full.lock();
+        let busy = *full > 0;
+        *full = full.saturating_sub(1);
         let write =
             |block: usize| Write { block, segment: 1, index: 8 + block as u32, pin: 1024 + block as u32 };
-        self.takes.lock().then(|| Writes {
-            store_id: 1,
-            host: self.memory.clone(),
-            writes: (0..request.keys.len()).map(write).collect(),
-            orphans: false,
-            busy: false,
+        let blocks = if busy { 0 } else { request.keys.len() };
+        let writes: Vec<Write> = (0..blocks).map(write).collect();
+        let is_taken = *self.takes.lock() && self.memory.writes.begin(writes.iter().map(|write| write.pin));
+        is_taken.then(|| {
+            let host = self.memory.clone();
+            Stored::ToWrite(Writes { store_id: 1, host, writes, orphans: false, busy })
         })
     }
 
@@ -124,17 +129,22 @@ struct Rank {
 }
 
 fn rank() -> Rank {
+    rank_that(BrokenPromise::Stops)
+}
+
+fn rank_that(broken: BrokenPromise) -> Rank {
     // Mapped twice: by the test, and lent to the half.
     let pool = SharedMemory::create("pool", 4096).unwrap();
     let lent = SharedMemory::from_fd(pool.fd().try_clone_to_owned().unwrap()).unwrap();
     let region = Region { base: lent.address().addr().get(), bytes: BLOCK, stride: BLOCK, pages: PAGES };
     let shape = PoolShape::new(vec![LayerGroup { regions: vec![region] }]).unwrap();
-    let words = PoolWords::create([1; 16], PAGES).unwrap();
+    let words = Arc::new(PoolWords::create([1; 16], PAGES).unwrap());
     let segment = Arc::new(SharedMemory::create("segment", 32 * STRIDE).unwrap());
     let segments = RwLock::new([(1, segment.clone())].into());
     let mover = MemoryMover::new(shape.clone(), vec![LentMemory::of_shared(lent)]);
     let gate = Arc::new(Gate { mover, state: Mutex::default(), changed: Condvar::new() });
     let memory = HostMemory {
+        writes: Arc::new(WritePins::new(words.clone())),
         words,
         segments,
         slot_stride: STRIDE,
@@ -148,8 +158,10 @@ fn rank() -> Rank {
         done: Mutex::default(),
         offered: Mutex::default(),
         takes: Mutex::new(true),
+        full: Mutex::default(),
     });
-    let half = WorkerHalf::new(shape, gate.clone(), daemon.clone(), true).unwrap();
+    let generations = Arc::new(Generations::new(&shape));
+    let half = WorkerHalf::new(shape, gate.clone(), daemon.clone(), generations, true, broken).unwrap();
     Rank { pool, daemon, gate, half }
 }
 
@@ -301,6 +313,25 @@ fn a_promise_that_cannot_be_kept_is_an_error_before_the_pass() {
 }
 
 #[test]
+fn an_engine_that_can_be_told_is_told_which_pages_were_not_loaded_and_goes_on() {
+    let mut rank = rank_that(BrokenPromise::IsTold);
+    // Nobody promised it: the lease is not this rank's.
+    rank.bind(|metadata| metadata.loads.push(load(true, &[4, 5])));
+    rank.half.start_loads(0).unwrap();
+    let mut loaded = rank.finished(&[], &[7]).1;
+    loaded.extend(rank.wait_finished(0, 1 - loaded.len()).1);
+    assert_eq!(loaded, [7]);
+    assert_eq!(rank.half.take_failed(), [4, 5]);
+    assert_eq!(rank.half.take_failed(), [] as [i32; 0]);
+    // The next one is kept.
+    rank.promise();
+    rank.gate.let_through(1);
+    rank.bind(|metadata| metadata.loads.push(load(false, &[6])));
+    rank.half.start_loads(0).unwrap();
+    assert_eq!(rank.half.take_failed(), [] as [i32; 0]);
+}
+
+#[test]
 fn a_load_of_which_this_rank_was_never_told_is_an_error() {
     let mut rank = rank();
     let error = rank.half.get_finished(&[], &[8]).unwrap_err();
@@ -318,8 +349,8 @@ fn complete_blocks_are_saved_after_the_pass_and_told_of_when_asked() {
     rank.pool.write(BLOCK, &[55; BLOCK]);
     assert!(rank.half.is_saving(7));
     rank.half.pass_done(0).unwrap();
-    assert!(rank.finished(&[7], &[]).1.is_empty());
-    assert_eq!(rank.wait_finished(1, 0).0.len(), 1);
+    let told = rank.finished(&[7], &[]).0;
+    assert_eq!(if told.is_empty() { rank.wait_finished(1, 0).0 } else { told }, [7]);
     assert!(!rank.half.is_saving(7));
     assert_eq!(*rank.daemon.done.lock(), [(vec![(1, 8), (1, 9)], vec![true, true])]);
     assert_eq!((rank.slot(8), rank.slot(9)), ([44; BLOCK], [55; BLOCK]));
@@ -363,6 +394,21 @@ fn saves_that_nobody_takes_end_and_are_offered_again() {
     assert_eq!(if told.is_empty() { rank.wait_finished(1, 0).0 } else { told }, [7]);
     assert_eq!(rank.half.take_orphaned(), [7]);
     assert!(rank.half.take_orphaned().is_empty());
+}
+
+#[test]
+fn where_the_engine_does_not_wait_for_it_a_save_waits_for_room() {
+    for (broken, offers) in [(BrokenPromise::IsTold, 4), (BrokenPromise::Stops, 1)] {
+        let mut rank = rank_that(broken);
+        rank.gate.let_through(9);
+        *rank.daemon.full.lock() = 3;
+        rank.bind(|metadata| metadata.saves.push(save(7, &[3])));
+        rank.half.pass_done(0).unwrap();
+        let told = rank.finished(&[7], &[]).0;
+        assert_eq!(if told.is_empty() { rank.wait_finished(1, 0).0 } else { told }, [7]);
+        assert_eq!(rank.daemon.offered.lock().len(), offers);
+        assert_eq!(rank.half.take_orphaned().is_empty(), offers == 4);
+    }
 }
 
 #[test]
