@@ -9,6 +9,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::api::etcdserverpb::kv_client::KvClient;
 use crate::api::etcdserverpb::{DeleteRangeRequest, PutRequest, RangeRequest};
+use crate::tls::TlsFiles;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 /// Of calls that are answered once.
@@ -20,7 +21,10 @@ const PING_DEADLINE: Duration = Duration::from_secs(5);
 /// Members of one etcd, any of which may be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Etcd {
+    /// URLs, all with TLS or all without.
     members: Vec<String>,
+    /// `None`: without TLS.
+    tls: Option<TlsFiles>,
 }
 
 /// Why etcd did not do what it was asked.
@@ -46,38 +50,50 @@ impl From<tonic::Status> for EtcdError {
 }
 
 impl Etcd {
-    /// Reads `etcd://host:port`, with further members behind commas, or what the variable `ETCD_ENDPOINTS` holds.
+    /// Reads `etcd://host:port`, with further members behind commas, or what the variable `ETCD_ENDPOINTS` holds. With
+    /// `etcds://` or `https://` members are spoken to over TLS.
     pub fn parse(text: &str) -> Option<Self> {
-        let text = text.strip_prefix("etcd://").unwrap_or(text);
+        let (with_tls, text) = match text.strip_prefix("etcds://") {
+            Some(rest) => (true, rest),
+            None => (text.trim_start().starts_with("https://"), text.strip_prefix("etcd://").unwrap_or(text)),
+        };
+        let scheme = if with_tls { "https://" } else { "http://" };
         let member = |part: &str| {
             let part = part.trim().trim_end_matches('/');
-            let authority = part.strip_prefix("http://").unwrap_or(part);
+            let authority = part.strip_prefix(scheme).unwrap_or(part);
             let (host, port) = authority.rsplit_once(':')?;
             let plain = !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok();
-            plain.then(|| format!("http://{authority}"))
+            plain.then(|| format!("{scheme}{authority}"))
         };
         let members: Option<Vec<String>> = text.split(',').map(member).collect();
-        Some(Self { members: members.filter(|members| !members.is_empty())? })
+        let tls = with_tls.then(TlsFiles::of_environment);
+        Some(Self { members: members.filter(|members| !members.is_empty())?, tls })
     }
 
     pub(crate) async fn connect(&self) -> Result<Channel, EtcdError> {
         let mut reason = String::new();
         for member in &self.members {
-            let endpoint = Endpoint::from_shared(member.clone()).map(|endpoint| {
-                endpoint
-                    .connect_timeout(CONNECT_DEADLINE)
-                    .http2_keep_alive_interval(PING_INTERVAL)
-                    .keep_alive_timeout(PING_DEADLINE)
-            });
-            match endpoint {
+            match self.endpoint(member) {
                 Ok(endpoint) => match endpoint.connect().await {
                     Ok(channel) => return Ok(channel),
-                    Err(error) => reason = error.to_string(),
+                    Err(error) => reason = chain(&error),
                 },
-                Err(error) => reason = error.to_string(),
+                Err(error) => reason = error,
             }
         }
         Err(EtcdError::Unreachable { members: self.members.join(","), reason })
+    }
+
+    fn endpoint(&self, member: &str) -> Result<Endpoint, String> {
+        let endpoint = Endpoint::from_shared(member.to_owned()).map_err(|error| error.to_string())?;
+        let endpoint = endpoint
+            .connect_timeout(CONNECT_DEADLINE)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_DEADLINE);
+        match &self.tls {
+            None => Ok(endpoint),
+            Some(files) => endpoint.tls_config(files.read()?).map_err(|error| chain(&error)),
+        }
     }
 
     /// All keys with a prefix, and their values.
@@ -103,8 +119,15 @@ impl Etcd {
 
 impl fmt::Display for Etcd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "etcd://{}", self.members.join(",").replace("http://", ""))
+        let scheme = if self.tls.is_some() { "etcds" } else { "etcd" };
+        write!(f, "{scheme}://{}", self.members.join(",").replace("http://", "").replace("https://", ""))
     }
+}
+
+/// With what lies behind it: "transport error" alone says nothing.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 pub(crate) fn in_time<T>(message: T) -> tonic::Request<T> {
@@ -149,7 +172,21 @@ mod tests {
         for text in ["etcd://a:1,b:2", "http://a:1,http://b:2", "a:1, b:2/"] {
             assert_eq!(Etcd::parse(text).unwrap().to_string(), "etcd://a:1,b:2");
         }
-        for text in ["", "etcd://", "etcd://a", "https://a:1", "etcd://a:1,", "etcd://a:1/x", "a:b"] {
+        for text in ["etcds://a:1,b:2", "https://a:1,https://b:2"] {
+            let etcd = Etcd::parse(text).unwrap();
+            assert_eq!((etcd.to_string(), etcd.tls.is_some()), ("etcds://a:1,b:2".into(), true));
+        }
+        for text in [
+            "",
+            "etcd://",
+            "etcd://a",
+            "https://a",
+            "etcds://",
+            "http://a:1,https://b:2",
+            "etcd://a:1,",
+            "etcd://a:1/x",
+            "a:b",
+        ] {
             assert_eq!(Etcd::parse(text), None, "{text}");
         }
         assert_eq!(prefix_end("/a/"), b"/a0");

@@ -9,6 +9,7 @@ mod announce;
 mod client;
 mod follow;
 mod key;
+mod tls;
 
 pub use announce::announce;
 pub use client::{Etcd, EtcdError};

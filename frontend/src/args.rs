@@ -10,6 +10,8 @@ use crate::discovery::Place;
 use crate::error::FrontendError;
 use crate::fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
 use crate::router::RouterConfig;
+use crate::serve::Times;
+use crate::tools::Format as ToolCallFormat;
 use crate::upstream::UpstreamUrl;
 pub use router::RouterArgs;
 
@@ -38,9 +40,12 @@ pub struct FrontendArgs {
     /// A worker that is served without a daemon: unix:/path or http://host:port (repeatable)
     #[arg(long = "worker", env = "KVBM_FRONTEND_WORKERS", value_name = "ENDPOINT", value_delimiter = ',')]
     pub workers: Vec<String>,
-    /// Another OpenAI server whose models are served too: http://host:port (repeatable)
+    /// Another OpenAI server whose models are served too: http://host:port or https://host:port (repeatable)
     #[arg(long = "upstream", env = "KVBM_UPSTREAMS", value_name = "URL", value_delimiter = ',')]
     pub upstreams: Vec<String>,
+    /// PEM file with the authorities one of which vouches for each https:// upstream [default: those that this machine trusts]
+    #[arg(long, env = "KVBM_UPSTREAM_CA", value_name = "FILE")]
+    pub upstream_ca: Option<PathBuf>,
     /// Where to learn of further daemons, workers and upstreams while serving: file:/path (a JSON object with lists of
     /// these names, see `kvbm models --help`), etcd://host:port, or etcd for what ETCD_ENDPOINTS names
     #[arg(long, env = "KVBM_DISCOVERY", value_name = "WHERE")]
@@ -60,12 +65,35 @@ pub struct FrontendArgs {
     /// Largest request body in MB (10^6 bytes), 1 to 1024
     #[arg(long, env = "DYN_HTTP_BODY_LIMIT_MB", default_value_t = 32, allow_negative_numbers = true)]
     pub body_limit_mb: i64,
+    /// Seconds that an answer may take, 0 to 86400; 0: any number
+    #[arg(long, env = "KVBM_REQUEST_TIMEOUT_SECONDS", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub request_timeout_seconds: f64,
+    /// Seconds of silence after which a stream sends a comment, 0 to 3600; 0: never
+    #[arg(long, env = "KVBM_KEEP_ALIVE_SECONDS", default_value_t = 15.0, allow_negative_numbers = true)]
+    pub keep_alive_seconds: f64,
+    /// How the models write calls of tools
+    #[arg(long, env = "KVBM_TOOL_CALL_PARSER", value_enum, default_value_t = ToolCallParser::Auto)]
+    pub tool_call_parser: ToolCallParser,
     /// Seconds that running requests are given when the frontend stops, 0 to 3600
     #[arg(long, env = "KVBM_DRAIN_SECONDS", default_value_t = 10.0, allow_negative_numbers = true)]
     pub drain_seconds: f64,
     /// How workers are chosen.
     #[command(flatten)]
     pub router: RouterArgs,
+}
+
+/// How a model writes calls of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ToolCallParser {
+    /// As its chat template says.
+    Auto,
+    /// Between <tool_call> tags, as Qwen and Hermes do.
+    Hermes,
+    /// As JSON objects with name and parameters, as Llama does.
+    #[value(name = "llama3_json")]
+    Llama3Json,
+    /// As a list of JSON objects, as Mistral does.
+    Mistral,
 }
 
 /// Checked settings of the frontend.
@@ -77,6 +105,8 @@ pub struct Config {
     pub workers: Vec<Endpoint>,
     /// Other OpenAI servers whose models are served too.
     pub upstreams: Vec<UpstreamUrl>,
+    /// Who vouches for those with TLS.
+    pub upstream_ca: Option<PathBuf>,
     /// Where more of all these are listed.
     pub discovery: Option<Place>,
     /// What is shown to daemons that are found there, over TLS.
@@ -89,6 +119,10 @@ pub struct Config {
     pub worker_wait: Duration,
     /// Largest request body.
     pub body_limit_bytes: usize,
+    /// Times that answers keep to.
+    pub timing: Times,
+    /// How models write calls of tools; `None`: as their templates say.
+    pub tool_calls: Option<ToolCallFormat>,
     /// How long running requests are given when the frontend stops.
     pub drain: Duration,
     /// How workers are chosen.
@@ -128,11 +162,22 @@ impl TryFrom<FrontendArgs> for Config {
             upstreams: upstreams.collect::<Result<_, _>>()?,
             discovery: args.discovery.as_deref().map(discovery).transpose()?,
             daemon_files: daemon_files(&args),
+            upstream_ca: args.upstream_ca.clone(),
             router: RouterConfig::try_from(&args.router)?,
             model_path: args.model_path,
             address: SocketAddr::new(host, port),
             worker_wait: seconds("--worker-wait-seconds", args.worker_wait_seconds, 3600.0)?,
             body_limit_bytes: body_limit_mb * 1_000_000,
+            timing: Times {
+                request: time("--request-timeout-seconds", args.request_timeout_seconds, 86_400.0)?,
+                keep_alive: time("--keep-alive-seconds", args.keep_alive_seconds, 3600.0)?,
+            },
+            tool_calls: match args.tool_call_parser {
+                ToolCallParser::Auto => None,
+                ToolCallParser::Hermes => Some(ToolCallFormat::Tagged),
+                ToolCallParser::Llama3Json => Some(ToolCallFormat::Objects),
+                ToolCallParser::Mistral => Some(ToolCallFormat::List),
+            },
             drain: seconds("--drain-seconds", args.drain_seconds, 3600.0)?,
         })
     }
@@ -186,6 +231,11 @@ fn seconds(flag: &'static str, value: f64, most: f64) -> Result<Duration, Fronte
         return Ok(Duration::from_secs_f64(value));
     }
     Err(invalid(flag, value, if most > 3600.0 { "within 0 to 86400" } else { "within 0 to 3600" }))
+}
+
+/// `None` for 0.
+fn time(flag: &'static str, value: f64, most: f64) -> Result<Option<Duration>, FrontendError> {
+    Ok(Some(seconds(flag, value, most)?).filter(|time| !time.is_zero()))
 }
 
 fn invalid(flag: &'static str, value: impl ToString, range: &'static str) -> FrontendError {

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use crate::model::{Model, Vocabulary};
+use kvbm_vocabulary::Vocabulary;
+
+use crate::model::Model;
 
 /// Text of one sequence of tokens.
 pub enum Detokenizer {

@@ -25,6 +25,9 @@ pub enum FrontendError {
         /// What is permitted.
         must_be: String,
     },
+    /// Events cannot be asked for as `--events` says.
+    #[error("--events: {0}")]
+    Events(String),
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Bind {

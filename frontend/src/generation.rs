@@ -16,14 +16,42 @@ use std::task::{Context, Poll, ready};
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Stream};
 use kvbm_proto::v1::generate_event::Body;
-use kvbm_proto::v1::{FinishReason, Finished, GenerateEvent};
+use kvbm_proto::v1::{self, FinishReason, Finished, GenerateEvent};
 use tonic::Streaming;
 
-use crate::detokenizer::Detokenizer;
-use crate::openai::{ApiError, CachedTokens, Finish};
+use crate::openai::{ApiError, CachedTokens, Delta, Finish};
 use crate::router::{Burden, Dispatch, HandOver, Opened, Route, is_lost};
 use crate::silence::Silence;
-use crate::stop::StopFilter;
+use crate::transcript::Transcript;
+
+/// How the text of an answer begins and ends, besides the model's own end.
+pub struct Frame {
+    pub stop: Vec<String>,
+    pub echo: Echo,
+}
+
+/// Whether the prompt is repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Echo {
+    No,
+    /// In front of the answer.
+    Prompt,
+    /// In front of the answer, with its tokens listed.
+    Scored,
+    /// As these, and nothing else is said.
+    PromptOnly,
+    ScoredOnly,
+}
+
+impl Echo {
+    fn is_all(self) -> bool {
+        matches!(self, Self::PromptOnly | Self::ScoredOnly)
+    }
+
+    fn is_scored(self) -> bool {
+        matches!(self, Self::Scored | Self::ScoredOnly)
+    }
+}
 
 /// Where tokens come from.
 #[expect(clippy::large_enum_variant, reason = "one for each answer, and nearly always the largest")]
@@ -47,10 +75,14 @@ pub struct Generation {
     /// All tokens so far, for whoever goes on; empty if nobody may.
     generated: Vec<u32>,
     silence: Silence,
-    detokenizer: Detokenizer,
-    filter: StopFilter,
-    /// Scratch: the text of one token, on its way to the filter.
-    piece: String,
+    transcript: Transcript,
+    /// Tokens before which stop strings are text.
+    min_tokens: u32,
+    echo: Echo,
+    /// The prompt is still to be repeated.
+    repeats: bool,
+    /// Tokens that workers sent; those of the answer, unless it is the prompt only.
+    received: u32,
     prompt_tokens: u32,
     completion_tokens: u32,
     cached: CachedTokens,
@@ -64,11 +96,12 @@ pub struct Progress {
 }
 
 impl Generation {
-    /// Of an opened stream. `stop`: strings that end it.
-    pub fn new(opened: Opened, dispatch: Arc<Dispatch>, stop: Vec<String>) -> Self {
+    /// Of an opened stream.
+    pub fn new(opened: Opened, dispatch: Arc<Dispatch>, frame: Frame) -> Self {
         let Opened { events, cached, first, route, connection, burden, hand_over } = opened;
         let config = dispatch.router.config();
-        let prompt = &dispatch.request.prompt;
+        let request = &dispatch.request;
+        let prompt = &request.prompt;
         Self {
             source: Tokens::Open { events, burden },
             first: Some(first),
@@ -78,9 +111,11 @@ impl Generation {
             hand_over,
             generated: Vec::new(),
             silence: Silence::new(config.stall),
-            detokenizer: Detokenizer::new(&dispatch.entry.model, prompt),
-            filter: StopFilter::new(stop),
-            piece: String::new(),
+            transcript: Transcript::new(&dispatch.entry.model, prompt, frame.stop),
+            min_tokens: request.sampling.as_ref().map_or(0, |sampling| sampling.min_tokens),
+            echo: frame.echo,
+            repeats: frame.echo != Echo::No,
+            received: 0,
             prompt_tokens: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
             completion_tokens: 0,
             cached,
@@ -113,15 +148,18 @@ impl Generation {
         self.cached
     }
 
-    /// Waits for the next event and appends its text to `out`. Not to be called when finished.
-    pub fn poll(&mut self, cx: &mut Context<'_>, out: &mut String) -> Poll<Result<Progress, ApiError>> {
+    /// Waits for the next event and appends what it says to `out`. Not to be called when finished.
+    pub fn poll(&mut self, cx: &mut Context<'_>, out: &mut Delta) -> Poll<Result<Progress, ApiError>> {
         let result = match ready!(self.poll_event(cx)) {
             Ok(Body::Started(_)) => Ok(Progress { tokens: 0, finish: None }),
-            Ok(Body::Tokens(tokens)) => Ok(self.tokens(&tokens.ids, out)),
+            Ok(Body::Tokens(tokens)) => Ok(self.tokens(&tokens, out)),
             Ok(Body::Finished(finished)) => match finish(finished.reason()) {
                 Some(Finish::Length) if self.goes_on() => Ok(Progress { tokens: 0, finish: None }),
                 Some(reason) => {
-                    self.completion_tokens = finished.completion_tokens.max(self.completion_tokens);
+                    self.repeat(&[], out);
+                    if !self.echo.is_all() {
+                        self.completion_tokens = finished.completion_tokens.max(self.completion_tokens);
+                    }
                     Ok(self.end(reason, out))
                 }
                 // The worker gives it up, nobody here does.
@@ -172,7 +210,7 @@ impl Generation {
                 },
             };
             // A prefill worker that is lost behind its token has done its part.
-            if self.completion_tokens > 0 && self.goes_on() {
+            if self.received > 0 && self.goes_on() {
                 continue;
             }
             if let Some(end) = self.is_complete() {
@@ -211,47 +249,52 @@ impl Generation {
         let stopped = self.generated.last().is_some_and(|last| request.stop_token_ids.contains(last));
         let reason = match stopped {
             true => FinishReason::Stop,
-            false if self.completion_tokens >= request.max_tokens => FinishReason::Length,
+            false if self.received >= request.max_tokens => FinishReason::Length,
             false => return None,
         };
-        let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.completion_tokens);
+        let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.received);
         Some(Finished { reason: reason.into(), prompt_tokens, completion_tokens })
     }
 
-    fn tokens(&mut self, ids: &[u32], out: &mut String) -> Progress {
+    fn tokens(&mut self, tokens: &v1::Tokens, out: &mut Delta) -> Progress {
         if let Tokens::Open { burden, .. } = &mut self.source {
-            burden.grow(ids.len());
+            burden.grow(tokens.ids.len());
         }
         if self.moves_left > 0 || self.hand_over.is_some() {
-            self.generated.extend_from_slice(ids);
+            self.generated.extend_from_slice(&tokens.ids);
         }
-        for (index, &id) in ids.iter().enumerate() {
+        self.repeat(&tokens.prompt_logprobs, out);
+        if self.echo.is_all() {
+            self.received += tokens.ids.len() as u32;
+            return Progress { tokens: 0, finish: None };
+        }
+        for (index, &id) in tokens.ids.iter().enumerate() {
+            self.received += 1;
             self.completion_tokens += 1;
             if self.dispatch.request.stop_token_ids.contains(&id) {
                 continue;
             }
-            if self.filter.is_idle() {
-                self.detokenizer.push(id, out);
-                continue;
-            }
-            self.piece.clear();
-            self.detokenizer.push(id, &mut self.piece);
-            if self.filter.push(&self.piece, out) {
+            let early = self.completion_tokens < self.min_tokens;
+            let logprobs = tokens.logprobs.get(index);
+            if self.transcript.push(id, logprobs, early, out) {
                 self.source = Tokens::Ended;
                 return Progress { tokens: index + 1, finish: Some(Finish::Stop) };
             }
         }
-        Progress { tokens: ids.len(), finish: None }
+        Progress { tokens: tokens.ids.len(), finish: None }
     }
 
-    fn end(&mut self, reason: Finish, out: &mut String) -> Progress {
-        self.source = Tokens::Ended;
-        self.piece.clear();
-        self.detokenizer.flush(&mut self.piece);
-        let stopped = self.filter.push(&self.piece, out);
-        if !stopped {
-            self.filter.flush(out);
+    /// Repeats the prompt if that is wanted, once.
+    fn repeat(&mut self, logprobs: &[v1::Logprobs], out: &mut Delta) {
+        if std::mem::take(&mut self.repeats) {
+            let scores = self.echo.is_scored().then_some(logprobs);
+            self.transcript.repeat(&self.dispatch.request.prompt, scores, out);
         }
+    }
+
+    fn end(&mut self, reason: Finish, out: &mut Delta) -> Progress {
+        self.source = Tokens::Ended;
+        let stopped = self.transcript.end(out);
         Progress { tokens: 0, finish: Some(if stopped { Finish::Stop } else { reason }) }
     }
 }

@@ -29,6 +29,8 @@ mod router;
 mod serve;
 mod silence;
 mod stop;
+mod tools;
+mod transcript;
 mod upstream;
 
 pub use args::{Config, FrontendArgs, RouterArgs};
@@ -36,10 +38,12 @@ pub use detokenizer::Detokenizer;
 pub use error::FrontendError;
 pub use fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
 pub use model::{Model, ModelError};
+pub use openai::read_body;
 pub use router::{
-    DisaggConfig, Events, Fingerprint, Index, RouterConfig, RouterMode, Source, SourceId, Strategy, Tier,
-    Weights,
+    Burden, Busy, Chooser, DisaggConfig, Events, Fingerprint, Index, Load, Overlap, RouterConfig, RouterMode,
+    Source, SourceId, Strategy, Tier, Weights,
 };
-pub use serve::run;
+pub use serve::{Times, run};
 pub use stop::StopFilter;
+pub use tools::Format as ToolCallFormat;
 pub use upstream::UpstreamUrl;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use kvbm_nats::Nats;
+
 use super::{invalid, seconds};
 use crate::error::FrontendError;
 use crate::router::{DisaggConfig, Events, RouterConfig, RouterMode, Strategy, Weights};
@@ -54,6 +56,26 @@ pub struct RouterArgs {
         allow_negative_numbers = true
     )]
     pub router_prefill_load_scale: f64,
+    /// Mode kv: what a token counts that other requests have a worker compute or keep, beside one of the request's own, 0 to
+    /// 100
+    #[arg(
+        long,
+        env = "KVBM_ROUTER_LOAD_WEIGHT",
+        value_name = "WEIGHT",
+        default_value_t = 0.1,
+        allow_negative_numbers = true
+    )]
+    pub router_load_weight: f64,
+    /// Mode kv: how much dearer computing is at a worker that was lately given twice its share of it, 0 to 1; 0: caches may
+    /// be filled unevenly
+    #[arg(
+        long,
+        env = "KVBM_ROUTER_SPREAD_WEIGHT",
+        value_name = "WEIGHT",
+        default_value_t = 0.25,
+        allow_negative_numbers = true
+    )]
+    pub router_spread_weight: f64,
     /// Mode kv: what each request that a worker has counts, in tokens, 0 to 1000000
     #[arg(
         long,
@@ -69,6 +91,10 @@ pub struct RouterArgs {
     /// Mode kv: do not ask daemons for KV events, guess from where requests went
     #[arg(long, env = "KVBM_NO_ROUTER_KV_EVENTS")]
     pub no_router_kv_events: bool,
+    /// Mode kv: hear of blocks through NATS JetStream, where daemons with the same setting `events` tell of them, instead of
+    /// from each daemon: nats://host:port, or nats for what NATS_SERVER names
+    #[arg(long, env = "KVBM_FRONTEND_EVENTS", value_name = "WHERE", conflicts_with = "no_router_kv_events")]
+    pub events: Option<String>,
     /// Mode kv: seconds that a prompt counts as held by a worker that sends no events, 0 to 86400
     #[arg(
         long,
@@ -164,6 +190,10 @@ fn disagg(args: &RouterArgs) -> Result<Option<DisaggConfig>, FrontendError> {
     Ok(args.disagg.then_some(config))
 }
 
+fn nats(text: &str) -> Result<Nats, FrontendError> {
+    Nats::parse(text).ok_or_else(|| invalid("--events", text, Nats::FORM))
+}
+
 impl TryFrom<&RouterArgs> for RouterConfig {
     type Error = FrontendError;
 
@@ -178,6 +208,8 @@ impl TryFrom<&RouterArgs> for RouterConfig {
             host: share("--router-host-cache-hit-weight", args.router_host_cache_hit_weight)?,
             disk: share("--router-disk-cache-hit-weight", args.router_disk_cache_hit_weight)?,
             prefill: percent("--router-prefill-load-scale", args.router_prefill_load_scale)?,
+            load: percent("--router-load-weight", args.router_load_weight)?,
+            spread: share("--router-spread-weight", args.router_spread_weight)?,
             request: number(
                 "--router-decode-active-request-weight",
                 args.router_decode_active_request_weight,
@@ -194,6 +226,7 @@ impl TryFrom<&RouterArgs> for RouterConfig {
             mode: args.router_mode,
             weights,
             events: if args.no_router_kv_events { Events::Ignored } else { Events::Followed },
+            nats: args.events.as_deref().map(nats).transpose()?,
             guess_lifetime: seconds("--router-ttl-secs", args.router_ttl_secs, LONGEST)?,
             affinity: affinity.transpose()?.filter(|lifetime| *lifetime > Duration::ZERO),
             migration_limit: migration_limit

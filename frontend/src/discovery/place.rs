@@ -18,7 +18,7 @@ pub enum Place {
 
 impl Place {
     /// What a place must be.
-    pub const FORM: &str = "file:/path or etcd://host:port";
+    pub const FORM: &str = "file:/path, etcd://host:port, or etcds://host:port over TLS";
 
     /// Reads `file:/path`, `etcd://host:port[,host:port]`, or `etcd` for what ETCD_ENDPOINTS names.
     pub fn parse(text: &str) -> Option<Self> {
@@ -28,7 +28,10 @@ impl Place {
         }
         match text {
             "etcd" => Etcd::parse(&std::env::var("ETCD_ENDPOINTS").ok()?).map(Self::Etcd),
-            _ => text.starts_with("etcd://").then(|| Etcd::parse(text).map(Self::Etcd)).flatten(),
+            _ if text.starts_with("etcd://") || text.starts_with("etcds://") => {
+                Etcd::parse(text).map(Self::Etcd)
+            }
+            _ => None,
         }
     }
 
@@ -100,10 +103,10 @@ mod tests {
 
     #[test]
     fn places_are_read_and_printed() {
-        for text in ["file:/etc/fleet.json", "etcd://h:2379", "etcd://a:1,b:2"] {
+        for text in ["file:/etc/fleet.json", "etcd://h:2379", "etcds://h:2379", "etcd://a:1,b:2"] {
             assert_eq!(Place::parse(text).unwrap().to_string(), text);
         }
-        for text in ["", "file:", "/etc/fleet.json", "etcd://", "h:2379", "nats://h:4222"] {
+        for text in ["", "file:", "/etc/fleet.json", "etcd://", "etcd:2379", "h:2379", "nats://h:4222"] {
             assert_eq!(Place::parse(text), None, "{text}");
         }
     }

@@ -11,6 +11,7 @@ mod events;
 mod keeper;
 mod node;
 mod registry;
+mod told;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

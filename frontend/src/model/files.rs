@@ -73,8 +73,9 @@ impl Files {
         ids.iter().filter_map(|id| id.as_u64()?.try_into().ok()).collect()
     }
 
-    pub fn generation_temperature(&self) -> Option<f32> {
-        self.generation_config.get("temperature")?.as_f64().map(|value| value as f32)
+    /// What requests that say nothing are sampled with.
+    pub fn generation_number(&self, name: &str) -> Option<f32> {
+        self.generation_config.get(name)?.as_f64().map(|value| value as f32)
     }
 }
 

@@ -5,17 +5,17 @@ mod library;
 mod python_json;
 mod strftime;
 mod template;
-mod vocabulary;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kvbm_vocabulary::{Alphabet, Vocabulary};
 use tokenizers::Tokenizer;
 
 pub use library::Library;
 pub use template::TemplateError;
-pub use vocabulary::Vocabulary;
 
+use crate::tools::Format;
 use files::Files;
 use template::ChatTemplate;
 
@@ -30,14 +30,42 @@ pub struct ModelError {
 /// Tokenizer and chat template of a model, read once and shared.
 pub struct Model {
     tokenizer: Tokenizer,
-    vocabulary: Option<Arc<Vocabulary>>,
+    vocabulary: Arc<Vocabulary>,
     template: Option<ChatTemplate>,
+    /// How the template has tools called.
+    call_format: Option<Format>,
     bos: Option<u32>,
     /// `add_bos_token` of tokenizer_config.json; absent: the tokenizer's post-processor decides.
     add_bos: Option<bool>,
     eos: Vec<u32>,
-    temperature: Option<f32>,
+    defaults: Defaults,
     vocabulary_len: usize,
+}
+
+/// What generation_config.json says of requests that say nothing.
+#[derive(Debug, Clone, Default)]
+pub struct Defaults {
+    pub temperature: Option<f32>,
+    pub top_p: Option<f32>,
+    pub top_k: Option<u32>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+}
+
+impl Defaults {
+    /// Values that would be refused in a request are left out.
+    fn of(files: &Files) -> Self {
+        let within = |name: &str, least: f32, most: f32| {
+            files.generation_number(name).filter(|value| (least..=most).contains(value))
+        };
+        Self {
+            temperature: within("temperature", 0.0, 2.0),
+            top_p: within("top_p", f32::MIN_POSITIVE, 1.0),
+            top_k: within("top_k", 1.0, 1e6).map(|top_k| top_k as u32),
+            min_p: within("min_p", 0.0, 1.0),
+            repetition_penalty: within("repetition_penalty", f32::MIN_POSITIVE, 100.0),
+        }
+    }
 }
 
 impl Model {
@@ -64,12 +92,13 @@ impl Model {
         eos.sort_unstable();
         eos.dedup();
         Ok(Self {
-            vocabulary: Vocabulary::of(&tokenizer).map(Arc::new),
+            vocabulary: Arc::new(Vocabulary::of(&tokenizer)),
             template,
+            call_format: files.chat_template().and_then(Format::of_template),
             bos: bos_text.and_then(|text| tokenizer.token_to_id(&text)),
             add_bos: files.tokenizer_config.get("add_bos_token").and_then(serde_json::Value::as_bool),
             eos,
-            temperature: files.generation_temperature(),
+            defaults: Defaults::of(files),
             vocabulary_len: tokenizer.get_vocab_size(true),
             tokenizer,
         })
@@ -107,6 +136,11 @@ impl Model {
         self.template.as_ref().map(|template| template.render(context))
     }
 
+    /// How the model writes calls of tools. `None`: its template knows none.
+    pub fn call_format(&self) -> Option<Format> {
+        self.call_format
+    }
+
     /// Text of tokens, special ones left out.
     pub fn decode(&self, tokens: &[u32]) -> String {
         self.tokenizer.decode(tokens, true).unwrap_or_default()
@@ -114,12 +148,20 @@ impl Model {
 
     /// Bytes per token, where the tokenizer works on bytes.
     pub fn vocabulary(&self) -> Option<&Arc<Vocabulary>> {
-        self.vocabulary.as_ref()
+        Some(&self.vocabulary).filter(|vocabulary| vocabulary.alphabet() == Alphabet::Bytes)
+    }
+
+    /// Bytes of a token's text by itself, for a reader: a special token has its name.
+    pub fn token_bytes(&self, token: u32) -> Vec<u8> {
+        match self.vocabulary.bytes(token) {
+            [] => self.tokenizer.id_to_token(token).unwrap_or_default().into_bytes(),
+            bytes => bytes.to_vec(),
+        }
     }
 
     /// No text of so many bytes has fewer tokens than this.
     pub fn tokens_min(&self, text_bytes: usize) -> usize {
-        let longest = self.vocabulary.as_ref().filter(|_| self.tokenizer.get_normalizer().is_none());
+        let longest = self.vocabulary().filter(|_| self.tokenizer.get_normalizer().is_none());
         longest.map_or(0, |vocabulary| text_bytes / vocabulary.longest().max(1))
     }
 
@@ -128,9 +170,9 @@ impl Model {
         &self.eos
     }
 
-    /// Temperature of requests that name none.
-    pub fn temperature(&self) -> f32 {
-        self.temperature.unwrap_or(1.0)
+    /// What requests that say nothing are sampled with.
+    pub fn defaults(&self) -> &Defaults {
+        &self.defaults
     }
 
     /// Number of tokens that the tokenizer knows.

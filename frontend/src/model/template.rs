@@ -19,6 +19,8 @@ pub struct Conversation<'a> {
     pub messages: &'a serde_json::Value,
     /// Whether the text ends where the assistant is to speak.
     pub add_generation_prompt: bool,
+    /// Tools that may be called, as the API lists them; `null` for none.
+    pub tools: &'a serde_json::Value,
     /// Further variables, by name; `null` for none.
     pub variables: &'a serde_json::Value,
 }
@@ -43,7 +45,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", python_json::filter);
-        environment.add_template_owned(NAME, source.to_owned()).map_err(refused)?;
+        environment.add_template_owned(NAME, without_training_marks(source)).map_err(refused)?;
         Ok(Self { environment, bos: Value::from(bos), eos: Value::from(eos) })
     }
 
@@ -52,6 +54,7 @@ impl ChatTemplate {
         let given = context! {
             messages => Value::from(Serde(conversation.messages)),
             add_generation_prompt => conversation.add_generation_prompt,
+            tools => Value::from(Serde(conversation.tools)),
             bos_token => self.bos.clone(),
             eos_token => self.eos.clone(),
         };
@@ -63,6 +66,19 @@ impl ChatTemplate {
         };
         template.render(context).map_err(refused)
     }
+}
+
+/// Without the marks around what a model is trained to say, a block that Python's library adds to the language.
+fn without_training_marks(source: &str) -> String {
+    let mut source = source.to_owned();
+    for name in ["generation", "endgeneration"] {
+        for (begin, end) in [("", ""), ("-", ""), ("", "-"), ("-", "-")] {
+            // A comment takes the same spaces away.
+            let comment = format!("{{#{begin} {end}#}}");
+            source = source.replace(&format!("{{%{begin} {name} {end}%}}"), &comment);
+        }
+    }
+    source
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {

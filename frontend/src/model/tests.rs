@@ -9,7 +9,12 @@ fn tiny() -> Model {
 fn render(template: &str, messages: Value) -> Result<String, TemplateError> {
     let template = ChatTemplate::compile(template, Some("<s>".into()), Some("</s>".into())).unwrap();
     let variables = json!({ "language": "en" });
-    template.render(&Conversation { messages: &messages, add_generation_prompt: true, variables: &variables })
+    template.render(&Conversation {
+        messages: &messages,
+        add_generation_prompt: true,
+        tools: &json!([{ "b": 1, "a": "\u{e9}" }]),
+        variables: &variables,
+    })
 }
 
 #[test]
@@ -41,6 +46,30 @@ fn templates_of_python_render() {
         json!([{ "role": "user", "content": " hi " }]),
     );
     assert_eq!(text.unwrap(), "<s>[HI]\nen:{\"a\": [1, \"<b>\"]}");
+}
+
+#[test]
+fn what_python_adds_to_the_language_is_known() {
+    for (template, text) in [
+        ("{{ tools | tojson }}", "[{\"b\": 1, \"a\": \"\u{e9}\"}]"),
+        ("{{ tools[0] | tojson(sort_keys=true) }}", "{\"a\": \"\u{e9}\", \"b\": 1}"),
+        ("{{ tools[0] | tojson(separators=(',', ':')) }}", "{\"b\":1,\"a\":\"\u{e9}\"}"),
+        ("{{ tools[0].a | tojson(ensure_ascii=true) }}", "\"\\u00e9\""),
+        ("{{ tools[0] | tojson(indent=2) }}", "{\n  \"b\": 1,\n  \"a\": \"\u{e9}\"\n}"),
+        ("a {% generation %}b{%- endgeneration %} c", "a b c"),
+        ("{% for k, v in tools[0].items() %}{{ k }}={{ v }};{% endfor %}", "b=1;a=\u{e9};"),
+        ("{{ 'a</think>b'.split('</think>')[-1].lstrip('b') }}{{ ' x '.strip() }}", "x"),
+        (
+            "{% set ns = namespace(n=0) %}{% for m in [1, 2] %}{% set ns.n = ns.n + m %}{% endfor %}{{ ns.n }}",
+            "3",
+        ),
+        ("{% for m in [1, 2, 3][::-1] %}{% if m == 2 %}{% continue %}{% endif %}{{ m }}{% endfor %}", "31"),
+        ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(1) }}{{ nothing is defined }}", "<1>False"),
+        ("{{ [{'a': 1}, {'a': 2}] | selectattr('a', 'equalto', 2) | map(attribute='a') | join }}", "2"),
+        ("{{ messages is iterable and messages is not mapping and 'x' is string }}", "True"),
+    ] {
+        assert_eq!(render(template, json!([])).unwrap(), text, "{template}");
+    }
 }
 
 #[test]

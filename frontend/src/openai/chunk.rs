@@ -2,7 +2,10 @@
 
 use bytes::{BufMut, BytesMut};
 
-use super::{ApiError, Finish, Usage};
+use serde_json::{Value, json};
+
+use super::logprobs::logprobs;
+use super::{ApiError, Delta, Finish, Score, Usage};
 use crate::metrics::Api;
 
 /// Writes the chunks of one answer.
@@ -39,18 +42,23 @@ impl ChunkWriter {
         }
     }
 
-    /// A piece of text.
-    pub fn text(&self, index: usize, text: &str, out: &mut BytesMut) {
+    /// A piece of what is said.
+    pub fn delta(&self, index: usize, delta: &Delta, out: &mut BytesMut) {
         out.extend_from_slice(&self.head);
         self.index(index, out);
         let (before, after): (&[u8], &[u8]) = match self.api {
             Api::Completions => (b"\"text\":", b""),
             Api::Chat => (b"\"delta\":{\"content\":", b"}"),
         };
-        out.extend_from_slice(before);
-        write_json(&mut out.writer(), text);
-        out.extend_from_slice(after);
-        self.end_choice(None, out);
+        if delta.calls.is_empty() {
+            out.extend_from_slice(before);
+            write_json(&mut out.writer(), &delta.text);
+            out.extend_from_slice(after);
+        } else {
+            out.extend_from_slice(b"\"delta\":");
+            write_json(&mut out.writer(), &calls(delta));
+        }
+        self.end_choice(&delta.scores, None, out);
     }
 
     /// The chunk that ends a choice.
@@ -70,6 +78,11 @@ impl ChunkWriter {
         out.extend_from_slice(b"}\n\n");
     }
 
+    /// A comment, which clients skip: the answer is still being made.
+    pub fn keep_alive(out: &mut BytesMut) {
+        out.extend_from_slice(b": keep-alive\n\n");
+    }
+
     /// The end of the stream.
     pub fn done(out: &mut BytesMut) {
         out.extend_from_slice(b"data: [DONE]\n\n");
@@ -86,7 +99,7 @@ impl ChunkWriter {
         out.extend_from_slice(&self.head);
         self.index(index, out);
         out.extend_from_slice(content);
-        self.end_choice(reason, out);
+        self.end_choice(&[], reason, out);
     }
 
     fn index(&self, index: usize, out: &mut BytesMut) {
@@ -95,8 +108,14 @@ impl ChunkWriter {
         out.put_u8(b',');
     }
 
-    fn end_choice(&self, reason: Option<Finish>, out: &mut BytesMut) {
-        out.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":");
+    fn end_choice(&self, scores: &[Score], reason: Option<Finish>, out: &mut BytesMut) {
+        if scores.is_empty() {
+            out.extend_from_slice(b",\"logprobs\":null");
+        } else {
+            out.extend_from_slice(b",\"logprobs\":");
+            write_json(&mut out.writer(), &logprobs(self.api, scores));
+        }
+        out.extend_from_slice(b",\"finish_reason\":");
         match reason {
             None => out.extend_from_slice(b"null}"),
             Some(reason) => {
@@ -107,6 +126,22 @@ impl ChunkWriter {
         }
         out.extend_from_slice(self.tail);
     }
+}
+
+/// The object `delta` with calls of tools, and with text if there is some.
+fn calls(delta: &Delta) -> Value {
+    let calls = delta.calls.iter().map(|call| match &call.head {
+        Some((id, name)) => json!({
+            "index": call.index, "id": id, "type": "function",
+            "function": { "name": name, "arguments": call.arguments },
+        }),
+        None => json!({ "index": call.index, "function": { "arguments": call.arguments } }),
+    });
+    let mut object = json!({ "tool_calls": calls.collect::<Vec<_>>() });
+    if !delta.text.is_empty() {
+        object["content"] = json!(delta.text);
+    }
+    object
 }
 
 /// Memory does not refuse to be written to, and strings and numbers always have a JSON form.

@@ -18,6 +18,8 @@ pub enum ErrorKind {
     Overload,
     /// No worker can be reached.
     Unavailable,
+    /// The answer took longer than it may.
+    ResponseTimeout,
     /// Anything else.
     Internal,
 }
@@ -30,6 +32,7 @@ impl ErrorKind {
             Self::NotFound => "not_found",
             Self::Overload => "overload",
             Self::Unavailable => "unavailable",
+            Self::ResponseTimeout => "response_timeout",
             Self::Internal => "internal",
         }
     }
@@ -156,6 +159,28 @@ impl ApiError {
         Self::new(StatusCode::BAD_GATEWAY, ErrorKind::Unavailable, Some("worker_lost"), message)
     }
 
+    /// 504: the answer was not complete in time.
+    pub fn response_timeout(time: std::time::Duration) -> Self {
+        let message = format!("The answer was not complete within {time:?}, which is the limit here.");
+        let code = Some("response_timeout");
+        Self::new(StatusCode::GATEWAY_TIMEOUT, ErrorKind::ResponseTimeout, code, message)
+    }
+
+    /// What a worker refuses begins with the name of the field, which so becomes the parameter. `guided` is the one that
+    /// said what the answer must look like.
+    pub fn of_worker(self, guided: &'static str) -> Self {
+        if self.kind != ErrorKind::Validation || self.param.is_some() {
+            return self;
+        }
+        let Some((field, detail)) = self.message.split_once(": ") else { return self };
+        if field.is_empty() || !field.bytes().all(|byte| byte.is_ascii_lowercase() || b"_.".contains(&byte)) {
+            return self;
+        }
+        let name = if field == "guide" { guided.to_owned() } else { field.to_owned() };
+        let message = format!("'{name}': {detail}");
+        Self { param: Some(name.into()), message, ..self }
+    }
+
     /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Internal, Some("internal_error"), message)
@@ -171,7 +196,7 @@ impl ApiError {
         let r#type = match self.kind {
             ErrorKind::Validation | ErrorKind::NotFound => "invalid_request_error",
             ErrorKind::Overload | ErrorKind::Unavailable => "service_unavailable_error",
-            ErrorKind::Internal => "server_error",
+            ErrorKind::ResponseTimeout | ErrorKind::Internal => "server_error",
         };
         let error = Content { message: &self.message, r#type, param: self.param.as_deref(), code: self.code };
         serde_json::to_vec(&Envelope { error }).unwrap_or_default()

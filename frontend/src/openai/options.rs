@@ -1,13 +1,18 @@
-//! The parameters that both APIs share, checked.
+//! The parameters of a request besides its prompt, checked.
 
 use kvbm_hash::RetentionConfig;
 use serde_json::Value;
 
-use super::{ApiError, Parameters, retention, tenant, unsupported};
+use super::fields::{count, either, extension, flag};
+use super::guide::{Guided, guided};
+use super::{ApiError, Parameters, Sampling, Tools, retention, tenant, tools, unsupported};
+use crate::metrics::Api;
 
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 4096;
 const SALT_BYTES_MAX: usize = 4096;
+/// Most choices of one prompt.
+const CHOICES_MAX: u32 = 128;
 
 /// What a request asks for besides its prompt.
 #[derive(Debug)]
@@ -15,10 +20,15 @@ pub struct Options {
     pub model: String,
     pub stream: bool,
     pub include_usage: bool,
-    /// At least 1.
+    /// Choices of each prompt, at least 1.
+    pub choices: u32,
+    /// 0 with `echo` only.
     pub max_tokens: Option<u32>,
-    pub temperature: Option<f32>,
-    pub seed: Option<u64>,
+    pub sampling: Sampling,
+    pub guided: Option<Guided>,
+    pub tools: Option<Tools>,
+    /// The prompt is repeated in front of its completion.
+    pub echo: bool,
     pub stop: Vec<String>,
     pub stop_token_ids: Vec<u32>,
     pub ignore_eos: bool,
@@ -31,27 +41,32 @@ pub struct Options {
 
 impl Options {
     /// Checks what is supported and refuses what is not.
-    pub fn of(parameters: &Parameters) -> Result<Self, ApiError> {
-        let p = parameters;
+    pub fn of(p: &Parameters, api: Api) -> Result<Self, ApiError> {
         let model = match p.model.as_str() {
             Some(model) if !model.is_empty() => model.to_owned(),
             _ => return Err(ApiError::parameter("model", "'model' must be a string that names a model.")),
         };
         unsupported::refuse(p)?;
-        let max_tokens = positive("max_tokens", &p.max_tokens)?;
-        let max_completion_tokens = positive("max_completion_tokens", &p.max_completion_tokens)?;
+        let echo = flag("echo", &p.echo)?.unwrap_or(false);
+        if echo && api == Api::Chat {
+            return Err(ApiError::parameter("echo", "'echo' belongs to completions, not to chats."));
+        }
+        let max_tokens = count("max_tokens", &p.max_tokens, u32::from(!echo), u32::MAX)?;
+        let max_completion_tokens =
+            count("max_completion_tokens", &p.max_completion_tokens, u32::from(!echo), u32::MAX)?;
         let options = Self {
             model,
             stream: flag("stream", &p.stream)?.unwrap_or(false),
             include_usage: include_usage(&p.stream_options)?,
+            choices: count("n", &p.n, 1, CHOICES_MAX)?.unwrap_or(1),
             max_tokens: max_completion_tokens.or(max_tokens),
-            temperature: temperature(&p.temperature)?,
-            seed: seed(&p.seed)?,
+            sampling: Sampling::of(p, api)?,
+            guided: guided(p)?,
+            tools: tools::tools(p, api)?,
+            echo,
             stop: stop(&p.stop)?,
             stop_token_ids: stop_token_ids(&p.stop_token_ids)?,
-            ignore_eos: flag("ignore_eos", &p.ignore_eos)?
-                .or(flag("nvext.ignore_eos", extension(&p.nvext, "ignore_eos")?)?)
-                .unwrap_or(false),
+            ignore_eos: flag("ignore_eos", either("ignore_eos", &p.ignore_eos, &p.nvext)?)?.unwrap_or(false),
             cache_salt: match salt("cache_salt", &p.cache_salt)? {
                 Some(salt) => salt,
                 None => salt("nvext.cache_salt", extension(&p.nvext, "cache_salt")?)?.unwrap_or_default(),
@@ -62,52 +77,30 @@ impl Options {
             )?,
             tenant: tenant::in_body(extension(&p.nvext, "tenant")?)?,
         };
-        options.check_min_tokens(&p.min_tokens)?;
+        options.check()?;
         Ok(options)
     }
 
-    /// A minimum is kept anyway when nothing can end the answer early.
-    fn check_min_tokens(&self, value: &Value) -> Result<(), ApiError> {
-        let runs_full = self.ignore_eos && self.stop.is_empty() && self.stop_token_ids.is_empty();
-        match value.as_u64() {
-            Some(0) => Ok(()),
-            Some(_) if runs_full => Ok(()),
-            None if value.is_null() => Ok(()),
-            _ => Err(ApiError::parameter(
-                "min_tokens",
-                "'min_tokens' is supported together with 'ignore_eos' only.",
-            )),
+    /// What goes with what.
+    fn check(&self) -> Result<(), ApiError> {
+        if self.max_tokens.is_some_and(|most| most < self.sampling.min_tokens) {
+            let message = "'min_tokens' must not be above 'max_tokens'.";
+            return Err(ApiError::parameter("min_tokens", message));
         }
+        if let (Some(guided), Some(_)) = (&self.guided, self.tools.as_ref().and_then(Tools::guided)) {
+            let message = format!(
+                "'tool_choice' says what the answer must look like, and so does '{}'.",
+                guided.parameter
+            );
+            return Err(ApiError::parameter("tool_choice", message));
+        }
+        Ok(())
     }
-}
 
-/// A field of NVIDIA's extension object.
-fn extension<'a>(nvext: &'a Value, name: &str) -> Result<&'a Value, ApiError> {
-    match nvext {
-        Value::Null => Ok(&Value::Null),
-        Value::Object(fields) => Ok(fields.get(name).unwrap_or(&Value::Null)),
-        _ => Err(ApiError::parameter("nvext", "'nvext' must be an object.")),
+    /// What the answer must look like.
+    pub fn guide(&self) -> Option<Guided> {
+        self.guided.clone().or_else(|| self.tools.as_ref()?.guided())
     }
-}
-
-fn flag(name: &'static str, value: &Value) -> Result<Option<bool>, ApiError> {
-    match value {
-        Value::Null => Ok(None),
-        Value::Bool(flag) => Ok(Some(*flag)),
-        _ => Err(ApiError::parameter(name, format!("'{name}' must be true or false."))),
-    }
-}
-
-fn positive(name: &'static str, value: &Value) -> Result<Option<u32>, ApiError> {
-    if value.is_null() {
-        return Ok(None);
-    }
-    let number = value.as_u64().and_then(|number| u32::try_from(number).ok()).filter(|number| *number >= 1);
-    let given = || if value.is_number() { value.to_string() } else { "something else".to_owned() };
-    number.map(Some).ok_or_else(|| {
-        let message = format!("'{name}' must be an integer from 1 to {}, but it is {}.", u32::MAX, given());
-        ApiError::parameter(name, message)
-    })
 }
 
 fn include_usage(stream_options: &Value) -> Result<bool, ApiError> {
@@ -119,22 +112,6 @@ fn include_usage(stream_options: &Value) -> Result<bool, ApiError> {
         }
         _ => Err(ApiError::parameter("stream_options", "'stream_options' must be an object.")),
     }
-}
-
-fn temperature(value: &Value) -> Result<Option<f32>, ApiError> {
-    match value.as_f64() {
-        None if value.is_null() => Ok(None),
-        Some(temperature) if (0.0..=2.0).contains(&temperature) => Ok(Some(temperature as f32)),
-        _ => Err(ApiError::parameter("temperature", "'temperature' must be a number from 0 to 2.")),
-    }
-}
-
-fn seed(value: &Value) -> Result<Option<u64>, ApiError> {
-    let bits = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
-    if bits.is_none() && !value.is_null() {
-        return Err(ApiError::parameter("seed", "'seed' must be an integer of 64 bits."));
-    }
-    Ok(bits)
 }
 
 fn stop(value: &Value) -> Result<Vec<String>, ApiError> {

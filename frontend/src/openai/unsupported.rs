@@ -34,36 +34,43 @@ impl Neutral {
     }
 }
 
+/// Parameters that are known and not supported.
+#[cfg(test)]
+pub const NAMES: [&str; 20] = [
+    "suffix",
+    "prompt_logprobs",
+    "length_penalty",
+    "use_beam_search",
+    "bad_words",
+    "functions",
+    "function_call",
+    "modalities",
+    "audio",
+    "prediction",
+    "reasoning_effort",
+    "web_search_options",
+    "prompt_embeds",
+    "truncate_prompt_tokens",
+    "chat_template",
+    "documents",
+    "continue_final_message",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "best_of",
+];
+
 /// Refuses what is asked for and cannot be done.
 pub fn refuse(p: &Parameters) -> Result<(), ApiError> {
-    let table: [(&'static str, &Value, &[Neutral]); 37] = [
-        ("n", &p.n, &[Number(1.0)]),
-        ("best_of", &p.best_of, &[Number(1.0)]),
-        ("echo", &p.echo, &[Flag(false)]),
+    // The best of as many as are wanted are all of them.
+    let best_of = p.n.as_f64().unwrap_or(1.0);
+    let table: [(&'static str, &Value, &[Neutral]); 20] = [
         ("suffix", &p.suffix, &[Word("")]),
-        ("logprobs", &p.logprobs, &[Flag(false)]),
-        ("top_logprobs", &p.top_logprobs, &[Number(0.0)]),
         ("prompt_logprobs", &p.prompt_logprobs, &[Flag(false)]),
-        ("top_p", &p.top_p, &[Number(1.0)]),
-        ("top_k", &p.top_k, &[Number(0.0), Number(-1.0)]),
-        ("min_p", &p.min_p, &[Number(0.0)]),
-        ("presence_penalty", &p.presence_penalty, &[Number(0.0)]),
-        ("frequency_penalty", &p.frequency_penalty, &[Number(0.0)]),
-        ("repetition_penalty", &p.repetition_penalty, &[Number(1.0)]),
         ("length_penalty", &p.length_penalty, &[Number(1.0)]),
         ("use_beam_search", &p.use_beam_search, &[Flag(false)]),
-        ("logit_bias", &p.logit_bias, &[Empty]),
         ("bad_words", &p.bad_words, &[Empty]),
-        ("tools", &p.tools, &[Empty]),
-        ("tool_choice", &p.tool_choice, &[Word("none"), Word("auto")]),
         ("functions", &p.functions, &[Empty]),
         ("function_call", &p.function_call, &[Word("none"), Word("auto")]),
-        ("response_format", &p.response_format, &[PlainText]),
-        ("structured_outputs", &p.structured_outputs, &[Empty]),
-        ("guided_json", &p.guided_json, &[]),
-        ("guided_regex", &p.guided_regex, &[]),
-        ("guided_choice", &p.guided_choice, &[Empty]),
-        ("guided_grammar", &p.guided_grammar, &[]),
         ("modalities", &p.modalities, &[PlainText]),
         ("audio", &p.audio, &[]),
         ("prediction", &p.prediction, &[]),
@@ -74,12 +81,14 @@ pub fn refuse(p: &Parameters) -> Result<(), ApiError> {
         ("chat_template", &p.chat_template, &[]),
         ("documents", &p.documents, &[Empty]),
         ("continue_final_message", &p.continue_final_message, &[Flag(false)]),
+        ("include_stop_str_in_output", &p.include_stop_str_in_output, &[Flag(false)]),
+        ("skip_special_tokens", &p.skip_special_tokens, &[Flag(true)]),
+        ("best_of", &p.best_of, &[Number(best_of)]),
     ];
     for (name, value, neutral) in table {
         check(name, value, neutral)?;
     }
-    check("include_stop_str_in_output", &p.include_stop_str_in_output, &[Flag(false)])?;
-    check("skip_special_tokens", &p.skip_special_tokens, &[Flag(true)])
+    Ok(())
 }
 
 fn check(name: &'static str, value: &Value, neutral: &[Neutral]) -> Result<(), ApiError> {

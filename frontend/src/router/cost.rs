@@ -11,6 +11,11 @@ pub struct Weights {
     pub disk: f64,
     /// A token that is still to be computed.
     pub prefill: f64,
+    /// A token that other requests still have to have computed, or keep, beside one of the request's own.
+    pub load: f64,
+    /// How much dearer the tokens to be computed are at a worker that was lately given twice its share of such tokens, and
+    /// cheaper at one that was given none. It decides where little is found, and makes use of all caches.
+    pub spread: f64,
     /// A request that runs, in tokens.
     pub request: f64,
     /// 0: the cheapest; higher: the more by chance.
@@ -19,7 +24,16 @@ pub struct Weights {
 
 impl Default for Weights {
     fn default() -> Self {
-        Self { overlap: 1.0, host: 0.75, disk: 0.25, prefill: 1.0, request: 0.0, temperature: 0.0 }
+        Self {
+            overlap: 1.0,
+            host: 0.75,
+            disk: 0.25,
+            prefill: 1.0,
+            load: 0.1,
+            spread: 0.25,
+            request: 0.0,
+            temperature: 0.0,
+        }
     }
 }
 
@@ -48,7 +62,7 @@ impl Overlap {
 }
 
 /// What a worker has to do already.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Busy {
     /// See [`super::load::Load`].
     pub requests: u64,
@@ -56,17 +70,21 @@ pub struct Busy {
     pub prefill_tokens: u64,
     /// As there.
     pub active_tokens: u64,
+    /// By which part its share of the tokens that were placed lately exceeds an equal share: -1 to 1.
+    pub excess: f64,
 }
 
 impl Weights {
     /// What `prompt` tokens would cost, in tokens: those to be computed before its first token comes, and those that the
-    /// worker then keeps.
+    /// worker then keeps. What others have there counts less than what is computed once more: a wait passes, but a block
+    /// that is computed at a second place is work for everybody behind it, and pushes out another one there.
     pub fn cost(&self, prompt: usize, overlap: Overlap, busy: Busy) -> f64 {
         let found = overlap.device as f64 + self.host * overlap.host as f64 + self.disk * overlap.disk as f64;
         let compute = prompt as f64 - self.overlap * found;
+        let crowding = self.spread * busy.excess * compute.max(0.0);
         let new_blocks = prompt.saturating_sub(overlap.device) as f64;
-        self.prefill * (busy.prefill_tokens as f64 + compute)
-            + busy.active_tokens as f64
+        self.prefill * (self.load * busy.prefill_tokens as f64 + compute + crowding)
+            + self.load * busy.active_tokens as f64
             + new_blocks
             + self.request * busy.requests as f64
     }
@@ -114,9 +132,17 @@ mod tests {
     #[test]
     fn a_prefix_draws_requests_until_its_worker_has_too_much_to_do() {
         let warm = Overlap::of_depths(800, 800, 0);
-        let busy = |tokens| Busy { requests: 3, prefill_tokens: tokens, active_tokens: tokens };
-        assert!(cost(warm, busy(700)) < cost(Overlap::default(), Busy::default()));
-        assert!(cost(warm, busy(900)) > cost(Overlap::default(), Busy::default()));
+        let busy = |tokens| Busy { requests: 3, prefill_tokens: tokens, active_tokens: tokens, excess: 0.0 };
+        assert!(cost(warm, busy(7000)) < cost(Overlap::default(), Busy::default()));
+        assert!(cost(warm, busy(9000)) > cost(Overlap::default(), Busy::default()));
+    }
+
+    #[test]
+    fn what_little_is_found_goes_where_less_was_placed() {
+        let full = Busy { excess: 0.5, ..Busy::default() };
+        let short = Overlap::of_depths(50, 0, 0);
+        assert!(cost(short, full) > cost(Overlap::default(), Busy::default()));
+        assert!(cost(Overlap::of_depths(300, 0, 0), full) < cost(Overlap::default(), Busy::default()));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status, Streaming};
 
 use super::disagg::HandOver;
+use super::recomputed::Recomputed;
 use super::{Ask, Burden, Choice, Route, Router, RouterMode, Wish};
 use crate::fleet::{Candidate, Entry, Role};
 use crate::openai::{ApiError, CachedTokens};
@@ -116,7 +117,7 @@ impl Dispatch {
         metrics.migrations.with_label_values(&[self.model.as_str(), "ongoing_request", outcome]).inc();
         if let Ok(opened) = &sent {
             metrics.migration_seconds.observe(started.elapsed().as_secs_f64());
-            metrics.recomputed_tokens.inc_by((tokens as u64).saturating_sub(opened.cached.total().into()));
+            metrics.recomputed(Recomputed::of(tokens, opened.cached.total() as usize, &opened.route));
         }
         sent
     }
@@ -175,7 +176,7 @@ impl Router {
     async fn begin(&self, choice: Choice, request: GenerateRequest) -> Result<Opened, Failure> {
         let Choice { worker, route, keys } = choice;
         let tokens = request.prompt.len() + request.generated.len();
-        let burden = Burden::new(&worker.load, tokens.saturating_sub(route.overlap.total()) as u64);
+        let burden = self.chooser.place(&worker.load, tokens.saturating_sub(route.overlap.total()));
         if let Some(keys) = keys {
             if route.overlap.disk > 0 {
                 let taken = worker.place.node.prefetch(&keys).await;

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvbm_nats::Bus;
 use kvbm_proto::v1;
 use parking_lot::{Mutex, RwLock};
 use tokio::time::Instant;
@@ -24,6 +25,7 @@ pub struct Knowledge {
     index: RwLock<Index>,
     recent: Mutex<Recent>,
     events: Events,
+    bus: Option<Bus>,
 }
 
 /// Whether daemons are asked for events.
@@ -66,7 +68,17 @@ impl Change {
 impl Knowledge {
     /// Nothing is known yet. What is guessed holds for `lifetime`.
     pub fn new(events: Events, lifetime: Duration) -> Self {
-        Self { index: RwLock::default(), recent: Mutex::new(Recent::new(lifetime)), events }
+        Self { index: RwLock::default(), recent: Mutex::new(Recent::new(lifetime)), events, bus: None }
+    }
+
+    /// Events come over NATS, instead of from each daemon itself.
+    pub fn over(self, bus: Bus) -> Self {
+        Self { bus: Some(bus), ..self }
+    }
+
+    /// Where events come from, if not from the daemons themselves.
+    pub fn bus(&self) -> Option<&Bus> {
+        self.bus.as_ref()
     }
 
     /// Whether daemons are asked for events.

@@ -3,12 +3,32 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// Of one worker. Only derived from the [`Burden`]s that exist.
+use parking_lot::Mutex;
+
+/// Placements after which an earlier one counts 1/e of what it did.
+const PLACEMENTS: f64 = 1024.0;
+
+/// Of one worker. Only derived from the [`Burden`]s that exist, but for what was placed there lately.
 #[derive(Debug, Default)]
 pub struct Load {
     requests: AtomicU64,
     prefill_tokens: AtomicU64,
     active_tokens: AtomicU64,
+    placed: Mutex<Placed>,
+}
+
+/// Tokens that a worker was given to compute, the later ones counting more.
+#[derive(Debug, Default)]
+struct Placed {
+    tokens: f64,
+    /// As of this placement, counted over all workers.
+    at: u64,
+}
+
+impl Placed {
+    fn as_of(&self, now: u64) -> f64 {
+        self.tokens * (-(now.saturating_sub(self.at) as f64) / PLACEMENTS).exp()
+    }
 }
 
 impl Load {
@@ -26,6 +46,17 @@ impl Load {
     /// generated.
     pub fn active_tokens(&self) -> u64 {
         self.active_tokens.load(Relaxed)
+    }
+
+    /// Tokens that it was given to compute lately, as of placement `now`.
+    pub fn placed(&self, now: u64) -> f64 {
+        self.placed.lock().as_of(now)
+    }
+
+    /// Placement `now` gives it tokens to compute.
+    pub fn place(&self, tokens: f64, now: u64) {
+        let mut placed = self.placed.lock();
+        *placed = Placed { tokens: placed.as_of(now) + tokens, at: now.max(placed.at) };
     }
 }
 

@@ -5,18 +5,19 @@ use prometheus::{
 };
 
 use super::cost::Overlap;
+use super::recomputed::Recomputed;
 
 /// Microseconds to milliseconds.
 const DECISION: &[f64] = &[1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2];
 const SHARE: &[f64] = &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
-const MIGRATION: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
+const MIGRATION: &[f64] = &[0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0];
 
 /// Series of the router.
 pub struct RouterMetrics {
     /// Seconds that a choice took.
     pub decision_seconds: Histogram,
-    /// Events of daemons taken in.
-    pub events: IntCounter,
+    /// Events of daemons taken in, by who told them: the daemon, or NATS.
+    pub events: IntCounterVec,
     /// Times that events were missed.
     pub event_gaps: IntCounter,
     /// Snapshots taken in.
@@ -27,8 +28,8 @@ pub struct RouterMetrics {
     pub migrations: IntCounterVec,
     /// Seconds from the loss of a worker to the next token.
     pub migration_seconds: Histogram,
-    /// Tokens that the next worker did not find and computed again.
-    pub recomputed_tokens: IntCounter,
+    /// Tokens that the next worker did not find and computed again, by reason.
+    recomputed_tokens: IntCounterVec,
     /// Requests by how prefill was done.
     pub disaggregated: IntCounterVec,
     hit_rate: Histogram,
@@ -66,7 +67,7 @@ impl RouterMetrics {
         registry.register(Box::new(index_blocks.clone()))?;
         Ok(Self {
             decision_seconds: histogram("router_decision_seconds", "Seconds to choose a worker", DECISION)?,
-            events: counter("router_events_total", "KV events taken in")?,
+            events: counters("router_events_total", "KV events taken in", &["from"])?,
             event_gaps: counter("router_event_gaps_total", "Times that KV events were missed")?,
             snapshots: counter("router_snapshots_total", "Snapshots of daemons taken in")?,
             prefetches: counters(
@@ -85,9 +86,11 @@ impl RouterMetrics {
                 "Seconds from the loss of a worker to the next token",
                 MIGRATION,
             )?,
-            recomputed_tokens: counter(
+            recomputed_tokens: counters(
                 "model_migration_recomputed_tokens_total",
-                "Tokens that the next worker of a migrated request did not find in any tier",
+                "Tokens that the next worker of a migrated request did not find in any tier: of the block being filled, \
+                 of blocks not offloaded in time, or missed",
+                &["reason"],
             )?,
             disaggregated: counters(
                 "disaggregated_requests_total",
@@ -118,6 +121,15 @@ impl RouterMetrics {
                 "Tokens of prompts still to be computed, as far as this frontend sent them",
             )?,
         })
+    }
+
+    /// An answer went on at another worker.
+    pub fn recomputed(&self, Recomputed { open_block, not_offloaded, missed }: Recomputed) {
+        for (reason, tokens) in
+            [("open_block", open_block), ("not_offloaded", not_offloaded), ("missed", missed)]
+        {
+            self.recomputed_tokens.with_label_values(&[reason]).inc_by(tokens as u64);
+        }
     }
 
     /// A request was answered by a worker that was chosen for its blocks.

@@ -11,6 +11,7 @@
 
 mod affinity;
 mod chance;
+mod chooser;
 mod cost;
 mod disagg;
 mod dispatch;
@@ -21,11 +22,13 @@ mod load;
 mod metrics;
 mod mode;
 mod recent;
+mod recomputed;
 mod route;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvbm_nats::Nats;
 use kvbm_proto::v1::GenerateRequest;
 use tokio::time::{Instant, timeout_at};
 
@@ -33,8 +36,8 @@ use crate::fleet::{Candidate, Entry, Fleet, Place};
 use crate::openai::ApiError;
 use affinity::Affinity;
 use chance::Chance;
-use cost::Busy;
-pub use cost::{Overlap, Weights};
+pub use chooser::Chooser;
+pub use cost::{Busy, Overlap, Weights};
 pub use disagg::{DisaggConfig, HandOver, Strategy};
 use dispatch::Among;
 pub use dispatch::{Dispatch, Opened, is_lost};
@@ -55,6 +58,8 @@ pub struct RouterConfig {
     pub weights: Weights,
     /// Whether daemons are asked for events.
     pub events: Events,
+    /// Where they come from, if not from each daemon itself.
+    pub nats: Option<Nats>,
     /// How long a routed prompt counts as held by a worker that sends no events.
     pub guess_lifetime: Duration,
     /// How long a session stays with its worker; `None`: sessions are not looked at.
@@ -75,6 +80,7 @@ impl Default for RouterConfig {
             mode: RouterMode::default(),
             weights: Weights::default(),
             events: Events::Followed,
+            nats: None,
             guess_lifetime: Duration::from_secs(120),
             affinity: None,
             migration_limit: 3,
@@ -93,6 +99,7 @@ pub struct Router {
     knowledge: Arc<Knowledge>,
     metrics: Arc<RouterMetrics>,
     affinity: Option<Affinity>,
+    chooser: Chooser,
     chance: Chance,
 }
 
@@ -134,7 +141,8 @@ impl Router {
         metrics: Arc<RouterMetrics>,
     ) -> Self {
         let affinity = config.affinity.map(Affinity::new);
-        Self { fleet, wait, config, knowledge, metrics, affinity, chance: Chance::default() }
+        let chooser = Chooser::new(config.weights);
+        Self { fleet, wait, config, knowledge, metrics, affinity, chooser, chance: Chance::default() }
     }
 
     /// How it works.
@@ -242,24 +250,18 @@ impl Router {
     fn cheapest(&self, open: &[&Arc<Candidate>], bound: Option<usize>, ask: &Ask<'_>) -> Option<Choice> {
         let overlaps = self.overlaps(open, ask.request);
         let prompt = ask.request.prompt.len() + ask.request.generated.len();
-        let cost = |(worker, (overlap, _)): (&&Arc<Candidate>, &(Overlap, Option<Keys>))| {
-            let load = &worker.load;
-            let busy = Busy {
-                requests: load.requests(),
-                prefill_tokens: load.prefill_tokens(),
-                active_tokens: load.active_tokens(),
-            };
-            self.config.weights.cost(prompt, *overlap, busy)
-        };
-        let costs: Vec<f64> = open.iter().zip(&overlaps).map(cost).collect();
+        let workers: Vec<(Overlap, &Load)> =
+            open.iter().zip(&overlaps).map(|(worker, (overlap, _))| (*overlap, &*worker.load)).collect();
+        let costs = self.chooser.costs(prompt, &workers);
         let chosen = match bound {
             Some(bound) => bound,
-            None => self.config.weights.choose(&costs, self.chance.unit())?,
+            None => self.chooser.choose(&costs, self.chance.unit())?,
         };
         let (overlap, keys) = overlaps.into_iter().nth(chosen)?;
         let worker = open[chosen].clone();
         let mut route = Route::plain(self.config.mode, &worker.worker_id);
         (route.overlap, route.cost) = (overlap, Some(costs[chosen]));
+        route.block = worker.keying.map_or(0, |keying| keying.tokens_per_block);
         if self.config.debug_headers {
             route.costs = open.iter().map(|worker| worker.worker_id.clone()).zip(costs).collect();
         }

@@ -41,6 +41,8 @@ pub struct Route {
     pub worker: String,
     /// Tokens that the worker was thought to have.
     pub overlap: Overlap,
+    /// Tokens in one of its blocks; 0: nobody looked.
+    pub block: usize,
     /// What it was thought to cost there, in tokens.
     pub cost: Option<f64>,
     /// What it would have cost at each worker; empty if nobody wants to know.
@@ -50,7 +52,14 @@ pub struct Route {
 impl Route {
     /// Of a choice that looked at no blocks.
     pub fn plain(mode: RouterMode, worker: &str) -> Self {
-        Self { mode, worker: worker.to_owned(), overlap: Overlap::default(), cost: None, costs: Vec::new() }
+        Self {
+            mode,
+            worker: worker.to_owned(),
+            overlap: Overlap::default(),
+            block: 0,
+            cost: None,
+            costs: Vec::new(),
+        }
     }
 }
 

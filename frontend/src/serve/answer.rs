@@ -1,30 +1,32 @@
 //! Answers one request: as a whole, or as a stream of events.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, header};
+use http::{HeaderMap, HeaderValue, header};
+use kvbm_proto::v1::TraceContext;
 
 use super::body;
-use super::event_stream::EventStream;
-use super::prepare::{Prepared, prepare};
+use super::choice::Choice;
+use super::event_stream::{EventStream, Timing};
+use super::prepare::{Job, prepare};
 use super::routes::App;
-use crate::generation::Generation;
 use crate::metrics::{Api, RequestRecord};
-use crate::openai::{ApiError, CachedTokens, ChunkWriter, Finish, Usage, answer_body};
+use crate::openai::{ApiError, CachedTokens, ChunkWriter, Said, Usage, answer_body};
 use crate::request_id;
 
 const CACHED_TOKENS_HEADER: &str = "x-kvbm-cached-tokens";
 const ROUTE_HEADER: &str = "x-kvbm-route";
 
 /// Serves a completion or a chat.
-pub async fn answer(app: &App, api: Api, request: Request) -> Response {
+pub async fn answer(app: &Arc<App>, api: Api, request: Request) -> Response {
     let id = app.ids.of(request.headers());
-    let mut record = RequestRecord::new(app.metrics.clone(), api);
+    let mut record = RequestRecord::new(app.metrics.clone(), api, &id, trace(request.headers()));
     let request = match pass(app, request, record).await {
         Ok(mut response) => {
             name(&mut response, id);
@@ -36,19 +38,10 @@ pub async fn answer(app: &App, api: Api, request: Request) -> Response {
         }
     };
     let mut response = match prepare(app, api, &id, &mut record, request).await {
-        Ok(prepared) => {
-            let route = route(app, &prepared.generations);
-            let mut response = match prepared.options.stream {
-                true => streamed(api, &id, prepared, record),
-                false => match whole(api, &id, prepared, &mut record).await {
-                    Ok(response) => response,
-                    Err(error) => failed(error, &mut record),
-                },
-            };
-            if let Some(route) = route {
-                response.headers_mut().insert(ROUTE_HEADER, route);
-            }
-            response
+        Ok(job) if job.options.stream => streamed(app, api, &id, job, record).await,
+        Ok(job) => {
+            let whole = within(app.timing.request, whole(app, api, &id, &job, &mut record)).await;
+            whole.unwrap_or_else(|error| failed(error, &mut record))
         }
         Err(error) => failed(error, &mut record),
     };
@@ -80,7 +73,7 @@ async fn pass(
     if app.upstreams.is_empty() {
         return Err((request, record));
     }
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     let body = match body::read(&head.headers, body, app.body_limit_bytes).await {
         Ok(body) => body,
         Err(error) => return Ok(failed(error, &mut record)),
@@ -93,6 +86,10 @@ async fn pass(
     };
     record.set_stream(named.stream.unwrap_or(false));
     record.set_model(app.metrics.model(&named.model), 0);
+    // The other server's part of the trace is a part of this one's.
+    if let Some(Ok(parent)) = record.trace().map(|trace| HeaderValue::try_from(trace.traceparent)) {
+        head.headers.insert("traceparent", parent);
+    }
     let path = head.uri.path();
     Ok(match app.upstreams.pass(&named.model, path, &head.headers, body, record).await {
         Ok(response) => response,
@@ -100,10 +97,34 @@ async fn pass(
     })
 }
 
-/// Where the first prompt of a request went, if that is to be told.
-fn route(app: &App, generations: &[Generation]) -> Option<HeaderValue> {
-    let generation = generations.first().filter(|_| app.router.config().debug_headers)?;
-    HeaderValue::try_from(generation.route().to_string()).ok()
+/// Where the first choice of an answer went, if that is to be told.
+fn with_route<B>(mut response: Response<B>, app: &App, choices: &[Choice]) -> Response<B> {
+    let choice = choices.first().filter(|_| app.router.config().debug_headers);
+    if let Some(Ok(route)) = choice.map(|choice| HeaderValue::try_from(choice.route().to_string())) {
+        response.headers_mut().insert(ROUTE_HEADER, route);
+    }
+    response
+}
+
+/// W3C trace context, as far as it can be handed on.
+fn trace(headers: &HeaderMap) -> Option<TraceContext> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let traceparent = text("traceparent")?;
+    Some(TraceContext { traceparent, tracestate: text("tracestate").unwrap_or_default() })
+}
+
+/// Gives up after a time, if there is one.
+async fn within<T>(
+    time: Option<Duration>,
+    work: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
+    match time {
+        None => work.await,
+        Some(time) => match tokio::time::timeout(time, work).await {
+            Ok(result) => result,
+            Err(_) => Err(ApiError::response_timeout(time)),
+        },
+    }
 }
 
 fn failed(error: ApiError, record: &mut RequestRecord) -> Response {
@@ -111,12 +132,34 @@ fn failed(error: ApiError, record: &mut RequestRecord) -> Response {
     error.into_response()
 }
 
-fn streamed(api: Api, id: &str, prepared: Prepared, record: RequestRecord) -> Response {
-    let Prepared { options, generations } = prepared;
+/// What fails before the first token has a status of its own, unless that takes so long that the connection has to be
+/// kept alive.
+async fn streamed(app: &Arc<App>, api: Api, id: &str, job: Job, mut record: RequestRecord) -> Response {
+    let options = &job.options;
     let writer = ChunkWriter::new(api, &answer_id(api, id), now(), &options.model, options.include_usage);
-    let cached = cached(&generations);
-    let events = EventStream::new(generations, writer, options.include_usage, record);
-    let mut response = with_cached(Response::new(Body::new(events)), cached);
+    let include_usage = options.include_usage;
+    let mut opening = Box::pin(async move { job.open().await });
+    let timing = Timing::begin(&app.timing);
+    let opened = match app.timing.first_token() {
+        None => Ok(opening.as_mut().await),
+        Some(time) => tokio::time::timeout(time, opening.as_mut()).await,
+    };
+    let mut response = match opened {
+        Ok(Ok(choices)) => {
+            let headers = with_cached(Response::new(()), cached(&choices));
+            let headers = with_route(headers, app, &choices);
+            let events = EventStream::of(choices, writer, include_usage, record, timing);
+            headers.map(|()| Body::new(events))
+        }
+        Ok(Err(error)) => return failed(error, &mut record),
+        Err(_) if timing.is_over() => {
+            let time = app.timing.request.unwrap_or_default();
+            return failed(ApiError::response_timeout(time), &mut record);
+        }
+        Err(_) => {
+            Response::new(Body::new(EventStream::opening(opening, writer, include_usage, record, timing)))
+        }
+    };
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -124,44 +167,45 @@ fn streamed(api: Api, id: &str, prepared: Prepared, record: RequestRecord) -> Re
 }
 
 async fn whole(
+    app: &App,
     api: Api,
     id: &str,
-    prepared: Prepared,
+    job: &Job,
     record: &mut RequestRecord,
 ) -> Result<Response, ApiError> {
-    let Prepared { options, mut generations } = prepared;
-    let mut choices: Vec<(String, Option<Finish>)> = vec![(String::new(), None); generations.len()];
-    poll_fn(|cx| poll_all(&mut generations, &mut choices, record, cx)).await?;
-    let finished = choices.into_iter().map(|(text, finish)| (text, finish.unwrap_or(Finish::Stop)));
-    let choices: Vec<(String, Finish)> = finished.collect();
-    let usage = usage(&generations);
-    let body = answer_body(api, &answer_id(api, id), now(), &options.model, &choices, usage)
+    let mut choices = job.open().await?;
+    let mut said: Vec<Said> = choices.iter().map(|_| Said::default()).collect();
+    poll_fn(|cx| poll_all(&mut choices, &mut said, record, cx)).await?;
+    let usage = usage(&choices);
+    let scored = job.options.sampling.logprobs.is_some();
+    let body = answer_body(api, &answer_id(api, id), now(), &job.options.model, &said, usage, scored)
         .map_err(|error| ApiError::internal(format!("The answer cannot be written: {error}.")))?;
-    let cached = cached(&generations);
+    let cached = cached(&choices);
     record.succeed(usage.completion_tokens, cached.total());
-    let mut response = with_cached(Response::new(Body::from(body)), cached);
+    let response = with_cached(Response::new(Body::from(body)), cached);
+    let mut response = with_route(response, app, &choices);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 
 fn poll_all(
-    generations: &mut [Generation],
-    choices: &mut [(String, Option<Finish>)],
+    choices: &mut [Choice],
+    said: &mut [Said],
     record: &mut RequestRecord,
     cx: &mut Context<'_>,
 ) -> Poll<Result<(), ApiError>> {
     let mut all = Poll::Ready(Ok(()));
-    for (generation, (text, finish)) in generations.iter_mut().zip(choices) {
-        while !generation.is_finished() {
-            match generation.poll(cx, text) {
+    for (index, (choice, said)) in choices.iter_mut().zip(said).enumerate() {
+        while !choice.is_finished() {
+            match choice.poll(cx, &mut said.delta) {
                 Poll::Pending => {
                     all = Poll::Pending;
                     break;
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Ready(Ok(progress)) => {
-                    record.tokens(progress.tokens);
-                    *finish = progress.finish;
+                    record.tokens(index, progress.tokens);
+                    said.finish = progress.finish;
                 }
             }
         }
@@ -169,7 +213,7 @@ fn poll_all(
     all
 }
 
-fn with_cached(mut response: Response, cached: CachedTokens) -> Response {
+fn with_cached<B>(mut response: Response<B>, cached: CachedTokens) -> Response<B> {
     if let Ok(value) = HeaderValue::try_from(cached.header()) {
         response.headers_mut().insert(CACHED_TOKENS_HEADER, value);
     }
@@ -177,14 +221,14 @@ fn with_cached(mut response: Response, cached: CachedTokens) -> Response {
 }
 
 /// What the cache had of all prompts.
-pub fn cached(generations: &[Generation]) -> CachedTokens {
-    generations.iter().map(Generation::cached).fold(CachedTokens::default(), |sum, cached| sum + cached)
+pub fn cached(choices: &[Choice]) -> CachedTokens {
+    choices.iter().map(Choice::cached).fold(CachedTokens::default(), |sum, cached| sum + cached)
 }
 
 /// What all choices cost.
-pub fn usage(generations: &[Generation]) -> Usage {
-    let sum = |count: fn(&Generation) -> u32| generations.iter().map(count).fold(0, u32::saturating_add);
-    Usage::new(sum(Generation::prompt_tokens), sum(Generation::completion_tokens), cached(generations))
+pub fn usage(choices: &[Choice]) -> Usage {
+    let sum = |count: fn(&Choice) -> u32| choices.iter().map(count).fold(0, u32::saturating_add);
+    Usage::new(sum(Choice::prompt_tokens), sum(Choice::completion_tokens), cached(choices))
 }
 
 fn answer_id(api: Api, id: &str) -> String {

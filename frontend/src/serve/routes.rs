@@ -11,11 +11,13 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::answer::answer;
+use super::event_stream::Times;
 use crate::fleet::{Entry, Fleet};
 use crate::metrics::{Api, Metrics};
-use crate::openai::ApiError;
+use crate::openai::{ApiError, openapi};
 use crate::request_id::RequestIds;
 use crate::router::{Knowledge, Router, RouterMetrics};
+use crate::tools::Format;
 use crate::upstream::Upstreams;
 
 /// What requests share.
@@ -28,6 +30,9 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
     pub body_limit_bytes: usize,
+    pub timing: Times,
+    /// How models write calls of tools; `None`: as their templates say.
+    pub tool_calls: Option<Format>,
     /// Seconds since 1970.
     pub started: u64,
     /// Cancelled: no new requests are wanted.
@@ -43,6 +48,7 @@ pub fn routes(app: Arc<App>) -> Routes {
         .route("/v1/models/{*model}", get(model))
         .route("/health", get(health))
         .route("/live", get(live))
+        .route("/openapi.json", get(async || Json(openapi())))
         .route("/metrics", get(metrics))
         .fallback(async |uri: Uri| ApiError::route_not_found(uri.path()))
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {
@@ -115,6 +121,8 @@ async fn live(State(app): State<Arc<App>>) -> Response {
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.routing.refresh(app.knowledge.blocks(), &app.fleet.loads());
+    let view = app.fleet.view();
+    app.metrics.set_models(view.models().map(|(name, entry)| (name.as_str(), entry.context_length)));
     match app.metrics.text() {
         Ok(text) => {
             let content_type = HeaderValue::from_static("text/plain; version=0.0.4");

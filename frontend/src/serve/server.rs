@@ -9,7 +9,7 @@ use axum::Router as Routes;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -30,6 +30,9 @@ use crate::upstream::{self, Upstreams};
 
 /// Clients at a time; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 16_384;
+
+/// How long a client may take for the head of a request, the pause between two of them included.
+const HEADER_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Pause after the kernel refused a connection, which it does when file descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -54,7 +57,12 @@ pub async fn run(
     let looks_at_blocks = config.router.mode == RouterMode::Kv || config.router.disagg.is_some();
     let follows = looks_at_blocks && config.router.events == Events::Followed;
     let events = if follows { Events::Followed } else { Events::Ignored };
-    let knowledge = Arc::new(Knowledge::new(events, config.router.guess_lifetime));
+    let mut knowledge = Knowledge::new(events, config.router.guess_lifetime);
+    if let Some(nats) = config.router.nats.as_ref().filter(|_| follows) {
+        let opened = kvbm_nats::Bus::open(nats).await;
+        knowledge = knowledge.over(opened.map_err(|error| FrontendError::Events(error.to_string()))?);
+    }
+    let knowledge = Arc::new(knowledge);
 
     let mut keepers = JoinSet::new();
     for endpoint in config.workers.iter().cloned() {
@@ -64,7 +72,7 @@ pub async fn run(
         let (means, drivers) = (means.clone(), drivers.clone());
         keepers.spawn(keep_daemon(daemon, means, knowledge.clone(), routing.clone(), drivers));
     }
-    let upstreams = Arc::new(Upstreams::default());
+    let upstreams = Arc::new(Upstreams::new(config.upstream_ca.as_deref())?);
     for url in &config.upstreams {
         keepers.spawn(upstream::watch(upstreams.clone(), upstreams.add(url)));
     }
@@ -84,6 +92,8 @@ pub async fn run(
         metrics,
         ids: RequestIds::new(),
         body_limit_bytes: config.body_limit_bytes,
+        timing: config.timing,
+        tool_calls: config.tool_calls,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         stop: stop.clone(),
     });
@@ -154,7 +164,9 @@ async fn serve_client(socket: TcpStream, routes: Routes, stop: CancellationToken
         let mut routes = routes.clone();
         async move { tower::Service::call(&mut routes, request).await }
     });
-    let mut connection = pin!(http1::Builder::new().serve_connection(TokioIo::new(socket), service));
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE);
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
     let served = tokio::select! {
         served = connection.as_mut() => served,
         () = stop.cancelled() => {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::fleet::Entry;
 use crate::metrics::Api;
 use crate::model::{Conversation, Model};
-use crate::openai::{ApiError, Parameters, PromptItem, messages, prompts};
+use crate::openai::{ApiError, Parameters, PromptItem, Tools, flag, messages, prompts};
 
 /// Longer texts are tokenized on a thread of their own, so that other requests do not wait for them.
 const INLINE_TEXT_BYTES: usize = 4096;
@@ -22,6 +22,8 @@ pub enum Source {
         messages: Value,
         /// `chat_template_kwargs`: an object, or `null`.
         variables: Value,
+        /// Tools that may be called: a list, or `null`.
+        tools: Value,
         /// Whether the assistant is to speak next.
         add_generation_prompt: bool,
     },
@@ -29,7 +31,7 @@ pub enum Source {
 
 impl Source {
     /// Takes from the parameters what this API calls the prompt.
-    pub fn of(api: Api, parameters: Parameters) -> Result<Self, ApiError> {
+    pub fn of(api: Api, parameters: Parameters, tools: Option<&Tools>) -> Result<Self, ApiError> {
         match api {
             Api::Completions => Ok(Self::Prompts(prompts(parameters.prompt)?)),
             Api::Chat => {
@@ -38,8 +40,11 @@ impl Source {
                     let message = "'chat_template_kwargs' must be an object.";
                     return Err(ApiError::parameter("chat_template_kwargs", message));
                 }
-                let add_generation_prompt = parameters.add_generation_prompt.as_bool().unwrap_or(true);
-                Ok(Self::Chat { messages: messages(parameters.messages)?, variables, add_generation_prompt })
+                let add_generation_prompt =
+                    flag("add_generation_prompt", &parameters.add_generation_prompt)?.unwrap_or(true);
+                let tools = tools.map_or(Value::Null, |tools| tools.list.clone());
+                let messages = messages(parameters.messages)?;
+                Ok(Self::Chat { messages, variables, tools, add_generation_prompt })
             }
         }
     }
@@ -58,9 +63,13 @@ impl Source {
                 }
                 Ok(lists)
             }
-            Self::Chat { messages, variables, add_generation_prompt } => {
-                let conversation =
-                    Conversation { messages: &messages, add_generation_prompt, variables: &variables };
+            Self::Chat { messages, variables, tools, add_generation_prompt } => {
+                let conversation = Conversation {
+                    messages: &messages,
+                    add_generation_prompt,
+                    tools: &tools,
+                    variables: &variables,
+                };
                 let text = render(model, &conversation)?;
                 Ok(vec![encode(entry, "messages", text, Model::encode_chat).await?])
             }

@@ -4,15 +4,19 @@
 //! again is left alone for a while. Both are found out by requests and by a look at its models now and then.
 
 mod breaker;
+mod client;
 mod health;
 mod proxy;
 mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
+
+use crate::error::FrontendError;
 
 pub use health::watch;
 pub use server::{Upstream, UpstreamUrl};
@@ -20,7 +24,7 @@ pub use server::{Upstream, UpstreamUrl};
 /// All of them, as they are added and removed.
 pub struct Upstreams {
     servers: Mutex<BTreeMap<UpstreamUrl, Arc<Upstream>>>,
-    client: proxy::HttpClient,
+    client: client::HttpClient,
     turn: AtomicUsize,
 }
 
@@ -34,13 +38,13 @@ pub struct UpstreamHealth {
     reason: Option<String>,
 }
 
-impl Default for Upstreams {
-    fn default() -> Self {
-        Self { servers: Mutex::default(), client: proxy::client(), turn: AtomicUsize::new(0) }
-    }
-}
-
 impl Upstreams {
+    /// None yet. Those with TLS are vouched for by an authority in the PEM file `ca`, or else by one that this machine
+    /// trusts.
+    pub fn new(ca: Option<&Path>) -> Result<Self, FrontendError> {
+        Ok(Self { servers: Mutex::default(), client: client::client(ca)?, turn: AtomicUsize::new(0) })
+    }
+
     /// One more. It serves nothing before it was looked at.
     pub fn add(&self, url: &UpstreamUrl) -> Arc<Upstream> {
         self.servers.lock().entry(url.clone()).or_insert_with(|| Arc::new(Upstream::new(url))).clone()

@@ -2,7 +2,6 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
@@ -11,18 +10,12 @@ use http::{HeaderMap, HeaderName, Request, StatusCode, header};
 use http_body::Frame;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
 
 use super::{Upstream, Upstreams};
 use crate::metrics::RequestRecord;
 use crate::openai::{ApiError, ErrorKind};
 use crate::router::Burden;
 
-pub(super) type HttpClient = Client<HttpConnector, Body>;
-
-const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 /// Servers tried for one request, at most.
 const ATTEMPTS_MAX: usize = 4;
 
@@ -30,13 +23,6 @@ const ATTEMPTS_MAX: usize = 4;
 const REQUEST_HEADERS: [&str; 6] =
     ["authorization", "content-type", "accept", "traceparent", "tracestate", "x-request-id"];
 const ANSWER_HEADERS: [HeaderName; 3] = [header::CONTENT_TYPE, header::CACHE_CONTROL, header::RETRY_AFTER];
-
-pub(super) fn client() -> HttpClient {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(CONNECT_DEADLINE));
-    Client::builder(TokioExecutor::new()).build(connector)
-}
 
 impl Upstreams {
     /// The answer of a server that has begun to give one. `record` is finished with it.

@@ -12,20 +12,21 @@ use super::UpstreamHealth;
 use super::breaker::Breaker;
 use crate::router::Load;
 
-/// `http://host:port`, perhaps with a path before `/v1`.
+/// `http://host:port` or `https://host:port`, perhaps with a path before `/v1`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UpstreamUrl(String);
 
 impl UpstreamUrl {
     /// What a URL must be.
-    pub const FORM: &str = "http://host:port, perhaps with the path before /v1";
+    pub const FORM: &str = "http://host:port or https://host:port, perhaps with the path before /v1";
 
     /// Reads it; a `/v1` at its end is taken off.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim_end_matches('/');
         let text = text.strip_suffix("/v1").unwrap_or(text);
         let uri: Uri = text.parse().ok()?;
-        let plain = uri.scheme_str() == Some("http") && uri.host().is_some_and(|host| !host.is_empty());
+        let plain = matches!(uri.scheme_str(), Some("http" | "https"))
+            && uri.host().is_some_and(|host| !host.is_empty());
         (plain && uri.query().is_none() && !text.contains('@')).then(|| Self(text.to_owned()))
     }
 
@@ -118,12 +119,15 @@ mod tests {
             ("http://h:8000", "http://h:8000"),
             ("http://h:8000/v1/", "http://h:8000"),
             ("http://h/openai/v1", "http://h/openai"),
+            ("https://h/v1", "https://h"),
         ] {
             let parsed = UpstreamUrl::parse(text).unwrap();
             assert_eq!(parsed.to_string(), url);
             assert_eq!(parsed.at("/v1/models").unwrap().to_string(), format!("{url}/v1/models"));
         }
-        for text in ["", "h:8000", "https://h:8000", "http://", "http://u:p@h", "http://h/?q=1", "unix:/x"] {
+        for text in
+            ["", "h:8000", "ftp://h:8000", "http://", "https://", "http://u:p@h", "http://h/?q=1", "unix:/x"]
+        {
             assert_eq!(UpstreamUrl::parse(text), None, "{text}");
         }
     }

@@ -39,7 +39,8 @@ async fn a_completion_is_answered_as_a_whole() {
     let request = &worker.requests()[0];
     assert_eq!((&request.prompt, request.prompt[0]), (&prompt, 0));
     assert_eq!((request.max_tokens, request.cache_salt.as_str()), (16, "pepper"));
-    assert_eq!((request.sampling.unwrap().temperature, request.sampling.unwrap().seed), (0.5, Some(7)));
+    let sampling = request.sampling.clone().unwrap();
+    assert_eq!((sampling.temperature, sampling.seed), (0.5, Some(7)));
     assert_eq!((request.request_id.as_str(), request.stop_token_ids.as_slice()), ("mine-1", &[1][..]));
     assert_eq!(request.trace.clone().unwrap().traceparent, "00-a-b-01");
 }

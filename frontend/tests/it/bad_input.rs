@@ -40,9 +40,11 @@ async fn each_wrong_request_gets_its_status_and_parameter() {
         (json!({ "prompt": "x ".repeat(5_000_000) }), "prompt", Some("context_length_exceeded")),
         (json!({ "max_tokens": -1 }), "max_tokens", None),
         (json!({ "max_tokens": 0 }), "max_tokens", None),
-        (json!({ "n": 2 }), "n", None),
-        (json!({ "top_p": 0.5 }), "top_p", None),
-        (json!({ "logprobs": 1 }), "logprobs", None),
+        (json!({ "n": 200 }), "n", None),
+        (json!({ "n": 50, "prompt": ["a", "b", "c"] }), "n", None),
+        (json!({ "top_p": 0 }), "top_p", None),
+        (json!({ "logprobs": 21 }), "logprobs", None),
+        (json!({ "suffix": "x" }), "suffix", None),
         (json!({ "temperature": 3 }), "temperature", None),
     ] {
         let mut request = json!({ "model": "tiny", "prompt": "Once" });

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvbm_frontend::{Config, Daemon, DaemonFiles, Endpoint, FrontendError, RouterConfig, RouterMode};
+use kvbm_frontend::{Config, Daemon, DaemonFiles, Endpoint, FrontendError, RouterConfig, RouterMode, Times};
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -23,6 +23,7 @@ pub fn config() -> Config {
     Config {
         daemons: Vec::new(),
         upstreams: Vec::new(),
+        upstream_ca: None,
         discovery: None,
         daemon_files: DaemonFiles::default(),
         workers: Vec::new(),
@@ -30,6 +31,8 @@ pub fn config() -> Config {
         address: "127.0.0.1:0".parse().unwrap(),
         worker_wait: Duration::from_secs(60),
         body_limit_bytes: 32_000_000,
+        timing: Times::default(),
+        tool_calls: None,
         drain: Duration::from_secs(60),
         router: RouterConfig::default(),
     }

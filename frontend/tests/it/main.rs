@@ -3,6 +3,7 @@
 
 mod answers;
 mod bad_input;
+mod bodies;
 mod client;
 mod discovery;
 mod failures;
@@ -11,5 +12,6 @@ mod migration;
 mod mock;
 mod remote;
 mod routing;
+mod shapes;
 mod text;
 mod upstreams;

@@ -1,10 +1,11 @@
 //! Answers that go on at another worker.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use http::StatusCode;
 use kvbm_frontend::RouterConfig;
-use kvbm_proto::v1::FinishReason;
+use kvbm_proto::v1::{FinishReason, GenerateRequest};
 use serde_json::{Value, json};
 use tonic::Status;
 
@@ -102,7 +103,7 @@ async fn chance_is_the_same_at_the_next_worker() {
     let mut request = request(false);
     request["temperature"] = json!(0.7);
     post(frontend.address, "/v1/completions", request).await;
-    let seeds = [&a, &b].map(|worker| worker.requests()[0].sampling.unwrap().seed);
+    let seeds = [&a, &b].map(|worker| worker.requests()[0].sampling.clone().unwrap().seed);
     assert!(seeds[0].is_some() && seeds[0] == seeds[1], "{seeds:?}");
 }
 
@@ -118,4 +119,47 @@ async fn an_answer_that_was_complete_but_for_its_end_moves_nowhere() {
     assert_eq!(answer["choices"][0]["text"], " one two");
     assert_eq!(b.requests().len(), 0);
     assert_eq!(get(frontend.address, "/health").await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_stop_string_is_found_across_a_move_and_the_prompt_is_repeated_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), lost(" one tw"), Script::Hang(tokens("o three"))).await;
+    let frontend = Frontend::of(&[&a, &b]).await;
+    let mut request = request(false);
+    request.as_object_mut().unwrap().extend([("stop".into(), json!("two")), ("echo".into(), json!(true))]);
+    let choice =
+        post(frontend.address, "/v1/completions", request.clone()).await.json()["choices"][0].clone();
+    assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("Once one "), &json!("stop")));
+    b.cancelled(1).await;
+    assert_eq!(b.requests()[0].generated, tokens(" one tw"));
+
+    // Before the minimum, counted over both workers, it is text.
+    request["min_tokens"] = json!(50);
+    let (a, b) = pair(folder.path(), lost(" one tw"), say("o three")).await;
+    let frontend = Frontend::of(&[&a, &b]).await;
+    let choice = post(frontend.address, "/v1/completions", request).await.json()["choices"][0].clone();
+    assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("Once one two three"), &json!("length")));
+    assert_eq!(b.requests()[0].sampling.clone().unwrap().min_tokens, 50);
+}
+
+#[tokio::test]
+async fn each_choice_moves_with_a_seed_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), lost(" one"), say(" two")).await;
+    let frontend = Frontend::of(&[&a, &b]).await;
+    let mut request = request(false);
+    request["n"] = json!(3);
+    let choices = post(frontend.address, "/v1/completions", request).await.json()["choices"].clone();
+    assert_eq!(choices.as_array().unwrap().len(), 3);
+    let all = [a.requests(), b.requests()].concat();
+    let seed = |request: &GenerateRequest| request.sampling.clone().unwrap().seed.unwrap();
+    let (moved, first): (Vec<_>, Vec<_>) = all.iter().partition(|request| !request.generated.is_empty());
+    assert!(!moved.is_empty());
+    for request in moved {
+        let before = first.iter().find(|before| before.request_id == request.request_id).unwrap();
+        assert_eq!((seed(request), &request.prompt), (seed(before), &before.prompt));
+    }
+    let seeds: HashSet<u64> = first.iter().map(|request| seed(request)).collect();
+    assert_eq!((first.len(), seeds.len()), (3, 3));
 }

@@ -189,7 +189,9 @@ impl Worker for Served {
             host_tokens: 64,
             disk_tokens: 32,
         })))]);
-        let mut push = |ids: Vec<u32>| events.push_back(Ok(event(Body::Tokens(Tokens { ids }))));
+        let mut push = |ids: Vec<u32>| {
+            events.push_back(Ok(event(Body::Tokens(Tokens { ids, ..Tokens::default() }))));
+        };
         let mut hangs = false;
         match script {
             Script::Say(lists, reason) => {
@@ -287,7 +289,8 @@ struct BlocksState {
 impl Blocks {
     /// What snapshots say from now on.
     pub fn set_snapshot(&self, sequence: u64, stored: Vec<Event>) {
-        *self.0.snapshot.lock().unwrap() = SnapshotPart { sequence, stored, last: true };
+        *self.0.snapshot.lock().unwrap() =
+            SnapshotPart { sequence, stored, last: true, instance: String::new() };
     }
 
     /// Tells everyone who watches, whatever he has heard before.
@@ -370,7 +373,7 @@ impl Registry for Registered {
         _: Request<WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let told = WatchStream::from_changes(self.1.0.events.subscribe());
-        Ok(Response::new(Box::pin(told.map(|events| Ok(EventBatch { events })))))
+        Ok(Response::new(Box::pin(told.map(|events| Ok(EventBatch { events, last_sequence: 0 })))))
     }
 
     async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {

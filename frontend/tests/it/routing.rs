@@ -91,7 +91,9 @@ async fn a_prompt_goes_where_its_blocks_are_and_follows_them() {
         stored(9 + keys.len() as u64, Tier::Device, 1, &keys),
     ];
     pair.daemon.blocks.tell(moved.concat());
-    frontend.until_metric(&format!("dynamo_frontend_router_events_total {}", 2 * keys.len())).await;
+    frontend
+        .until_metric(&format!("dynamo_frontend_router_events_total{{from=\"daemon\"}} {}", 2 * keys.len()))
+        .await;
     ask(&frontend, &prompt).await;
     assert_eq!(pair.served(), [1, 4]);
     frontend

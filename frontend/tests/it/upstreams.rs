@@ -9,10 +9,18 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
 use kvbm_frontend::discovery::{Kind, Place};
 use kvbm_frontend::{Config, UpstreamUrl};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
 
 use crate::client::{self, Answer};
 use crate::frontend::{Frontend, config};
@@ -32,19 +40,22 @@ struct Served {
     last: Mutex<(HeaderMap, Bytes)>,
 }
 
+impl Served {
+    fn named(name: &'static str) -> Arc<Self> {
+        let (status, answered, last) = (AtomicU16::new(200), AtomicUsize::new(0), Mutex::default());
+        Arc::new(Self { name, status, answered, last })
+    }
+}
+
 impl Other {
-    async fn start(name: &'static str) -> Self {
-        let state = Arc::new(Served {
-            name,
-            status: AtomicU16::new(200),
-            answered: AtomicUsize::new(0),
-            last: Mutex::default(),
-        });
+    fn routes(state: Arc<Served>) -> Router {
         let models = get(async || axum::Json(json!({ "data": [{ "id": "far" }] })));
-        let routes = Router::new()
-            .route("/v1/models", models)
-            .route("/v1/completions", post(answer))
-            .with_state(state.clone());
+        Router::new().route("/v1/models", models).route("/v1/completions", post(answer)).with_state(state)
+    }
+
+    async fn start(name: &'static str) -> Self {
+        let state = Served::named(name);
+        let routes = Self::routes(state.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = UpstreamUrl::parse(&format!("http://{}/v1", listener.local_addr().unwrap())).unwrap();
         let task = tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
@@ -186,4 +197,52 @@ async fn a_file_adds_and_removes_while_requests_are_served() {
     assert_eq!(answer.status, StatusCode::NOT_FOUND);
     assert!(place.remove(Kind::Worker, &endpoint).await.unwrap());
     frontend.until_workers(|workers| workers.is_empty()).await;
+}
+
+/// Serves the routes of a server over TLS, as somebody whom only `ca` vouches for.
+async fn start_tls(name: &'static str, folder: &std::path::Path) -> (UpstreamUrl, std::path::PathBuf) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate =
+        rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let ca = folder.join("ca.pem");
+    std::fs::write(&ca, certificate.pem()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = UpstreamUrl::parse(&format!("https://localhost:{}", listener.local_addr().unwrap().port()));
+    let routes = Other::routes(Served::named(name));
+    tokio::spawn(async move {
+        loop {
+            let (socket, _) = listener.accept().await.unwrap();
+            let (acceptor, routes) = (acceptor.clone(), routes.clone());
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(socket).await else { return };
+                let service = TowerToHyperService::new(routes);
+                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    (url.unwrap(), ca)
+}
+
+#[tokio::test]
+async fn a_server_with_tls_is_asked_if_its_authority_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let (url, ca) = start_tls("safe", folder.path()).await;
+    let of = async |upstream_ca| {
+        let upstreams = vec![url.clone()];
+        Frontend::start(Config { upstreams, upstream_ca, ..config() }).await
+    };
+    let stranger = of(None).await;
+    let frontend = of(Some(ca)).await;
+    until_upstreams(&frontend, ready(1)).await;
+    assert_eq!(ask(&frontend, json!({})).await.json()["name"], "safe");
+    let health = client::get(stranger.address, "/health").await.json();
+    assert_ne!(health["upstreams"][0]["state"], "ready", "{health}");
 }
