@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 tokens: &tokens[..count],
                 first_position: first,
                 blocks: &blocks[..blocks_each],
-                want: Want::Logits,
+                want: Want::Logits(1),
             };
             engine.forward(&kv, &[chunk], &mut logits);
             count
@@ -53,7 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     tokens: &tokens[i..=i],
                     first_position: position,
                     blocks: &blocks[i * blocks_each..][..blocks_each],
-                    want: Want::Logits,
+                    want: Want::Logits(1),
                 })
                 .collect();
             engine.forward(&kv, &batch, &mut logits);

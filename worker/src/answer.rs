@@ -15,7 +15,7 @@ use tokio_stream::Stream;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::Status;
 
-use crate::{Event, FinishReason, Handle, Refusal, RequestId};
+use crate::{Event, FinishReason, Handle, Logprobs, Refusal, RequestId};
 
 /// Events taken at once.
 const EVENTS_MAX: usize = 64;
@@ -51,16 +51,18 @@ impl Answer {
 
     fn take_in(&mut self) {
         for event in self.taken.drain(..) {
-            if let Event::Tokens(more) = &event
+            let message = message(event);
+            if let Ok(GenerateEvent { body: Some(Body::Tokens(more)) }) = &message
                 && let Some(Ok(GenerateEvent { body: Some(Body::Tokens(tokens)) })) = self.ready.back_mut()
             {
-                tokens.ids.extend(more);
+                tokens.ids.extend(&more.ids);
+                tokens.logprobs.extend_from_slice(&more.logprobs);
                 continue;
             }
-            if matches!(event, Event::Finished { .. } | Event::Refused(_) | Event::Failed(_)) {
+            if matches!(message, Ok(GenerateEvent { body: Some(Body::Finished(_)) }) | Err(_)) {
                 self.open = Open::No;
             }
-            self.ready.push_back(message(event));
+            self.ready.push_back(message);
         }
     }
 }
@@ -107,7 +109,15 @@ fn message(event: Event) -> Result<GenerateEvent, Status> {
             host_tokens: count(cached.host),
             disk_tokens: count(cached.disk),
         }),
-        Event::Tokens(ids) => Body::Tokens(v1::Tokens { ids }),
+        Event::Tokens(ids) => Body::Tokens(v1::Tokens { ids, ..v1::Tokens::default() }),
+        Event::Scored(tokens) => {
+            let (ids, logprobs) = tokens.into_iter().map(|(id, found)| (id, logprobs(found))).unzip();
+            Body::Tokens(v1::Tokens { ids, logprobs, prompt_logprobs: Vec::new() })
+        }
+        Event::Prompt(found) => {
+            let prompt_logprobs = found.into_iter().map(logprobs).collect();
+            Body::Tokens(v1::Tokens { prompt_logprobs, ..v1::Tokens::default() })
+        }
         Event::Finished { reason, prompt_tokens, completion_tokens } => {
             let reason = match reason {
                 FinishReason::Stop => v1::FinishReason::Stop,
@@ -124,6 +134,11 @@ fn message(event: Event) -> Result<GenerateEvent, Status> {
         Event::Failed(detail) => return Err(Status::internal(detail)),
     };
     Ok(GenerateEvent { body: Some(body) })
+}
+
+fn logprobs(found: Logprobs) -> v1::Logprobs {
+    let (top_ids, top_logprobs) = found.top.into_iter().unzip();
+    v1::Logprobs { logprob: found.logprob, top_ids, top_logprobs }
 }
 
 /// Tokens of one sequence: a context length fits.

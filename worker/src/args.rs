@@ -73,6 +73,10 @@ pub struct WorkerArgs {
     /// What computes
     #[arg(long, env = "KVBM_WORKER_ENGINE", value_enum, default_value_t = EngineKind::Llama)]
     pub engine: EngineKind,
+    /// Milliseconds that each step of the engine echo takes, 0 to 60000
+    #[arg(long, env = "KVBM_WORKER_ECHO_STEP_MS", default_value_t = 0, value_name = "MS",
+          value_parser = clap::value_parser!(u32).range(0..=60_000))]
+    pub echo_step_ms: u32,
     /// Instruction set of the kernels; all give the same bits
     #[arg(long, env = "KVBM_WORKER_ISA", value_enum, default_value_t = IsaChoice::Auto)]
     pub isa: IsaChoice,

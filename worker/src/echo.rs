@@ -1,6 +1,7 @@
 //! An engine that says what it was told: no model, no KV. For measuring everything around an engine.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::Bell;
 use crate::inbox::{Command, Inbox, Received};
@@ -13,6 +14,7 @@ pub struct Echo {
     limits: Limits,
     replies: Replies,
     active: BTreeMap<RequestId, Speech>,
+    step: Duration,
 }
 
 struct Speech {
@@ -24,7 +26,14 @@ struct Speech {
 impl Echo {
     /// An engine for requests within `limits`.
     pub fn new(limits: Limits, inbox: Inbox) -> Self {
-        Self { inbox, limits, replies: Replies::default(), active: BTreeMap::new() }
+        Self { inbox, limits, replies: Replies::default(), active: BTreeMap::new(), step: Duration::ZERO }
+    }
+
+    /// Each turn takes so long, for all that speak together.
+    #[must_use]
+    pub fn paced(mut self, step: Duration) -> Self {
+        self.step = step;
+        self
     }
 
     fn submit(&mut self, request: Request) {
@@ -47,7 +56,7 @@ impl Echo {
             match self.inbox.receive() {
                 Received::Command(Command::Submit(request, reply)) => {
                     self.replies.add(request.id, reply);
-                    self.submit(request);
+                    self.submit(*request);
                 }
                 Received::Command(Command::Cancel(id)) => {
                     if let Some(speech) = self.active.remove(&id) {
@@ -90,6 +99,9 @@ impl Turn for Echo {
             replies.send(*id, speech.finished(reason));
             false
         });
+        if !self.step.is_zero() {
+            std::thread::sleep(self.step);
+        }
         Progress::Worked
     }
 

@@ -4,18 +4,20 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use kvbm_connector::{DeviceCache, Startup, Tenants, WorkerRegistration};
+use kvbm_connector::{DeviceCache, StartError, Startup, Tenants, WorkerRegistration};
 use kvbm_cuda::DeviceName;
+use kvbm_cuda::copy_engine::StepWords;
 use kvbm_hash::BaseNamespace;
-use kvbm_shm::PoolLayout;
+use kvbm_shm::{POOL_STEPS_OFFSET, PoolLayout};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::base;
 use crate::pool_cache::{Listing, PoolCache};
+use crate::scheduler::SCORED_TOKENS_MAX;
 use crate::settings::Settings;
 use crate::{
     BatchLimits, Bell, Cache, Counters, CudaEngine, CudaLlama, DevicePool, Echo, Engine, EngineKind,
@@ -26,8 +28,8 @@ use crate::{
 /// Turns in which a request that alone cannot get a block waits before it is given up: about a minute, in which blocks
 /// come out of quarantine.
 const STARVED_TURNS_MAX: usize = 30_000;
-/// Bytes of a block of which the cache only keeps account: none of them is touched.
-const ACCOUNT_BYTES: usize = 4096;
+/// What a daemon may take to make a pool on a GPU that it uses for the first time.
+const GPU_POOL_DEADLINE: Duration = Duration::from_secs(20);
 /// KV of an engine that computes none: a pool to be listed with.
 const ECHO_POOL: PoolLayout = PoolLayout { block_bytes: 4096, block_count: 1 };
 
@@ -137,24 +139,55 @@ impl EnginePlan {
         Ok(self.join(base, cache, Llama { engine, kv }))
     }
 
-    /// The engine on a GPU. Its blocks are private memory of that GPU; the cache only keeps account of them.
+    /// The engine on a GPU, with blocks in memory of that GPU which the daemon made, or it itself for want of a daemon.
     fn cuda(self, device: &DeviceName) -> Result<(Loop<PoolCache, CudaLlama>, Loaded), WorkerError> {
         let begin = Instant::now();
         let settings = &self.settings;
         let limits = BatchLimits {
             tokens: settings.max_batch_tokens,
             sequences: settings.max_batch,
+            answers: settings.max_batch + SCORED_TOKENS_MAX,
             tokens_per_block: settings.tokens_per_block,
         };
-        let loaded = CudaEngine::load(device, &settings.model, &self.options(), limits).and_then(|engine| {
-            let pool = DevicePool::private(&engine, self.pool.block_count as usize)?;
-            Ok(CudaLlama { engine, pool })
-        });
-        let model = loaded.map_err(|source| self.not_loaded(source))?;
+        let engine = CudaEngine::load(device, &settings.model, &self.options(), limits);
+        let mut engine = engine.map_err(|source| self.not_loaded(source))?;
         tracing::info!(seconds = begin.elapsed().as_secs_f64(), "model loaded");
-        let base = self.base(model.engine.revision(), KvLayout::CUDA_NAME);
-        let cache = self.open_pool(PoolLayout { block_bytes: ACCOUNT_BYTES, ..self.pool }, base)?;
-        Ok(self.join(base, cache, model))
+        let base = self.base(engine.revision(), KvLayout::CUDA_NAME);
+        let (cache, pool) = self.open_gpu_pool(&engine, base)?;
+        engine.publish_steps(StepWords::new(cache.memory().memory().clone(), POOL_STEPS_OFFSET));
+        Ok(self.join(base, cache, CudaLlama { engine, pool }))
+    }
+
+    fn open_gpu_pool(
+        &self,
+        engine: &CudaEngine,
+        base: BaseNamespace,
+    ) -> Result<(DeviceCache, DevicePool), WorkerError> {
+        let count = self.pool.block_count as usize;
+        let mut own = None;
+        let make = |uuid, _| {
+            let say = |error: Error| StartError::Device(error.to_string());
+            let pool = DevicePool::private(engine, count).map_err(say)?;
+            let memory = pool.export(uuid).map_err(say)?;
+            own = Some(pool);
+            Ok(memory)
+        };
+        let cache = match self.settings.daemon.clone() {
+            None => DeviceCache::private_in(self.pool, Box::new(make))?,
+            Some(mut config) => {
+                config.device.clone_from(&engine.context().device().uuid);
+                config.attach_deadline = config.attach_deadline.max(GPU_POOL_DEADLINE);
+                DeviceCache::attach_or(self.startup(config, self.pool, base), Box::new(make))?
+            }
+        };
+        let memory = cache.memory();
+        let pool = match (own, memory.device()) {
+            (Some(own), _) => own,
+            (None, Some((descriptor, bytes))) => DevicePool::import(engine, descriptor, bytes, count)
+                .map_err(|source| WorkerError::Pool(StartError::Device(source.to_string())))?,
+            (None, None) => unreachable!("the link accepts no pool elsewhere"),
+        };
+        Ok((cache, pool))
     }
 
     fn options(&self) -> EngineOptions {
@@ -183,6 +216,7 @@ impl EnginePlan {
             max_batch: settings.max_batch,
             max_waiting: settings.max_waiting,
             max_starved_turns: STARVED_TURNS_MAX,
+            processors: settings.processors,
             ..SchedulerOptions::new(limits, eos_token_ids)
         });
         let cache_counters = cache.counters();
@@ -195,7 +229,7 @@ impl EnginePlan {
         let base = self.base("echo", "none");
         let cache = self.open_pool(ECHO_POOL, base)?;
         let facts = Loaded { base, counters: Arc::default(), cache: cache.counters() };
-        let echo = Echo::new(self.limits, self.inbox);
+        let echo = Echo::new(self.limits, self.inbox).paced(self.settings.echo_step);
         Ok((ListedEcho { echo, cache: PoolCache::new(cache, self.listing) }, facts))
     }
 
@@ -206,8 +240,12 @@ impl EnginePlan {
 
     fn open_pool(&self, layout: PoolLayout, base: BaseNamespace) -> Result<DeviceCache, WorkerError> {
         let Some(config) = self.settings.daemon.clone() else { return Ok(DeviceCache::private(layout)?) };
+        Ok(DeviceCache::attach(self.startup(config, layout, base))?)
+    }
+
+    fn startup(&self, config: kvbm_connector::Config, layout: PoolLayout, base: BaseNamespace) -> Startup {
         let bell = self.inbox.bell().clone();
-        Ok(DeviceCache::attach(Startup {
+        Startup {
             config,
             layout,
             base,
@@ -215,7 +253,7 @@ impl EnginePlan {
             tenants: self.tenants.clone(),
             waker: Arc::new(move || bell.ring()),
             runtime: None,
-        })?)
+        }
     }
 }
 

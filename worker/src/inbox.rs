@@ -12,12 +12,12 @@ use crate::request::{Event, Refusal, Request, RequestId};
 /// Requests that may lie between a client and the loop.
 const CAPACITY: usize = 1024;
 /// Events of one request besides its tokens.
-const EVENTS_BESIDE_TOKENS: usize = 3;
+const EVENTS_BESIDE_TOKENS: usize = 4;
 
 /// What the loop is told.
 pub(crate) enum Command {
     /// A new request, and where its events go.
-    Submit(Request, mpsc::Sender<Event>),
+    Submit(Box<Request>, mpsc::Sender<Event>),
     /// The client does not want more.
     Cancel(RequestId),
 }
@@ -64,7 +64,7 @@ impl Handle {
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, Refusal> {
         let most = request.max_tokens.min(self.context_length) + EVENTS_BESIDE_TOKENS;
         let (sender, receiver) = mpsc::channel(most);
-        self.send(Command::Submit(request, sender))?;
+        self.send(Command::Submit(Box::new(request), sender))?;
         Ok(receiver)
     }
 

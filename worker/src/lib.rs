@@ -45,15 +45,17 @@ pub use base::base_namespace;
 pub use bell::Bell;
 pub use echo::Echo;
 pub use engine::cuda::{BatchLimits, Ceilings, CudaEngine, CudaLlama, DevicePool};
-pub use engine::{BlockId, Chunk, Engine, EngineOptions, Isa, KvLayout, KvMemory, Logits, Want};
+pub use engine::{Answer, BlockId, Chunk, Engine, EngineOptions, Isa, KvLayout, KvMemory, Logits, Want};
 pub use error::{Error, Result};
 pub use inbox::{Handle, Inbox, inbox};
 pub use request::{CachedTokens, Eos, Event, FinishReason, Limits, Refusal, Request, RequestId};
-pub use sampling::Sampling;
+pub use sampling::{
+    Grammar, Guide, Guides, LogitsProcessor, Logprobs, Processors, Sampling, Script, SoFar, Temperature,
+};
 pub use scheduler::{
     Allocate, Cache, CacheEvent, Counters, LeaseId, Onboard, Plan, Scheduler, SchedulerOptions, Ticket,
 };
 pub use settings::RetentionArgs;
 pub use turns::{Llama, Loop, Model, Progress, Turn, turn_until_stopped};
-pub use worker::{ReadyInfo, run};
+pub use worker::{ReadyInfo, run, run_with};
 pub use worker_error::WorkerError;

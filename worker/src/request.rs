@@ -1,8 +1,9 @@
 //! What is asked of the engine, and what it reports back.
 
 use kvbm_hash::{Namespace, RetentionConfig};
+use tracing::Span;
 
-use crate::Sampling;
+use crate::{Guide, Logprobs, Sampling};
 
 /// Names a request within this worker; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -21,6 +22,8 @@ pub struct Request {
     pub generated: Vec<u32>,
     /// How the next token is chosen.
     pub sampling: Sampling,
+    /// What the answer must look like, from its first token.
+    pub guide: Option<Guide>,
     /// Most tokens to generate, `generated` included, at least 1; clipped to the context.
     pub max_tokens: usize,
     /// Whether a token that ends sequences ends this one.
@@ -29,6 +32,8 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// What its blocks are to be kept like; `None`: nobody said, and what it finds in the cache stays as it is.
     pub retention: Option<RetentionConfig>,
+    /// Its place in a trace, until it ends.
+    pub span: Span,
 }
 
 /// What an end-of-sequence token does.
@@ -42,12 +47,17 @@ pub enum Eos {
 
 /// What is reported of a request: `Started`, any number of `Tokens`, then `Finished`. In place of any of these,
 /// `Refused` (first and only) or `Failed` (last).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// It left the queue; so many tokens of the prompt did not have to be computed.
     Started(CachedTokens),
     /// Tokens were generated, a stop token included.
     Tokens(Vec<u32>),
+    /// As `Tokens`, with what the model thought of them, if the request asks for that.
+    Scored(Vec<(u32, Logprobs)>),
+    /// What the model thought of the prompt's tokens from the second on, if the request asks for that; once, before any
+    /// token.
+    Prompt(Vec<Logprobs>),
     /// It is done.
     Finished {
         /// Why.
@@ -137,11 +147,7 @@ impl Limits {
         if request.max_tokens == 0 {
             return invalid("max_tokens", "is 0, must be at least 1".into());
         }
-        if let Sampling::Temperature { temperature, .. } = request.sampling
-            && !(temperature.is_finite() && temperature > 0.0)
-        {
-            return invalid("temperature", format!("{temperature} is not a positive number"));
-        }
+        request.sampling.check(self.vocab_size)?;
         let max_tokens = request.max_tokens.min(self.context_length - prompt);
         if request.generated.len() >= max_tokens {
             let detail = format!("has {} tokens, {max_tokens} are possible", request.generated.len());
@@ -174,11 +180,13 @@ mod tests {
                 namespace: Namespace([0; 32]),
                 prompt,
                 generated: vec![],
-                sampling: Sampling::Temperature { temperature, seed: 1 },
+                sampling: Sampling::random(temperature, 1),
+                guide: None,
                 max_tokens,
                 eos: Eos::Ends,
                 stop_token_ids: vec![],
                 retention: None,
+                span: Span::none(),
             })
         };
         assert_eq!(check(vec![1; 60], 5, 1.0), Ok(5));
@@ -203,11 +211,13 @@ mod tests {
             namespace: Namespace([0; 32]),
             prompt: vec![1; 90],
             generated: vec![],
-            sampling: Sampling::Greedy,
+            sampling: Sampling::greedy(),
+            guide: None,
             max_tokens: 1000,
             eos: Eos::Ends,
             stop_token_ids: vec![],
             retention: None,
+            span: Span::none(),
         };
         assert_eq!(wide.check(&request), Ok(10), "clipped to the context");
         let generated = |count| wide.check(&Request { generated: vec![1; count], ..request.clone() });

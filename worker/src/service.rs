@@ -1,18 +1,22 @@
 //! `kvbm.v1.Worker`: what a request says, checked and handed to the engine.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use kvbm_connector::Tenants;
 use kvbm_hash::{BaseNamespace, RetentionConfig};
+use kvbm_proto::v1::guide::Kind;
 use kvbm_proto::v1::worker_server::Worker;
-use kvbm_proto::v1::{DescribeReply, DescribeRequest, GenerateRequest};
+use kvbm_proto::v1::{DescribeReply, DescribeRequest, GenerateRequest, TraceContext};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
+use tracing::field::Empty;
+use tracing::{Span, info_span};
 
 use crate::answer::{Answer, status};
 use crate::settings::Lora;
-use crate::{Eos, Handle, Limits, RequestId, Sampling};
+use crate::{Eos, Grammar, Guide, Guides, Handle, Limits, RequestId, Sampling};
 
 /// Longest name of a tenant, bytes.
 const TENANT_BYTES_MAX: usize = 256;
@@ -21,6 +25,7 @@ const TENANT_BYTES_MAX: usize = 256;
 pub(crate) struct Service {
     pub handle: Handle,
     pub limits: Limits,
+    pub guides: Arc<Guides>,
     pub base: BaseNamespace,
     pub description: Description,
     pub lora: Lora,
@@ -49,6 +54,15 @@ impl Service {
         if !message.lora.is_empty() && self.lora == Lora::Refused {
             return Err(Status::invalid_argument("lora: this worker serves no adapters"));
         }
+        for (field, is_set) in [
+            ("dp_rank", message.dp_rank.is_some()),
+            ("logits_processors", !message.logits_processors.is_empty()),
+            ("multimodal", !message.multimodal.is_empty()),
+        ] {
+            if is_set {
+                return Err(Status::invalid_argument(format!("{field}: this worker has no such thing")));
+            }
+        }
         if message.tenant.len() > TENANT_BYTES_MAX {
             let detail = format!(
                 "tenant: has {} bytes, at most {TENANT_BYTES_MAX} are permitted",
@@ -72,17 +86,29 @@ impl Service {
             namespace,
             prompt: message.prompt,
             generated: message.generated,
+            guide: None,
             sampling: sampling(message.sampling.unwrap_or_default())?,
             max_tokens: message.max_tokens as usize,
             eos: if message.ignore_eos { Eos::Ignored } else { Eos::Ends },
             stop_token_ids: message.stop_token_ids,
             retention,
+            span: Span::none(),
         };
         self.limits.check(&request).map_err(|refusal| status(&refusal))?;
         if !message.tenant.is_empty() {
             self.tenants.name(namespace, &message.tenant);
         }
         Ok(request)
+    }
+}
+
+impl Service {
+    /// Made on a thread that may take its time.
+    async fn guide(&self, grammar: Grammar) -> Result<Guide, Status> {
+        let guides = self.guides.clone();
+        let made = tokio::task::spawn_blocking(move || guides.guide(&grammar)).await;
+        let made = made.map_err(|error| Status::internal(format!("make the guide: {error}")))?;
+        made.map_err(|detail| Status::invalid_argument(format!("guide: {detail}")))
     }
 }
 
@@ -99,7 +125,13 @@ impl Worker for Service {
         let id = self.handle.next_id();
         let message = request.into_inner();
         tracing::debug!(request_id = message.request_id, prompt_tokens = message.prompt.len(), "request");
-        let request = self.request(id, message)?;
+        let span = message.trace.as_ref().map_or_else(Span::none, |trace| span(&message.request_id, trace));
+        let grammar = message.guide.clone().map(grammar).transpose()?;
+        let mut request = self.request(id, message)?;
+        if let Some(grammar) = grammar {
+            request.guide = Some(self.guide(grammar).await?);
+        }
+        request.span = span;
         let events = self.handle.submit(request).map_err(|refusal| status(&refusal))?;
         Ok(Response::new(Answer::new(events, self.handle.clone(), id, running)))
     }
@@ -122,20 +154,51 @@ impl Worker for Service {
     }
 }
 
+/// From here to the last token.
+fn span(request_id: &str, trace: &TraceContext) -> Span {
+    let span = info_span!(
+        "generate",
+        request_id,
+        prompt_tokens = Empty,
+        device_tokens = Empty,
+        host_tokens = Empty,
+        disk_tokens = Empty,
+        completion_tokens = Empty,
+    );
+    kvbm_telemetry::follow(&span, trace);
+    span
+}
+
 fn size(value: usize) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }
 
 fn sampling(message: kvbm_proto::v1::Sampling) -> Result<Sampling, Status> {
-    let temperature = message.temperature;
-    if temperature == 0.0 {
-        return Ok(Sampling::Greedy);
+    let count = |count: Option<u32>| count.map(|count| count as usize);
+    Ok(Sampling {
+        temperature: message.temperature,
+        seed: message.seed.map_or_else(random_seed, Ok)?,
+        top_p: message.top_p.unwrap_or(1.0),
+        top_k: message.top_k as usize,
+        min_p: message.min_p,
+        repetition_penalty: message.repetition_penalty.unwrap_or(1.0),
+        presence_penalty: message.presence_penalty,
+        frequency_penalty: message.frequency_penalty,
+        logit_bias: message.logit_bias.iter().map(|entry| (entry.token, entry.bias)).collect(),
+        min_tokens: message.min_tokens as usize,
+        logprobs: count(message.logprobs),
+        prompt_logprobs: count(message.prompt_logprobs),
+    })
+}
+
+fn grammar(message: kvbm_proto::v1::Guide) -> Result<Grammar, Status> {
+    match message.kind {
+        Some(Kind::JsonSchema(text)) => Ok(Grammar::JsonSchema(text)),
+        Some(Kind::Regex(text)) => Ok(Grammar::Regex(text)),
+        Some(Kind::Lark(text)) => Ok(Grammar::Lark(text)),
+        Some(Kind::Choice(choices)) => Ok(Grammar::Choice(choices.texts)),
+        None => Err(Status::invalid_argument("guide: says nothing")),
     }
-    if !(temperature.is_finite() && temperature > 0.0) {
-        let detail = format!("temperature: {temperature} is not 0 or a positive number");
-        return Err(Status::invalid_argument(detail));
-    }
-    Ok(Sampling::Temperature { temperature, seed: message.seed.map_or_else(random_seed, Ok)? })
 }
 
 fn random_seed() -> Result<u64, Status> {

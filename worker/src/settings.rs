@@ -8,10 +8,11 @@ use std::time::Duration;
 use kvbm_cuda::DeviceName;
 use kvbm_hash::RetentionConfig;
 use kvbm_shm::PoolLayout;
+use tokenizers::Tokenizer;
 
 use crate::listener::Address;
 use crate::model::{Config as ModelConfig, Shape};
-use crate::{EngineKind, Isa, IsaChoice, KvLayout, WorkerArgs, WorkerError};
+use crate::{EngineKind, Isa, IsaChoice, KvLayout, Processors, Script, WorkerArgs, WorkerError};
 
 mod retention;
 
@@ -44,6 +45,8 @@ pub(crate) struct Settings {
     pub threads: usize,
     pub context_length: Option<usize>,
     pub engine: EngineKind,
+    /// How long a step of the engine echo takes.
+    pub echo_step: Duration,
     pub isa: Option<Isa>,
     pub role: String,
     pub drain: Duration,
@@ -52,6 +55,8 @@ pub(crate) struct Settings {
     pub lora: Lora,
     /// Of requests that say nothing.
     pub retention: Option<RetentionConfig>,
+    /// What changes the logits of every request.
+    pub processors: Processors,
 }
 
 /// How large the pool is to be.
@@ -100,10 +105,6 @@ impl Settings {
         }
         let context_length = args.context_length.map(|tokens| whole("--context-length", tokens, 2..=1 << 24));
         let socket = daemon_socket(&args, &variable)?;
-        if device.is_some() && socket.is_some() {
-            // The daemon's pools are memory of the host.
-            return Err(WorkerError::invalid("--device", &args.device, "--no-daemon beside it, or cpu"));
-        }
         let init_timeout = seconds("--init-timeout-seconds", args.init_timeout_seconds, 86_400.0)?;
         let daemon = socket.as_ref().map(|socket| {
             let config = kvbm_connector::Config {
@@ -118,7 +119,6 @@ impl Settings {
         });
         Ok(Self {
             served_name,
-            model,
             revision: args.model_revision.clone(),
             daemon: daemon.transpose()?,
             listen: listen(&args, socket.as_deref())?,
@@ -132,12 +132,15 @@ impl Settings {
             threads: whole("--threads", args.threads, 0..=1024)?,
             context_length: context_length.transpose()?,
             engine: args.engine,
+            echo_step: Duration::from_millis(args.echo_step_ms.into()),
             isa: isa(args.isa)?,
             drain: seconds("--drain-seconds", args.drain_seconds, 3600.0)?,
             system: system(&args)?,
             retention: args.retention.over(args.config.as_deref())?,
+            processors: test_processors(&model, &variable)?,
             lora: if args.ignore_lora { Lora::CountsForKeysOnly } else { Lora::Refused },
             role: args.role,
+            model,
         })
     }
 
@@ -180,6 +183,30 @@ impl Settings {
         };
         Ok(PoolLayout { block_count, ..one })
     }
+}
+
+/// The switches of a test that a worker's processors are run: the present name, and an older one.
+const TEST_PROCESSOR: [&str; 2] = ["DYN_ENABLE_TEST_LOGITS_PROCESSOR", "DYNAMO_ENABLE_TEST_LOGITS_PROCESSOR"];
+
+/// One that says "Hello world!", if that is asked for.
+fn test_processors(
+    model: &Path,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> Result<Processors, WorkerError> {
+    if !TEST_PROCESSOR.iter().any(|name| variable(name).is_some_and(|value| value == "1")) {
+        return Ok(Processors::default());
+    }
+    let expected = |error: String| WorkerError::invalid("--model", model.display(), error);
+    let path = model.join("tokenizer.json");
+    let tokenizer = Tokenizer::from_file(path)
+        .map_err(|error| expected(format!("a folder with tokenizer.json ({error})")))?;
+    let encoding =
+        tokenizer.encode_fast("Hello world!", false).map_err(|error| expected(error.to_string()))?;
+    let mut tokens = encoding.get_ids().to_vec();
+    let config =
+        ModelConfig::load(model).map_err(|source| WorkerError::Model { folder: model.to_owned(), source })?;
+    tokens.extend(config.eos_token_ids.first());
+    Ok(Processors(vec![std::sync::Arc::new(Script(tokens))]))
 }
 
 fn whole(flag: &'static str, value: i64, range: RangeInclusive<i64>) -> Result<usize, WorkerError> {

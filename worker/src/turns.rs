@@ -120,7 +120,7 @@ impl<C: Cache, M: Model> Loop<C, M> {
             match self.inbox.receive() {
                 Received::Command(Command::Submit(request, reply)) => {
                     self.replies.add(request.id, reply);
-                    self.scheduler.submit(request);
+                    self.scheduler.submit(*request);
                 }
                 Received::Command(Command::Cancel(id)) => self.scheduler.cancel(id, &mut self.cache),
                 Received::Empty => return true,

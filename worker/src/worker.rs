@@ -25,7 +25,7 @@ use crate::pool_cache::Listing;
 use crate::service::{Description, Service};
 use crate::settings::Settings;
 use crate::system::{self, Condition};
-use crate::{EngineKind, Handle, Limits, WorkerArgs, WorkerError, inbox};
+use crate::{EngineKind, Guides, Handle, Limits, Processors, WorkerArgs, WorkerError, inbox};
 
 /// How long connections may take to close once nothing is answered any more.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -45,7 +45,19 @@ pub async fn run(
     cancel: CancellationToken,
     on_ready: impl FnOnce(ReadyInfo),
 ) -> Result<(), WorkerError> {
-    let settings = Settings::check(args, |name| std::env::var(name).ok())?;
+    run_with(args, Processors::default(), cancel, on_ready).await
+}
+
+/// As [`run`], with code of one's own that changes logits.
+pub async fn run_with(
+    args: WorkerArgs,
+    mut processors: Processors,
+    cancel: CancellationToken,
+    on_ready: impl FnOnce(ReadyInfo),
+) -> Result<(), WorkerError> {
+    let mut settings = Settings::check(args, |name| std::env::var(name).ok())?;
+    processors.0.append(&mut settings.processors.0);
+    settings.processors = processors;
     let drain = settings.drain;
     let mut parts = Parts::start(settings).await?;
     tokio::select! {
@@ -165,6 +177,7 @@ impl Parts {
         let service = Service {
             handle: self.handle.clone(),
             limits: self.limits.clone(),
+            guides: Arc::new(Guides::new(&self.settings.model, self.eos_token_ids.clone())),
             base: loaded.base,
             description: Description {
                 worker_id: self.worker.worker_id.clone(),

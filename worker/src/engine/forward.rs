@@ -3,11 +3,12 @@
 use rayon::prelude::*;
 
 use super::attention::{Queries, attend};
+use super::layer::Layer;
 use super::matmul::matmul;
-use super::pointwise::{activate, normalize, rotate};
+use super::pointwise::{activate, normalize, normalize_in_place, rotate};
 use super::{BlockId, Engine, KvLayout, KvMemory};
-use crate::Sampling;
 use crate::model::Config;
+use crate::sampling::largest;
 
 /// Tokens of one piece of attention.
 const QUERY_SPAN: usize = 16;
@@ -21,19 +22,31 @@ pub struct Chunk<'a> {
     pub first_position: usize,
     /// The sequence's blocks, from its first; they reach at least to the end of the chunk.
     pub blocks: &'a [BlockId],
-    /// What is wanted of the last token.
+    /// What is wanted beside its KV.
     pub want: Want,
 }
 
-/// What is wanted of a chunk's last token.
+/// What is wanted of a chunk beside its KV.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
-    /// Its KV only.
+    /// Nothing.
     Nothing,
-    /// The token with the largest logit, the lowest of equal ones. An engine may answer with all logits instead.
+    /// The token with the largest logit behind the chunk, the lowest of equal ones. An engine may answer with all logits
+    /// instead.
     Largest,
-    /// The logits.
-    Logits,
+    /// The logits of so many of the last tokens; at least 1.
+    Logits(usize),
+}
+
+impl Want {
+    /// So many answers it has.
+    pub fn answers(self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Largest => 1,
+            Self::Logits(tokens) => tokens,
+        }
+    }
 }
 
 impl Chunk<'_> {
@@ -43,20 +56,29 @@ impl Chunk<'_> {
     }
 }
 
-/// Answers to the chunks that want something, in the order of the batch: logits, or the token that has the largest.
+/// Answers to what was wanted, in the order of the batch: a token's logits, or the token that has the largest.
 #[derive(Debug, Clone, Default)]
 pub struct Logits {
     values: Vec<f32>,
     vocab_size: usize,
-    answers: Vec<Answer>,
+    answers: Vec<Place>,
 }
 
-/// One of them.
+/// Where an answer is.
 #[derive(Debug, Clone, Copy)]
-enum Answer {
+enum Place {
     Token(u32),
     /// Logits from this element of the values on.
     Row(usize),
+}
+
+/// An answer to what was wanted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Answer<'a> {
+    /// The token with the largest logit.
+    Token(u32),
+    /// The logits of all tokens.
+    Row(&'a [f32]),
 }
 
 impl Logits {
@@ -64,7 +86,7 @@ impl Logits {
     pub fn reset(&mut self, rows: usize, vocab_size: usize) -> &mut [f32] {
         self.clear(vocab_size);
         self.values.resize(rows * vocab_size, 0.0);
-        self.answers.extend((0..rows).map(|row| Answer::Row(row * vocab_size)));
+        self.answers.extend((0..rows).map(|row| Place::Row(row * vocab_size)));
         &mut self.values
     }
 
@@ -75,43 +97,48 @@ impl Logits {
         self.answers.clear();
     }
 
-    /// Answers the next chunk with the token that has the largest logit.
+    /// The next answer is the token that has the largest logit.
     pub(crate) fn push_token(&mut self, token: u32) {
-        self.answers.push(Answer::Token(token));
+        self.answers.push(Place::Token(token));
     }
 
-    /// Answers the next chunk with logits, which are to be written to the row.
+    /// The next answer is logits, which are to be written to the row.
     pub(crate) fn push_row(&mut self) -> &mut [f32] {
         let begin = self.values.len();
-        self.answers.push(Answer::Row(begin));
+        self.answers.push(Place::Row(begin));
         self.values.resize(begin + self.vocab_size, 0.0);
         &mut self.values[begin..]
     }
 
-    /// Logits of the `index`th chunk that wanted something.
-    ///
-    /// # Panics
-    /// When it was answered with a token.
-    pub fn row(&self, index: usize) -> &[f32] {
+    /// The `index`th answer.
+    pub fn answer(&self, index: usize) -> Answer<'_> {
         match self.answers[index] {
-            Answer::Row(begin) => &self.values[begin..][..self.vocab_size],
-            Answer::Token(_) => panic!("chunk {index} was answered with a token"),
+            Place::Token(token) => Answer::Token(token),
+            Place::Row(begin) => Answer::Row(&self.values[begin..][..self.vocab_size]),
         }
     }
 
-    /// The token that `sampling` takes for `position`, of the `index`th chunk that wanted something.
-    pub fn choose(&self, index: usize, sampling: Sampling, position: usize) -> u32 {
-        match self.answers[index] {
-            Answer::Row(_) => sampling.choose(self.row(index), position),
-            Answer::Token(token) => {
-                assert_eq!(sampling.want(), Want::Largest, "a token is no answer to who wants logits");
-                token
-            }
+    /// The `index`th answer, which is logits.
+    ///
+    /// # Panics
+    /// When it is a token.
+    pub fn row(&self, index: usize) -> &[f32] {
+        match self.answer(index) {
+            Answer::Row(row) => row,
+            Answer::Token(_) => panic!("answer {index} is a token"),
+        }
+    }
+
+    /// The token with the largest logit, of the `index`th answer.
+    pub fn largest(&self, index: usize) -> u32 {
+        match self.answer(index) {
+            Answer::Token(token) => token,
+            Answer::Row(row) => largest(row),
         }
     }
 
     /// Number of answers.
-    pub fn rows(&self) -> usize {
+    pub fn answers(&self) -> usize {
         self.answers.len()
     }
 }
@@ -164,6 +191,9 @@ pub(super) fn check_batch(config: &Config, kv: KvLayout, batch: &[Chunk<'_>]) {
     let mut filled: Vec<BlockId> = Vec::new();
     for chunk in batch {
         assert!(!chunk.tokens.is_empty(), "a chunk has tokens");
+        let wanted = chunk.want.answers();
+        assert!(wanted <= chunk.tokens.len(), "logits are wanted of tokens that there are");
+        assert!(chunk.want != Want::Logits(0), "who wants no logits wants nothing");
         assert!(chunk.end() <= config.context_length, "positions are within the context");
         assert!(chunk.end() <= chunk.blocks.len() * per_block, "blocks reach to the end of the chunk");
         let known = config.token_count;
@@ -199,9 +229,12 @@ impl Engine {
         for (index, layer) in self.layers().iter().enumerate() {
             self.normalize_all(&buffers.hidden, &layer.attention_norm, &mut buffers.normal);
             matmul(self.isa, &buffers.normal, &layer.qkv, &mut buffers.qkv, count);
-            self.store_kv(kv, batch, &tokens, index, &mut buffers.qkv);
+            self.store_kv(kv, batch, &tokens, (index, layer), &mut buffers.qkv);
             self.attend_all(kv, batch, &pieces, index, &buffers.qkv, &mut buffers.attended);
             matmul(self.isa, &buffers.attended, &layer.out, &mut buffers.delta, count);
+            if let Some(bias) = &layer.out_bias {
+                buffers.delta.chunks_exact_mut(hidden_size).for_each(|row| add(row, bias));
+            }
             add(&mut buffers.hidden, &buffers.delta);
 
             self.normalize_all(&buffers.hidden, &layer.feed_forward_norm, &mut buffers.normal);
@@ -242,19 +275,38 @@ impl Engine {
         each_row(from, size, to, size, |from, to| normalize(from, weight, self.config.norm_epsilon, to));
     }
 
-    /// Rotates queries and keys, and stores keys and values.
-    fn store_kv(&self, kv: &KvMemory, batch: &[Chunk<'_>], tokens: &[Token], layer: usize, qkv: &mut [f32]) {
+    /// Normalizes and rotates queries and keys, and stores keys and values.
+    fn store_kv(
+        &self,
+        kv: &KvMemory,
+        batch: &[Chunk<'_>],
+        tokens: &[Token],
+        (index, layer): (usize, &Layer),
+        qkv: &mut [f32],
+    ) {
         let head_dim = self.config.head_dim;
         let (q, k) = (self.config.heads * head_dim, self.config.kv_heads * head_dim);
         let per_block = kv.layout().tokens_per_block;
         let store = |(row, token): (&mut [f32], &Token)| {
             let angles = &self.model.angles[token.position * head_dim..][..head_dim];
             let (cosines, sines) = angles.split_at(head_dim / 2);
+            if let Some(bias) = &layer.qkv_bias {
+                add(row, bias);
+            }
+            if let Some([of_queries, of_keys]) = &layer.head_norms {
+                let epsilon = self.config.norm_epsilon;
+                row[..q]
+                    .chunks_exact_mut(head_dim)
+                    .for_each(|head| normalize_in_place(head, of_queries, epsilon));
+                row[q..q + k]
+                    .chunks_exact_mut(head_dim)
+                    .for_each(|head| normalize_in_place(head, of_keys, epsilon));
+            }
             rotate(&mut row[..q + k], head_dim, cosines, sines);
             let block = batch[token.chunk].blocks[token.position / per_block];
             let (k, v) = row[q..].split_at(k);
             // SAFETY: `check` saw that no block is filled by two chunks, and positions within a chunk differ.
-            unsafe { kv.write(block, token.position % per_block, layer, k, v) };
+            unsafe { kv.write(block, token.position % per_block, index, k, v) };
         };
         if tokens.len() < SERIAL_ROWS {
             qkv.chunks_exact_mut(q + 2 * k).zip(tokens).for_each(store);
@@ -311,8 +363,8 @@ impl Engine {
         let (mut end, mut rows) = (0, 0);
         for chunk in batch {
             end += chunk.tokens.len();
-            if chunk.want != Want::Nothing {
-                let from = &buffers.hidden[(end - 1) * size..end * size];
+            for token in end - chunk.want.answers()..end {
+                let from = &buffers.hidden[token * size..][..size];
                 let to = &mut buffers.normal[rows * size..][..size];
                 normalize(from, &self.model.norm, self.config.norm_epsilon, to);
                 rows += 1;

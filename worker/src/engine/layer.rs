@@ -5,14 +5,19 @@ use rayon::prelude::*;
 use super::lanes::widen;
 use super::packed::Packed;
 use crate::Result;
-use crate::model::{Config, Weights};
+use crate::model::{AttentionBias, Config, Weights};
 
 /// Weights of one layer.
 pub(super) struct Layer {
     pub(super) attention_norm: Vec<f32>,
     /// Queries, then keys, then values.
     pub(super) qkv: Packed,
+    /// In the same order.
+    pub(super) qkv_bias: Option<Vec<f32>>,
+    /// Of a head's queries, and of a head's keys.
+    pub(super) head_norms: Option<[Vec<f32>; 2]>,
     pub(super) out: Packed,
+    pub(super) out_bias: Option<Vec<f32>>,
     pub(super) feed_forward_norm: Vec<f32>,
     /// Gate, then up.
     pub(super) gate_up: Packed,
@@ -60,6 +65,8 @@ impl Layer {
         let (hidden, wide) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let name = |part: &str| format!("model.layers.{index}.{part}.weight");
+        let bias =
+            |part: &str, len: usize| vector(weights, &format!("model.layers.{index}.{part}.bias"), len);
         let packed = |parts: &[(&str, usize)], columns: usize| -> Result<Packed> {
             let tensors = parts
                 .iter()
@@ -74,7 +81,29 @@ impl Layer {
                 &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
                 hidden,
             )?,
+            qkv_bias: match config.attention_bias {
+                AttentionBias::None => None,
+                AttentionBias::Inputs | AttentionBias::All => Some(
+                    [
+                        bias("self_attn.q_proj", q)?,
+                        bias("self_attn.k_proj", kv)?,
+                        bias("self_attn.v_proj", kv)?,
+                    ]
+                    .concat(),
+                ),
+            },
+            head_norms: match config.head_norm {
+                true => Some([
+                    vector(weights, &name("self_attn.q_norm"), config.head_dim)?,
+                    vector(weights, &name("self_attn.k_norm"), config.head_dim)?,
+                ]),
+                false => None,
+            },
             out: packed(&[("self_attn.o_proj", hidden)], q)?,
+            out_bias: match config.attention_bias {
+                AttentionBias::None | AttentionBias::Inputs => None,
+                AttentionBias::All => Some(bias("self_attn.o_proj", hidden)?),
+            },
             feed_forward_norm: vector(weights, &name("post_attention_layernorm"), hidden)?,
             gate_up: packed(&[("mlp.gate_proj", wide), ("mlp.up_proj", wide)], hidden)?,
             down: packed(&[("mlp.down_proj", hidden)], wide)?,

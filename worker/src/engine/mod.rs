@@ -25,7 +25,7 @@ use std::path::Path;
 
 use rayon::ThreadPool;
 
-pub use forward::{Chunk, Logits, Want};
+pub use forward::{Answer, Chunk, Logits, Want};
 pub use isa::Isa;
 pub use kv::{BlockId, KvLayout, KvMemory};
 pub(crate) use pointwise::exponentials;

@@ -5,16 +5,28 @@ use super::lanes::{LANES, Lanes, exp, sum};
 
 /// `to = from / rms(from) * weight`.
 pub(crate) fn normalize(from: &[f32], weight: &[f32], epsilon: f32, to: &mut [f32]) {
+    let scale = inverse_rms(from, epsilon);
+    for ((to, x), weight) in to.iter_mut().zip(from).zip(weight) {
+        *to = x * scale * weight;
+    }
+}
+
+/// As [`normalize`], of one head.
+pub(crate) fn normalize_in_place(head: &mut [f32], weight: &[f32], epsilon: f32) {
+    let scale = inverse_rms(head, epsilon);
+    for (x, weight) in head.iter_mut().zip(weight) {
+        *x = *x * scale * weight;
+    }
+}
+
+fn inverse_rms(from: &[f32], epsilon: f32) -> f32 {
     let mut squares = [0.0f32; LANES];
     for part in from.chunks_exact(LANES) {
         for (sum, x) in squares.iter_mut().zip(part) {
             *sum += x * x;
         }
     }
-    let scale = 1.0 / (sum(squares) / from.len() as f32 + epsilon).sqrt();
-    for ((to, x), weight) in to.iter_mut().zip(from).zip(weight) {
-        *to = x * scale * weight;
-    }
+    1.0 / (sum(squares) / from.len() as f32 + epsilon).sqrt()
 }
 
 /// Turns each head of a row by the angles of a position, given as `head_dim / 2` cosines and as many sines.

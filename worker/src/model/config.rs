@@ -1,4 +1,4 @@
-//! `config.json` and `generation_config.json` of a Llama.
+//! `config.json` and `generation_config.json` of a Llama, or of a model that is one but for details.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::{Rope, RopeScaling};
 use crate::{Error, Result};
 
-/// Dimensions and constants of a Llama, checked.
+/// Dimensions and constants of a model, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Rows of the embedding and of the output matrix.
@@ -27,8 +27,12 @@ pub struct Config {
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Longest sequence, in tokens.
+    /// Longest sequence, in tokens. Not longer than the window of attention: within that, all tokens see all before them.
     pub context_length: usize,
+    /// Which projections of attention have a bias.
+    pub attention_bias: AttentionBias,
+    /// Queries and keys are normalized head by head.
+    pub head_norm: bool,
     /// Added to the mean square when normalizing.
     pub norm_epsilon: f32,
     /// The output matrix is the embedding matrix.
@@ -38,6 +42,33 @@ pub struct Config {
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
 }
+
+/// Which projections of attention have a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionBias {
+    /// None.
+    None,
+    /// Those of queries, keys and values.
+    Inputs,
+    /// These and the output's.
+    All,
+}
+
+/// Architectures that are a Llama but for details.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+}
+
+const FAMILIES: [(&str, Family); 4] = [
+    ("LlamaForCausalLM", Family::Llama),
+    ("MistralForCausalLM", Family::Mistral),
+    ("Qwen2ForCausalLM", Family::Qwen2),
+    ("Qwen3ForCausalLM", Family::Qwen3),
+];
 
 impl Config {
     /// Reads the configuration of a model folder.
@@ -50,12 +81,14 @@ impl Config {
 
     /// Checks a parsed configuration. End tokens are those of `generation` where it names some.
     pub fn parse(config: &Map<String, Value>, generation: Option<&Map<String, Value>>) -> Result<Self> {
+        let family = family(config)?;
         refuse_unsupported(config)?;
         let hidden_size = size(config, "hidden_size")?;
         let heads = size(config, "num_attention_heads")?;
         let kv_heads = optional_size(config, "num_key_value_heads")?.unwrap_or(heads);
         let head_dim = match optional_size(config, "head_dim")? {
             Some(head_dim) => head_dim,
+            None if family == Family::Qwen3 => 128,
             None => hidden_size / heads,
         };
         if !heads.is_multiple_of(kv_heads) {
@@ -89,7 +122,9 @@ impl Config {
             heads,
             kv_heads,
             head_dim,
-            context_length: size(config, "max_position_embeddings")?,
+            context_length: context_length(config, family)?,
+            attention_bias: attention_bias(config, family)?,
+            head_norm: family == Family::Qwen3,
             norm_epsilon: optional_number(config, "rms_norm_eps")?.unwrap_or(1e-6) as f32,
             tied_embeddings: optional_flag(config, "tie_word_embeddings")?.unwrap_or(false),
             rope: parse_rope(config)?,
@@ -98,17 +133,46 @@ impl Config {
     }
 }
 
-fn refuse_unsupported(config: &Map<String, Value>) -> Result<()> {
+fn family(config: &Map<String, Value>) -> Result<Family> {
     let architectures = config.get("architectures").cloned().unwrap_or(Value::Null);
-    let is_llama =
-        architectures.as_array().is_some_and(|names| names.iter().any(|n| n == "LlamaForCausalLM"));
-    if !is_llama {
-        return Err(Error::unsupported("architectures", architectures, "LlamaForCausalLM"));
-    }
-    for field in ["attention_bias", "mlp_bias"] {
-        if optional_flag(config, field)? == Some(true) {
-            return Err(Error::unsupported(field, true, "false"));
+    let named = |name: &str| architectures.as_array().is_some_and(|names| names.iter().any(|n| n == name));
+    match FAMILIES.iter().find(|(name, _)| named(name)) {
+        Some((_, family)) => Ok(*family),
+        None => {
+            let names: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+            Err(Error::unsupported("architectures", architectures, &names.join(", ")))
         }
+    }
+}
+
+fn attention_bias(config: &Map<String, Value>, family: Family) -> Result<AttentionBias> {
+    let said = optional_flag(config, "attention_bias")?.unwrap_or(false);
+    match family {
+        // Always, whatever the field says.
+        Family::Qwen2 => Ok(AttentionBias::Inputs),
+        Family::Mistral if said => Err(Error::unsupported("attention_bias", true, "false")),
+        Family::Llama | Family::Qwen3 if said => Ok(AttentionBias::All),
+        Family::Llama | Family::Qwen3 | Family::Mistral => Ok(AttentionBias::None),
+    }
+}
+
+/// Positions, or the window of attention if that is shorter.
+fn context_length(config: &Map<String, Value>, family: Family) -> Result<usize> {
+    let positions = size(config, "max_position_embeddings")?;
+    let window = match family {
+        Family::Llama => None,
+        Family::Mistral => optional_size(config, "sliding_window")?,
+        Family::Qwen2 | Family::Qwen3 => match optional_flag(config, "use_sliding_window")? {
+            Some(true) => optional_size(config, "sliding_window")?,
+            Some(false) | None => None,
+        },
+    };
+    Ok(window.map_or(positions, |window| positions.min(window)))
+}
+
+fn refuse_unsupported(config: &Map<String, Value>) -> Result<()> {
+    if optional_flag(config, "mlp_bias")? == Some(true) {
+        return Err(Error::unsupported("mlp_bias", true, "false"));
     }
     match config.get("hidden_act") {
         None | Some(Value::Null) => {}

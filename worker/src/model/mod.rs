@@ -8,7 +8,7 @@ mod rope;
 mod shape;
 mod weights;
 
-pub use config::Config;
+pub use config::{AttentionBias, Config};
 pub use opened::OpenModel;
 pub(crate) use random::RandomTensor;
 pub use revision::revision;

@@ -1,6 +1,6 @@
 //! Shapes of models whose weights are random numbers: to measure, and to compare engines.
 
-use super::{Config, Rope, RopeScaling};
+use super::{AttentionBias, Config, Rope, RopeScaling};
 
 /// A shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -54,6 +54,8 @@ impl Shape {
             kv_heads,
             head_dim,
             context_length: 131_072,
+            attention_bias: AttentionBias::None,
+            head_norm: false,
             norm_epsilon: 1e-5,
             tied_embeddings: false,
             rope: Rope {

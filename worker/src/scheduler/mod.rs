@@ -30,9 +30,11 @@ use std::collections::{BTreeMap, VecDeque};
 pub use cache::{Allocate, Cache, CacheEvent, LeaseId, Onboard, Ticket};
 pub use counters::Counters;
 pub use plan::Plan;
+pub(crate) use plan::SCORED_TOKENS_MAX;
 
 use crate::request::{CachedTokens, Event, FinishReason, Limits, Refusal, Request, RequestId};
-use crate::{BlockId, Chunk, Logits, Want};
+use crate::sampling::{Choice, Processors, Sampler};
+use crate::{BlockId, Chunk, Logits};
 use sequence::{Leased, Phase, Seat, Sequence, Start};
 
 /// How a [`Scheduler`] works.
@@ -50,6 +52,17 @@ pub struct SchedulerOptions {
     pub max_waiting: usize,
     /// Turns after which a request is given up that alone cannot get a block.
     pub max_starved_turns: usize,
+    /// What else changes logits, of every request.
+    pub processors: Processors,
+}
+
+impl From<Choice> for Event {
+    fn from(Choice { token, logprobs }: Choice) -> Self {
+        match logprobs {
+            Some(logprobs) => Self::Scored(vec![(token, logprobs)]),
+            None => Self::Tokens(vec![token]),
+        }
+    }
 }
 
 impl SchedulerOptions {
@@ -62,6 +75,7 @@ impl SchedulerOptions {
             max_batch: 64,
             max_waiting: 1024,
             max_starved_turns: 5000,
+            processors: Processors::default(),
         }
     }
 }
@@ -115,21 +129,26 @@ impl Scheduler {
     /// Puts a request into the queue, or refuses it.
     pub fn submit(&mut self, request: Request) {
         let id = request.id;
-        let max_tokens = match self.options.limits.check(&request) {
+        let checked = match self.options.limits.check(&request) {
             Ok(_) if self.queue.len() >= self.options.max_waiting => Err(Refusal::Busy),
-            checked => checked,
+            Ok(max_tokens) => {
+                let sampler = Sampler::new(&request, &self.options.eos_token_ids, &self.options.processors);
+                let unguided = |detail| Refusal::Invalid { field: "generated", detail };
+                sampler.map(|sampler| (max_tokens, sampler)).map_err(unguided)
+            }
+            Err(refusal) => Err(refusal),
         };
-        match max_tokens {
+        match checked {
             Err(refusal) => {
                 self.counters.refused += 1;
                 self.events.push((id, Event::Refused(refusal)));
             }
-            Ok(max_tokens) => {
+            Ok((max_tokens, sampler)) => {
                 self.counters.requests += 1;
                 let arrival = Arrival(self.next_arrival);
                 self.next_arrival += 1;
                 let per_block = self.options.limits.tokens_per_block;
-                self.queue.push_back((arrival, Sequence::new(request, max_tokens, per_block)));
+                self.queue.push_back((arrival, Sequence::new(request, sampler, max_tokens, per_block)));
             }
         }
     }
@@ -199,10 +218,7 @@ impl Scheduler {
                     tokens: &sequence.tokens[begin..end],
                     first_position: begin,
                     blocks: &sequence.blocks,
-                    want: match end == sequence.tokens.len() {
-                        true => sequence.request.sampling.want(),
-                        false => Want::Nothing,
-                    },
+                    want: sequence.want(entry.tokens),
                 }
             })
             .collect()
@@ -213,28 +229,43 @@ impl Scheduler {
     /// # Panics
     /// When the logits are not those of the plan.
     pub fn apply(&mut self, plan: Plan, logits: &Logits, cache: &mut impl Cache) {
-        let (mut row, mut decodes) = (0, 0);
+        let (mut answer, mut decodes, mut failed) = (0, 0, Vec::new());
         for entry in plan.entries {
             let sequence = self.active.get_mut(&entry.arrival).expect("a plan is applied before all else");
             decodes += u64::from(entry.tokens == 1 && sequence.generated() > 0);
+            let answers = answer..answer + sequence.want(entry.tokens).answers();
+            answer = answers.end;
+            sequence.score_prompt(answers, logits);
             sequence.computed += entry.tokens;
             self.counters.computed_tokens += entry.tokens as u64;
             sequence.commit_complete(cache);
             if sequence.remaining() > 0 {
                 continue;
             }
-            let token = logits.choose(row, sequence.request.sampling, sequence.tokens.len());
-            row += 1;
-            sequence.tokens.push(token);
+            let id = sequence.request.id;
+            if let Some(scores) = sequence.prompt_logprobs.take() {
+                self.events.push((id, Event::Prompt(scores)));
+            }
+            let choice = match sequence.choose(logits.answer(answer - 1)) {
+                Ok(choice) => choice,
+                Err(detail) => {
+                    failed.push((entry.arrival, detail));
+                    continue;
+                }
+            };
+            sequence.tokens.push(choice.token);
             self.counters.generated_tokens += 1;
-            self.events.push((sequence.request.id, Event::Tokens(vec![token])));
+            self.events.push((id, choice.into()));
             if let Some(reason) = sequence.finish(&self.options.eos_token_ids)
                 && let Some(sequence) = self.active.remove(&entry.arrival)
             {
                 self.end(sequence, reason, cache);
             }
         }
-        assert_eq!(row, logits.rows(), "logits are those of the plan");
+        assert_eq!(answer, logits.answers(), "logits are those of the plan");
+        for (arrival, detail) in failed {
+            self.fail(arrival, detail, cache);
+        }
         self.counters.steps += 1;
         self.counters.decode_steps += u64::from(decodes > 0);
         self.counters.decode_sequences += decodes;
@@ -314,7 +345,22 @@ impl Scheduler {
         counters.device_tokens += device as u64;
         counters.host_tokens += host as u64;
         counters.disk_tokens += disk as u64;
+        let span = &sequence.request.span;
+        span.record("prompt_tokens", sequence.request.prompt.len());
+        span.record("device_tokens", device);
+        span.record("host_tokens", host);
+        span.record("disk_tokens", disk);
         events.push((sequence.request.id, Event::Started(sequence.cached)));
+    }
+
+    /// Gives a sequence up.
+    fn fail(&mut self, arrival: Arrival, detail: String, cache: &mut impl Cache) {
+        if let Some(mut sequence) = self.active.remove(&arrival) {
+            sequence.let_go(cache);
+            self.admission = Admission::Open;
+            self.counters.failed += 1;
+            self.events.push((sequence.request.id, Event::Failed(detail)));
+        }
     }
 
     fn end(&mut self, mut sequence: Sequence, reason: FinishReason, cache: &mut impl Cache) {
@@ -324,6 +370,7 @@ impl Scheduler {
             FinishReason::Stop | FinishReason::Length => self.counters.finished += 1,
             FinishReason::Cancelled => self.counters.cancelled += 1,
         }
+        sequence.request.span.record("completion_tokens", sequence.generated());
         let finished = Event::Finished {
             reason,
             prompt_tokens: sequence.request.prompt.len(),

@@ -2,11 +2,14 @@
 
 use std::ops::Bound;
 
-use super::{Admission, Arrival, Event, Leased, Phase, Scheduler, Seat, Sequence, Ticket};
+use super::{Admission, Arrival, Leased, Phase, Scheduler, Seat, Sequence, Ticket};
 use crate::{Allocate, BlockId, Cache};
 
 /// Each step that passes a prompt over makes it count as so many tokens shorter.
 const AGE_TOKENS: usize = 64;
+
+/// Most tokens of prompts in one step whose logits are wanted: each has as many as the vocabulary has tokens.
+pub(crate) const SCORED_TOKENS_MAX: usize = 64;
 
 /// With so many sequences without a seat (their lookups wait for a drive, or did), or as many as there are seats, none
 /// is admitted: more would only push each other's blocks out of host memory again.
@@ -49,10 +52,11 @@ impl Scheduler {
         self.seat_found();
         self.start_onboards(cache);
         let mut plan = Plan { entries: Vec::new() };
-        let mut left = self.options.max_batch_tokens;
+        let (mut left, mut scored_left) = (self.options.max_batch_tokens, SCORED_TOKENS_MAX);
         for arrival in self.order() {
             let Some(remaining) = self.runnable(arrival) else { continue };
-            let wanted = remaining.min(left);
+            let scored = self.active.get(&arrival).is_some_and(|s| s.prompt_logprobs.is_some());
+            let wanted = remaining.min(left).min(if scored { scored_left } else { usize::MAX });
             let tokens = if wanted == 0 { 0 } else { self.secure(arrival, wanted, &mut plan, cache) };
             let Some(sequence) = self.active.get_mut(&arrival) else { continue };
             if tokens == 0 {
@@ -62,6 +66,7 @@ impl Scheduler {
             sequence.skipped = 0;
             Self::report_start(sequence, &mut self.counters, &mut self.events);
             left -= tokens;
+            scored_left -= if scored { tokens } else { 0 };
             plan.entries.push(Entry { arrival, tokens });
         }
         plan
@@ -87,6 +92,7 @@ impl Scheduler {
                 let ticket = self.ticket();
                 sequence.phase = Phase::Looking(ticket);
                 let retention = sequence.retention(keys.len());
+                let _span = sequence.request.span.enter();
                 cache.lookup(ticket, sequence.request.namespace, keys, retention);
             }
             self.active.insert(arrival, sequence);
@@ -136,8 +142,9 @@ impl Scheduler {
             };
             let Some(targets) = self.allocate(arrival, host_blocks, &mut nothing, cache) else { continue };
             let ticket = self.ticket();
-            cache.onboard(ticket, lease, targets.clone());
             if let Some(sequence) = self.active.get_mut(&arrival) {
+                let _span = sequence.request.span.enter();
+                cache.onboard(ticket, lease, targets.clone());
                 sequence.phase = Phase::Onboarding { ticket, targets, promoted_blocks };
             }
         }
@@ -244,13 +251,8 @@ impl Scheduler {
         if sequence.starved_turns <= self.options.max_starved_turns {
             return;
         }
-        if let Some(mut sequence) = self.active.remove(&arrival) {
-            sequence.let_go(cache);
-            self.admission = Admission::Open;
-            self.counters.failed += 1;
-            let detail = "the device pool has no free block though no other request holds any".into();
-            self.events.push((sequence.request.id, Event::Failed(detail)));
-        }
+        let detail = "the device pool has no free block though no other request holds any";
+        self.fail(arrival, detail.into(), cache);
     }
 
     fn ticket(&mut self) -> Ticket {

@@ -1,10 +1,13 @@
 //! One request on its way.
 
+use std::ops::Range;
+
 use kvbm_hash::{Chain, Retention, RetentionConfig, SequenceHash};
 
 use super::cache::{LeaseId, Ticket};
 use crate::request::{CachedTokens, Eos, FinishReason, Request};
-use crate::{BlockId, Cache};
+use crate::sampling::{Choice, Sampler};
+use crate::{Answer, BlockId, Cache, Logits, Logprobs, SoFar, Want};
 
 /// Where a sequence stands.
 ///
@@ -56,6 +59,9 @@ pub(super) enum Seat {
 /// ```
 pub(super) struct Sequence {
     pub(super) request: Request,
+    pub(super) sampler: Sampler,
+    /// What the model thought of the prompt's tokens, as far as it was computed; `None`: not asked for, or reported.
+    pub(super) prompt_logprobs: Option<Vec<Logprobs>>,
     /// Clipped to the context.
     pub(super) max_tokens: usize,
     /// The prompt, then what was generated.
@@ -91,8 +97,19 @@ pub(super) enum Start {
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request, max_tokens: usize, tokens_per_block: usize) -> Self {
+    pub(super) fn new(
+        request: Request,
+        sampler: Sampler,
+        max_tokens: usize,
+        tokens_per_block: usize,
+    ) -> Self {
         Self {
+            sampler,
+            prompt_logprobs: request
+                .sampling
+                .prompt_logprobs
+                .filter(|_| request.generated.is_empty())
+                .map(|_| Vec::new()),
             max_tokens,
             tokens: [request.prompt.as_slice(), &request.generated].concat(),
             computed: 0,
@@ -125,8 +142,41 @@ impl Sequence {
         self.tokens.len() - self.request.prompt.len()
     }
 
-    /// Keys that are worth looking up: at least one token is always left to compute.
+    /// What is wanted of a pass over the next `tokens`: something of the last one if a token is to be chosen, the logits of
+    /// all if the prompt's are wanted.
+    pub(super) fn want(&self, tokens: usize) -> Want {
+        if self.prompt_logprobs.is_some() {
+            Want::Logits(tokens)
+        } else if tokens == self.remaining() {
+            self.sampler.want(self.generated())
+        } else {
+            Want::Nothing
+        }
+    }
+
+    /// Takes in what such a pass says of the prompt, if that is wanted.
+    pub(super) fn score_prompt(&mut self, answers: Range<usize>, logits: &Logits) {
+        let Some(scores) = &mut self.prompt_logprobs else { return };
+        let following = &self.request.prompt[self.computed + 1..];
+        let scored = answers.map(|answer| logits.row(answer)).zip(following);
+        scores.extend(scored.filter_map(|(row, token)| self.sampler.prompt_logprobs(row, *token)));
+    }
+
+    /// Chooses the next token from what a pass says of the last one.
+    pub(super) fn choose(&mut self, answer: Answer<'_>) -> Result<Choice, String> {
+        let (prompt, generated) = self.tokens.split_at(self.request.prompt.len());
+        match answer {
+            Answer::Token(token) => Ok(self.sampler.take_largest(token, generated.len())),
+            Answer::Row(logits) => self.sampler.choose(logits, SoFar { prompt, generated }),
+        }
+    }
+
+    /// Keys that are worth looking up: at least one token is always left to compute, and all of a prompt whose logits are
+    /// wanted.
     pub(super) fn lookup_keys(&mut self) -> Vec<SequenceHash> {
+        if self.prompt_logprobs.is_some() {
+            return Vec::new();
+        }
         let count = (self.tokens.len() - 1) / self.tokens_per_block;
         self.extend_keys(count);
         self.keys[..count].to_vec()
@@ -182,6 +232,9 @@ impl Sequence {
             Phase::Found(None) | Phase::Running => {}
         }
         self.seat = Seat::None;
+        if let Some(scores) = &mut self.prompt_logprobs {
+            scores.clear();
+        }
         if !self.blocks.is_empty() {
             cache.release(std::mem::take(&mut self.blocks));
         }
@@ -192,7 +245,7 @@ impl Sequence {
     pub(super) fn finish(&self, eos_token_ids: &[u32]) -> Option<FinishReason> {
         let last = self.tokens.last()?;
         let at_end = self.request.eos == Eos::Ends && eos_token_ids.contains(last);
-        if at_end || self.request.stop_token_ids.contains(last) {
+        if at_end || self.sampler.is_complete() || self.request.stop_token_ids.contains(last) {
             Some(FinishReason::Stop)
         } else if self.generated() >= self.max_tokens {
             Some(FinishReason::Length)

@@ -76,7 +76,7 @@ fn chunks_batches_threads_and_block_sizes_do_not_matter() {
                         tokens: &solo.tokens[done[i]..done[i] + count],
                         first_position: done[i],
                         blocks: &tables[i],
-                        want: if count == left { Want::Logits } else { Want::Nothing },
+                        want: if count == left { Want::Logits(1) } else { Want::Nothing },
                     });
                     done[i] += count;
                     if count == left {
@@ -85,7 +85,7 @@ fn chunks_batches_threads_and_block_sizes_do_not_matter() {
                 }
                 let mut logits = Logits::default();
                 engine.forward(&kv, &batch, &mut logits);
-                assert_eq!(logits.rows(), members.len());
+                assert_eq!(logits.answers(), members.len());
                 for (row, i) in members.into_iter().enumerate() {
                     assert_eq!(
                         bits(logits.row(row)),

@@ -81,7 +81,7 @@ impl Rig {
         });
         let mut all = prompt.to_vec();
         for token in tokens {
-            assert_eq!(token, Sampling::Greedy.choose(&expected(&all), all.len()));
+            assert_eq!(token, Sampling::greedy().choose(&expected(&all), all.len()));
             all.push(token);
         }
         assert!(all.len() > prompt.len() && self.ended(id) == Some(FinishReason::Length));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use kvbm_worker::{
     BatchLimits, Chunk, CudaEngine, CudaLlama, DevicePool, EngineOptions, Event, KvMemory, Logits, Request,
-    RequestId, Sampling, Want,
+    RequestId, Want,
 };
 
 use crate::scheduling::{EASY, request, scheduler, turn};
@@ -15,7 +15,7 @@ use crate::test_cache::{Behaviour, TestCache};
 /// Where the CPU's two largest logits are closer than this, another choice is as good.
 const TIE: f32 = 0.05;
 
-const LIMITS: BatchLimits = BatchLimits { tokens: 512, sequences: 64, tokens_per_block: 16 };
+const LIMITS: BatchLimits = BatchLimits { tokens: 512, sequences: 64, answers: 128, tokens_per_block: 16 };
 
 /// `None`: there is no GPU, which is said.
 fn gpu() -> Option<CudaEngine> {
@@ -36,15 +36,15 @@ fn answers_come_in_the_order_of_the_batch_whatever_is_wanted() {
         texts.iter().map(Vec::as_slice).enumerate().map(chunk).collect()
     };
     let (mut all, mut mixed) = (Logits::default(), Logits::default());
-    gpu.forward(&pool, &batch(|_| Want::Logits), &mut all).unwrap();
-    let want = |i| [Want::Logits, Want::Largest, Want::Nothing, Want::Logits][i % 4];
+    gpu.forward(&pool, &batch(|_| Want::Logits(1)), &mut all).unwrap();
+    let want = |i| [Want::Logits(1), Want::Largest, Want::Nothing, Want::Logits(1)][i % 4];
     gpu.forward(&pool, &batch(want), &mut mixed).unwrap();
-    assert_eq!((all.rows(), mixed.rows()), (40, 30));
+    assert_eq!((all.answers(), mixed.answers()), (40, 30));
     for (answer, i) in (0..40).filter(|i| want(*i) != Want::Nothing).enumerate() {
         // A product of fewer rows may differ in its last bits, so of equally good tokens either will do.
-        let (chosen, best) = (mixed.choose(answer, Sampling::Greedy, 0), argmax(all.row(i)));
+        let (chosen, best) = (mixed.largest(answer), argmax(all.row(i)));
         assert!(all.row(i)[best as usize] - all.row(i)[chosen as usize] < TIE, "chunk {i}");
-        if want(i) == Want::Logits {
+        if want(i) == Want::Logits(1) {
             let worst = mixed.row(answer).iter().zip(all.row(i)).map(|(a, b)| (a - b).abs());
             assert!(worst.fold(0.0, f32::max) < 0.05, "chunk {i}");
         }

@@ -36,15 +36,15 @@ fn who_wants_the_largest_gets_what_greedy_sampling_takes() {
     let mut logits = Logits::default();
     let mut chunk = Chunk { tokens: &[5, 6, 7], first_position: 0, blocks: &table, want: Want::Largest };
     engine.forward(&kv, &[chunk], &mut logits);
-    let token = logits.choose(0, Sampling::Greedy, 3);
-    chunk.want = Want::Logits;
+    let token = logits.largest(0);
+    chunk.want = Want::Logits(1);
     engine.forward(&kv, &[chunk], &mut logits);
-    assert_eq!(Sampling::Greedy.choose(logits.row(0), 3), token);
+    assert_eq!(Sampling::greedy().choose(logits.row(0), 3), token);
 }
 
 #[test]
 fn a_gpu_computes_or_the_error_says_what_is_missing() {
-    let limits = BatchLimits { tokens: 64, sequences: 2, tokens_per_block: 16 };
+    let limits = BatchLimits { tokens: 64, sequences: 2, answers: 2, tokens_per_block: 16 };
     match CudaEngine::load(&"cuda:0".parse().unwrap(), &model(), &options(), limits) {
         Err(error) => {
             let error = error.to_string();
@@ -56,7 +56,8 @@ fn a_gpu_computes_or_the_error_says_what_is_missing() {
         Ok(mut gpu) => {
             let pool = DevicePool::private(&gpu, 4).unwrap();
             let table = blocks(4);
-            let chunk = Chunk { tokens: &[5, 6, 7], first_position: 0, blocks: &table, want: Want::Logits };
+            let chunk =
+                Chunk { tokens: &[5, 6, 7], first_position: 0, blocks: &table, want: Want::Logits(1) };
             let mut logits = Logits::default();
             gpu.forward(&pool, &[chunk], &mut logits).unwrap();
             let mut cpu = Engine::load(&model(), &options()).unwrap();

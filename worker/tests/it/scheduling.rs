@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use kvbm_hash::{Namespace, Retention, RetentionConfig, TokenRange};
 use kvbm_worker::{
-    BlockId, Cache, Counters, Eos, Event, FinishReason, KvMemory, Limits, Llama, Logits, Model, Refusal,
-    Request, RequestId, Sampling, Scheduler, SchedulerOptions,
+    BlockId, Cache, Chunk, Counters, Eos, Event, FinishReason, KvMemory, Limits, Llama, Logits, Model,
+    Refusal, Request, RequestId, Sampling, Scheduler, SchedulerOptions,
 };
 
 use crate::support::{Random, engine, run};
@@ -41,12 +41,14 @@ pub fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
         id: RequestId(id),
         namespace: Namespace([3; 32]),
         prompt,
-        generated: vec![],
-        sampling: Sampling::Greedy,
+        generated: Vec::new(),
+        sampling: Sampling::greedy(),
+        guide: None,
         max_tokens,
         eos: Eos::Ignored,
         stop_token_ids: vec![],
         retention: None,
+        span: tracing::Span::none(),
     }
 }
 
@@ -64,10 +66,16 @@ pub fn turn(scheduler: &mut Scheduler, cache: &mut TestCache, model: &mut impl M
     let tokens = plan.tokens();
     assert!(tokens <= 512);
     if !plan.is_empty() {
-        model.forward(&scheduler.chunks(&plan), &mut logits).unwrap();
+        let chunks = scheduler.chunks(&plan);
+        assert!(answers(&chunks) <= 64 + 64, "one of each sequence, and 64 of prompts");
+        model.forward(&chunks, &mut logits).unwrap();
         scheduler.apply(plan, &logits, cache);
     }
     tokens
+}
+
+fn answers(chunks: &[Chunk<'_>]) -> usize {
+    chunks.iter().map(|chunk| chunk.want.answers()).sum()
 }
 
 /// What a request is answered by a model that runs it alone.
@@ -120,9 +128,10 @@ fn random_request(random: &mut Random, id: u64, texts: &[Vec<u32>]) -> Request {
     let max_tokens = 1 + random.below(60);
     Request {
         namespace: Namespace([random.below(2) as u8; 32]),
-        sampling: match random.below(2) {
-            0 => Sampling::Greedy,
-            _ => Sampling::Temperature { temperature: 0.8, seed: random.next() },
+        sampling: match random.below(3) {
+            0 => Sampling::greedy(),
+            1 => Sampling { top_k: 20, top_p: 0.9, min_p: 0.01, ..Sampling::random(1.2, random.next()) },
+            _ => Sampling::random(0.8, random.next()),
         },
         eos: if random.below(2) == 0 { Eos::Ends } else { Eos::Ignored },
         stop_token_ids: if random.below(3) == 0 { vec![7, 11] } else { vec![] },
@@ -265,6 +274,104 @@ fn a_long_prompt_is_not_starved_by_short_ones() {
         }
     }
     panic!("600 steps were not enough");
+}
+
+/// All that a request brought, run by itself.
+fn events(behaviour: Behaviour, requests: Vec<Request>) -> Vec<Vec<Event>> {
+    let (mut cache, contents) = TestCache::new(behaviour, 1);
+    let mut model = TestModel { contents, tokens_per_block: behaviour.tokens_per_block };
+    let mut scheduler = scheduler(behaviour, |_| {});
+    let mut all = vec![Vec::new(); requests.len()];
+    for (at, request) in requests.into_iter().enumerate() {
+        scheduler.submit(request);
+        while !scheduler.is_idle() {
+            turn(&mut scheduler, &mut cache, &mut model);
+            all[at].extend(scheduler.take_events().into_iter().map(|(_, event)| event));
+        }
+    }
+    all
+}
+
+#[test]
+fn a_request_goes_on_with_what_another_worker_generated() {
+    let sampling = Sampling {
+        repetition_penalty: 1.3,
+        frequency_penalty: 0.5,
+        logit_bias: vec![(3, 1.0)],
+        min_tokens: 60,
+        logprobs: Some(2),
+        ..Sampling::random(0.9, 77)
+    };
+    let whole = Request { sampling, eos: Eos::Ends, ..request(1, (0..45).collect(), 70) };
+    let scored = |events: &[Event]| -> Vec<_> {
+        events
+            .iter()
+            .flat_map(|event| if let Event::Scored(tokens) = event { tokens.clone() } else { vec![] })
+            .collect()
+    };
+    let first = scored(&events(EASY, vec![whole.clone()])[0]);
+    assert!(first.len() >= 60);
+    for cut in [1, 2, 20, 51, first.len() - 1] {
+        let generated = first[..cut].iter().map(|(token, _)| *token).collect();
+        let rest = Request { generated, ..whole.clone() };
+        let events = &events(EASY, vec![rest])[0];
+        assert_eq!(scored(events), first[cut..], "cut behind {cut}");
+        let Some(Event::Finished { prompt_tokens: 45, completion_tokens, .. }) = events.last() else {
+            panic!()
+        };
+        assert_eq!(*completion_tokens, first.len(), "what came before counts");
+    }
+}
+
+#[test]
+fn the_prompts_logprobs_are_all_there_whatever_is_cached() {
+    let sampling = Sampling { prompt_logprobs: Some(1), ..Sampling::greedy() };
+    let text: Vec<u32> = (0..200).map(|i| i * 31 % VOCAB as u32).collect();
+    let plain = request(1, text.clone(), 3);
+    let scoring = Request { sampling, ..request(2, text.clone(), 3) };
+    let all = events(EASY, vec![plain, scoring.clone(), scoring]);
+    let prompt = |events: &[Event]| -> Vec<_> {
+        let found = events
+            .iter()
+            .filter_map(|event| if let Event::Prompt(found) = event { Some(found) } else { None });
+        found.cloned().collect()
+    };
+    let (first, second) = (prompt(&all[1]), prompt(&all[2]));
+    assert_eq!((first.len(), first[0].len()), (1, 199));
+    assert_eq!(first, second);
+    for (position, found) in first[0].iter().enumerate() {
+        let logits = expected(&text[..=position]);
+        let best = Sampling::greedy().choose(&logits, 0);
+        assert_eq!(found.top[0].0, best, "position {position}");
+        let next = logits[text[position + 1] as usize];
+        assert!((found.top[0].1 - found.logprob - (logits[best as usize] - next)).abs() < 1e-3);
+    }
+    // The tokens themselves are the same with and without.
+    let tokens = |events: &[Event]| {
+        events.iter().filter(|event| matches!(event, Event::Tokens(_))).cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(tokens(&all[0]), tokens(&all[1]));
+}
+
+#[test]
+fn prompts_that_are_scored_share_the_room_for_logits() {
+    let sampling = Sampling { prompt_logprobs: Some(0), ..Sampling::greedy() };
+    let requests =
+        (0..6).map(|id| Request { sampling: sampling.clone(), ..request(id, vec![7; 100 + id as usize], 2) });
+    let (mut cache, contents) = TestCache::new(EASY, 1);
+    let mut model = TestModel { contents, tokens_per_block: EASY.tokens_per_block };
+    let mut scheduler = scheduler(EASY, |_| {});
+    requests.for_each(|request| scheduler.submit(request));
+    let mut scored = BTreeMap::new();
+    while !scheduler.is_idle() {
+        turn(&mut scheduler, &mut cache, &mut model);
+        scored.extend(scheduler.take_events().into_iter().filter_map(|(id, event)| match event {
+            Event::Prompt(found) => Some((id.0, found.len())),
+            _ => None,
+        }));
+    }
+    assert_eq!(scored, (0..6).map(|id| (id, 99 + id as usize)).collect());
+    assert!(scheduler.counters().steps >= 10, "600 tokens, 64 at a time");
 }
 
 #[test]

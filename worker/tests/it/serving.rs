@@ -162,7 +162,7 @@ async fn text_is_that_of_the_engine_alone_and_a_repetition_is_found_in_the_pool(
 async fn chance_follows_the_seed_and_is_drawn_without_one() {
     let served = Served::start(&[]).await;
     let hot = |seed| GenerateRequest {
-        sampling: Some(Sampling { temperature: 1.5, seed }),
+        sampling: Some(Sampling { temperature: 1.5, seed, ..Sampling::default() }),
         ..request(prompt(2, 20), 30)
     };
     let seeded = generate(&served, hot(Some(7))).await.unwrap().tokens;
@@ -177,8 +177,10 @@ async fn chance_follows_the_seed_and_is_drawn_without_one() {
 async fn what_cannot_be_served_is_said_with_the_field() {
     let served = Served::start(&["--context-length", "200"]).await;
     let ok = || request(vec![1, 2, 3], 2);
-    let sampled =
-        |temperature| GenerateRequest { sampling: Some(Sampling { temperature, seed: None }), ..ok() };
+    let sampled = |temperature| GenerateRequest {
+        sampling: Some(Sampling { temperature, ..Sampling::default() }),
+        ..ok()
+    };
     for (wrong, message) in [
         (request(vec![], 1), "prompt: is empty"),
         (request(vec![1, 99_999], 1), "prompt: token 99999 is not below"),

@@ -30,7 +30,11 @@ pub fn argmax(logits: &[f32]) -> u32 {
 pub fn run(engine: &mut Engine, kv: &KvMemory, tokens: &[u32], first_position: usize) -> Vec<f32> {
     let table = blocks(kv.block_count());
     let mut logits = Logits::default();
-    engine.forward(kv, &[Chunk { tokens, first_position, blocks: &table, want: Want::Logits }], &mut logits);
+    engine.forward(
+        kv,
+        &[Chunk { tokens, first_position, blocks: &table, want: Want::Logits(1) }],
+        &mut logits,
+    );
     logits.row(0).to_vec()
 }
 

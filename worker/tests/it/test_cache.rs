@@ -8,9 +8,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use kvbm_hash::{Namespace, Retention, SequenceHash};
-use kvbm_worker::{
-    Allocate, BlockId, Cache, CacheEvent, Chunk, LeaseId, Logits, Model, Onboard, Ticket, Want,
-};
+use kvbm_worker::{Allocate, BlockId, Cache, CacheEvent, Chunk, LeaseId, Logits, Model, Onboard, Ticket};
 
 use crate::support::Random;
 
@@ -415,7 +413,7 @@ pub fn expected(tokens: &[u32]) -> Vec<f32> {
 impl Model for TestModel {
     fn forward(&mut self, batch: &[Chunk<'_>], logits: &mut Logits) -> Result<(), kvbm_worker::Error> {
         let mut contents = self.contents.borrow_mut();
-        let wanted = batch.iter().filter(|chunk| chunk.want != Want::Nothing).count();
+        let wanted = batch.iter().map(|chunk| chunk.want.answers()).sum();
         let mut rows = logits.reset(wanted, VOCAB).chunks_exact_mut(VOCAB);
         for chunk in batch {
             let place = |position: usize| {
@@ -431,9 +429,9 @@ impl Model for TestModel {
                 before = digest(before, *token);
                 let (block, slot) = place(chunk.first_position + i);
                 contents[block][slot] = before;
-            }
-            if chunk.want != Want::Nothing {
-                fill(before, rows.next().expect("one row each"));
+                if i >= chunk.tokens.len() - chunk.want.answers() {
+                    fill(before, rows.next().expect("one row each"));
+                }
             }
         }
         Ok(())

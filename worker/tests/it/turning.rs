@@ -33,12 +33,14 @@ fn request(handle: &Handle, prompt: Vec<u32>, max_tokens: usize) -> Request {
         id: handle.next_id(),
         namespace: Namespace([1; 32]),
         prompt,
-        generated: vec![],
-        sampling: Sampling::Greedy,
+        generated: Vec::new(),
+        sampling: Sampling::greedy(),
+        guide: None,
         max_tokens,
         eos: Eos::Ends,
         stop_token_ids: vec![],
         retention: None,
+        span: tracing::Span::none(),
     }
 }
 
@@ -65,7 +67,7 @@ fn a_request_comes_back_as_events() {
     assert_eq!(events[0], Event::Started(CachedTokens::default()));
     let mut tokens = prompt;
     for event in &events[1..31] {
-        let next = Sampling::Greedy.choose(&expected(&tokens), tokens.len());
+        let next = Sampling::greedy().choose(&expected(&tokens), tokens.len());
         assert_eq!(*event, Event::Tokens(vec![next]));
         tokens.push(next);
     }

@@ -51,12 +51,12 @@ pub(super) struct Addresses {
 impl Activations {
     /// For batches up to `limits`.
     pub fn allocate(context: &Context, config: &Config, limits: BatchLimits) -> Result<Self> {
-        let (rows, answers) = (limits.tokens, limits.sequences);
+        let (rows, answers) = (limits.tokens, limits.answers);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let make = |elements: usize, bytes: usize| allocate(context, "activations", elements * bytes);
         let multiprocessors = context.device().multiprocessors as usize;
-        let parts =
-            (1..=answers).map(|rows| rows * splits(multiprocessors, config.kv_heads, rows, usize::MAX));
+        let parts = (1..=limits.sequences)
+            .map(|rows| rows * splits(multiprocessors, config.kv_heads, rows, usize::MAX));
         let part = config.heads * (config.head_dim + 2);
         Ok(Self {
             hidden: make(rows * config.hidden_size, 4)?,

@@ -39,7 +39,7 @@ struct Pass {
 }
 
 impl CudaEngine {
-    /// Computes the chunks' KV into their blocks, and what is wanted of their last tokens. After an error nothing can be
+    /// Computes the chunks' KV into their blocks, and what else is wanted. After an error nothing can be
     /// computed any more.
     ///
     /// # Panics
@@ -49,6 +49,8 @@ impl CudaEngine {
         check_batch(&self.config, pool.layout(), batch);
         let tokens: usize = batch.iter().map(|chunk| chunk.tokens.len()).sum();
         assert!(tokens <= self.limits.tokens && batch.len() <= self.limits.sequences, "within the limits");
+        let answers: usize = batch.iter().map(|chunk| chunk.want.answers()).sum();
+        assert!(answers <= self.limits.answers, "no more is wanted than the limits allow");
         assert_eq!(pool.layout(), self.kv_layout(), "blocks are of the size that the engine was made for");
         let in_pool = |chunk: &Chunk<'_>| chunk.blocks.iter().all(|b| (b.0 as usize) < pool.block_count());
         assert!(batch.iter().all(in_pool), "blocks are of the pool");

@@ -10,9 +10,9 @@ use super::BatchLimits;
 use super::activations::Addresses;
 use super::bytes::{bytes, bytes_mut};
 use super::device::allocate;
-use super::step::Step;
+use super::step::{Fetched, Step};
 use crate::model::Config;
-use crate::{Logits, Result, Want};
+use crate::{Logits, Result};
 
 /// Rows of logits that are fetched at a time.
 const ROWS: usize = 8;
@@ -31,8 +31,8 @@ impl HostLists {
     /// For batches up to `limits`.
     pub fn allocate(context: &Context, config: &Config, limits: BatchLimits) -> Result<Self> {
         let blocks_each = config.context_length.div_ceil(limits.tokens_per_block);
-        let up_bytes = Step::words_max(limits.tokens, limits.sequences, blocks_each) * 4;
-        let rows_offset = (limits.sequences * 4).next_multiple_of(4096);
+        let up_bytes = Step::words_max(limits, blocks_each) * 4;
+        let rows_offset = (limits.answers * 4).next_multiple_of(4096);
         Ok(Self {
             up: registered(context, up_bytes)?,
             on_device: allocate(context, "lists of a batch", up_bytes)?,
@@ -76,7 +76,7 @@ impl HostLists {
         stream.synchronize()?;
         self.down.memory().read(0, bytes_mut(&mut self.tokens));
         for group in groups(&step.answers) {
-            let with_logits = || group.clone().filter(|row| step.answers[*row] == Want::Logits);
+            let with_logits = || group.clone().filter(|row| step.answers[*row] == Fetched::Logits);
             for (at, row) in with_logits().enumerate() {
                 let from = DeviceAddress(from.logits).plus(row * config.vocab_size * 4);
                 let here = self.down.device_address(self.row_offset(at, config));
@@ -89,12 +89,15 @@ impl HostLists {
             let mut fetched = 0;
             for row in group.clone() {
                 match step.answers[row] {
-                    Want::Logits => {
+                    Fetched::Logits => {
                         let here = self.row_offset(fetched, config);
                         self.down.memory().read(here, bytes_mut(logits.push_row()));
                         fetched += 1;
                     }
-                    Want::Largest | Want::Nothing => logits.push_token(self.tokens[row]),
+                    // Where no logit is larger than another, because none is a number, the kernel names none.
+                    Fetched::Largest => {
+                        logits.push_token(self.tokens[row].min(config.token_count as u32 - 1));
+                    }
                 }
             }
         }
@@ -107,10 +110,10 @@ impl HostLists {
 }
 
 /// Divides answers so that each part has at most `ROWS` that are logits.
-fn groups(answers: &[Want]) -> Vec<Range<usize>> {
+fn groups(answers: &[Fetched]) -> Vec<Range<usize>> {
     let (mut groups, mut begin, mut rows) = (Vec::new(), 0, 0);
-    for (index, want) in answers.iter().enumerate() {
-        if *want == Want::Logits {
+    for (index, fetched) in answers.iter().enumerate() {
+        if *fetched == Fetched::Logits {
             if rows == ROWS {
                 groups.push(begin..index);
                 (begin, rows) = (index, 0);
@@ -135,10 +138,10 @@ mod tests {
     #[test]
     fn parts_have_few_logits_and_all_answers_in_order() {
         assert_eq!(groups(&[]), std::iter::once(0..0).collect::<Vec<_>>());
-        assert_eq!(groups(&[Want::Largest; 30]).len(), 1);
-        assert_eq!(groups(&[Want::Logits; 17]), [0..8, 8..16, 16..17]);
-        let mixed: Vec<Want> =
-            (0..20).map(|i| if i % 2 == 1 { Want::Logits } else { Want::Largest }).collect();
+        assert_eq!(groups(&[Fetched::Largest; 30]).len(), 1);
+        assert_eq!(groups(&[Fetched::Logits; 17]), [0..8, 8..16, 16..17]);
+        let mixed: Vec<Fetched> =
+            (0..20).map(|i| if i % 2 == 1 { Fetched::Logits } else { Fetched::Largest }).collect();
         assert_eq!(groups(&mixed), [0..17, 17..20]);
     }
 }

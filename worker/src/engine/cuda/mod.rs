@@ -34,7 +34,7 @@ use kvbm_cuda::{Context, DeviceName, Driver};
 pub use ceilings::Ceilings;
 pub use pool::DevicePool;
 
-use crate::model::{Config, OpenModel};
+use crate::model::{AttentionBias, Config, OpenModel};
 use crate::{EngineOptions, Error, KvLayout, Logits, Model, Result};
 use activations::Activations;
 use graphs::Graphs;
@@ -54,6 +54,8 @@ pub struct BatchLimits {
     pub tokens: usize,
     /// Sequences.
     pub sequences: usize,
+    /// Tokens of which something is wanted, one of each sequence at least.
+    pub answers: usize,
     /// Tokens of a block: 16, 32 or 64.
     pub tokens_per_block: usize,
 }
@@ -91,6 +93,7 @@ impl CudaEngine {
         }
         check_shape(&config).map_err(refuse)?;
         assert!(limits.tokens >= limits.sequences && limits.sequences > 0, "a batch has a token of each");
+        assert!(limits.answers >= limits.sequences, "a batch has an answer to each");
         let context = Context::open(&driver, &device)?;
         let kernels = Kernels::load(&driver, &context, config.head_dim)?;
         tracing::info!(
@@ -149,6 +152,14 @@ impl CudaEngine {
 /// What the kernels cannot compute.
 fn check_shape(config: &Config) -> Result<(), String> {
     let group = config.heads / config.kv_heads;
+    if config.attention_bias != AttentionBias::None {
+        return Err(
+            "the model's attention has biases, for which there is no kernel; use the processor".into()
+        );
+    }
+    if config.head_norm {
+        return Err("the model normalizes its heads, for which there is no kernel; use the processor".into());
+    }
     if !Kernels::HEAD_DIMS.contains(&config.head_dim) {
         return Err(format!("the model's head_dim is {}, there are kernels for 64 and 128", config.head_dim));
     }

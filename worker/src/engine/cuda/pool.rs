@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kvbm_cuda::{Context, DeviceRange, VmmMemory};
+use kvbm_shm::{DeviceMemory, PoolLayout, PoolMemory};
 
 use super::CudaEngine;
 use super::device::allocate_exportable;
@@ -56,6 +57,17 @@ impl DevicePool {
     fn bytes_of(layout: KvLayout, block_count: usize) -> Result<usize> {
         let bytes = Self::stride_of(layout).checked_mul(block_count).filter(|bytes| *bytes > 0);
         bytes.ok_or_else(|| Error::invalid("pool", format!("{block_count} blocks are not possible")))
+    }
+
+    /// The pool as a cache keeps it, and hands it to a daemon that appears later.
+    pub fn export(&self, uuid: [u8; 16]) -> Result<PoolMemory> {
+        let device = DeviceMemory { descriptor: self.memory.export()?, bytes: self.memory.bytes() };
+        let layout = PoolLayout {
+            block_bytes: self.layout.block_bytes(),
+            block_count: u32::try_from(self.block_count)
+                .map_err(|_| Error::invalid("pool", format!("{} blocks are too many", self.block_count)))?,
+        };
+        Ok(PoolMemory::create_on_device(uuid, layout, device)?)
     }
 
     /// The memory, for whoever maps or copies it. Block 0 is at its start.

@@ -6,6 +6,7 @@
 //!
 //! Each token of the batch is a row. Chunks of one token are attended to as decoding, longer ones as tiles of a prompt.
 
+use super::BatchLimits;
 use super::kernels::Kernels;
 use crate::engine::{Chunk, Want};
 
@@ -25,8 +26,19 @@ pub(super) struct Step {
     pub decode_rows: usize,
     /// Keys of the longest sequence that decodes.
     pub decode_keys: usize,
-    /// What is wanted, of each row in the list of answers.
-    pub answers: Vec<Want>,
+    /// What is fetched, of each row in the list of answers that somebody asked for.
+    pub answers: Vec<Fetched>,
+    /// Rows that fill the batch up. They are answered too, to nobody.
+    pub filling: usize,
+}
+
+/// What is fetched of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fetched {
+    /// The token with the largest logit.
+    Largest,
+    /// The logits.
+    Logits,
 }
 
 /// Where the lists begin, in words.
@@ -58,11 +70,12 @@ impl Lists {
 }
 
 impl Step {
-    /// Words that a step may have with so many tokens in so many sequences, each of so many blocks.
-    pub fn words_max(tokens: usize, sequences: usize, blocks_each: usize) -> usize {
+    /// Words that a step may have within these limits, each sequence of so many blocks.
+    pub fn words_max(limits: BatchLimits, blocks_each: usize) -> usize {
+        let BatchLimits { tokens, sequences, answers, .. } = limits;
         // Tiles: full ones, and the last of each chunk.
         let tiles = tokens / Kernels::TILE_ROWS + sequences;
-        Lists::new(tiles, tokens, sequences, sequences).tables + sequences * blocks_each
+        Lists::new(tiles, tokens, sequences, answers).tables + sequences * blocks_each
     }
 
     /// Every chunk is one token of which something is wanted: the work depends on their number only.
@@ -90,13 +103,13 @@ impl Step {
             positions.extend((chunk.first_position..chunk.end()).map(|position| position as u32));
             starts.resize(tokens.len(), start);
             tables.extend(chunk.blocks[..chunk.end().div_ceil(tokens_per_block)].iter().map(|block| block.0));
-            if chunk.want != Want::Nothing {
-                answer_rows.push(tokens.len() as u32 - 1);
-                answers.push(chunk.want);
-            }
+            answer_rows.extend((tokens.len() - chunk.want.answers()..tokens.len()).map(|row| row as u32));
+            let fetched = if chunk.want == Want::Largest { Fetched::Largest } else { Fetched::Logits };
+            answers.resize(answer_rows.len(), fetched);
         }
+        let asked = tokens.len();
         if Self::only_decodes(batch) {
-            for row in tokens.len()..fill_to {
+            for row in asked..fill_to {
                 decodes.push(row as u32);
                 answer_rows.push(row as u32);
                 tokens.push(0);
@@ -107,18 +120,14 @@ impl Step {
         // Tiles with the most keys first, so that the GPU's processors end together.
         tiles.sort_by_key(|tile| std::cmp::Reverse(tile[2]));
         let (rows, tile_count, decode_rows) = (tokens.len(), tiles.len(), decodes.len());
+        let filling = rows - asked;
         let words = [tiles.concat(), tokens, positions, starts, decodes, answer_rows, tables].concat();
-        Self { words, rows, tiles: tile_count, decode_rows, decode_keys, answers }
+        Self { words, rows, tiles: tile_count, decode_rows, decode_keys, answers, filling }
     }
 
     /// Rows in the list of answers.
     pub fn answer_rows(&self) -> usize {
-        // Rows that fill up a batch are answered too, to nobody.
-        if self.tiles == 0 && self.decode_rows == self.rows && !self.answers.is_empty() {
-            self.rows
-        } else {
-            self.answers.len()
-        }
+        self.answers.len() + self.filling
     }
 
     /// Where the lists are.

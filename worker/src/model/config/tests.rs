@@ -68,8 +68,11 @@ fn end_tokens_are_one_or_many_and_generation_config_wins() {
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
     for (changes, field) in [
-        (json!({"architectures": ["MistralForCausalLM"]}), "architectures"),
-        (json!({"attention_bias": true}), "attention_bias"),
+        (json!({"architectures": ["GemmaForCausalLM"]}), "architectures"),
+        (json!({"architectures": ["Qwen3MoeForCausalLM"]}), "architectures"),
+        (json!({"architectures": null}), "architectures"),
+        (json!({"architectures": ["MistralForCausalLM"], "attention_bias": true}), "attention_bias"),
+        (json!({"architectures": ["MistralForCausalLM"], "sliding_window": "wide"}), "sliding_window"),
         (json!({"mlp_bias": true}), "mlp_bias"),
         (json!({"hidden_act": "gelu"}), "hidden_act"),
         (json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config"),
@@ -91,4 +94,29 @@ fn what_is_not_supported_is_refused_by_name() {
     let mut config = llama();
     config.remove("vocab_size");
     assert!(Config::parse(&config, None).unwrap_err().to_string().contains("vocab_size: is missing"));
+}
+
+#[test]
+fn relatives_differ_in_details() {
+    let of = |architecture: &str, changes: Value| {
+        let mut changes = changes;
+        changes["architectures"] = json!([architecture]);
+        let config = parse(changes).unwrap();
+        (config.attention_bias, config.head_norm, config.head_dim, config.context_length)
+    };
+    use AttentionBias::{All, Inputs, None};
+    assert_eq!(of("LlamaForCausalLM", json!({"sliding_window": 512})), (None, false, 64, 4096));
+    assert_eq!(of("LlamaForCausalLM", json!({"attention_bias": true})), (All, false, 64, 4096));
+    assert_eq!(of("MistralForCausalLM", json!({"sliding_window": null})), (None, false, 64, 4096));
+    assert_eq!(of("MistralForCausalLM", json!({"sliding_window": 512})), (None, false, 64, 512));
+    assert_eq!(
+        of("MistralForCausalLM", json!({"sliding_window": 8192, "head_dim": 32})),
+        (None, false, 32, 4096)
+    );
+    let unused = json!({"use_sliding_window": false, "sliding_window": 512});
+    assert_eq!(of("Qwen2ForCausalLM", unused), (Inputs, false, 64, 4096));
+    let used = json!({"use_sliding_window": true, "sliding_window": 512});
+    assert_eq!(of("Qwen2ForCausalLM", used), (Inputs, false, 64, 512));
+    assert_eq!(of("Qwen3ForCausalLM", json!({})), (None, true, 128, 4096));
+    assert_eq!(of("Qwen3ForCausalLM", json!({"head_dim": 64})), (None, true, 64, 4096));
 }
