@@ -4,7 +4,8 @@ PROFILE := ci
 KVBM := target/$(PROFILE)/kvbm
 VENV := .venv
 
-.PHONY: up build wheel test check test-rust test-python test-fake-engine test-gpu drill drill-disk bench clean
+.PHONY: up build wheel test check check-aarch64 test-rust test-python test-fake-engine test-trtllm drill-trtllm \
+	test-vllm drill-vllm test-gpu drill drill-disk bench clean
 
 up: build
 	$(KVBM) up $(ARGS)
@@ -16,12 +17,17 @@ build:
 wheel: $(VENV)/installed
 	$(VENV)/bin/maturin build --quiet --locked --profile $(PROFILE) -m connector/python/Cargo.toml --out target/wheels
 
-test: check test-rust test-python test-fake-engine
+test: check test-rust test-python test-fake-engine test-trtllm
 
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --profile $(PROFILE) --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --profile $(PROFILE) --workspace --no-deps --quiet
+
+# The same code for aarch64; wants `rustup target add aarch64-unknown-linux-gnu` and its C compiler.
+check-aarch64:
+	CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
+	$(CARGO) check --locked --profile $(PROFILE) --target aarch64-unknown-linux-gnu
 
 test-rust: build
 	$(CARGO) test --locked --profile $(PROFILE) --workspace
@@ -30,18 +36,24 @@ test-rust: build
 test-python: build wheel $(VENV)/installed
 	$(VENV)/bin/python tests/python/golden.py docs/golden.json
 	$(VENV)/bin/python tests/python/clients.py $(KVBM)
+	$(VENV)/bin/python tests/python/conformance.py $(KVBM)
 	$(VENV)/bin/python tests/python/wheel.py target/wheels
 	$(VENV)/bin/python tests/python/launch.py $(KVBM)
 
 # Tests that need a GPU, as one stripped program that runs without this repository and without Rust: copy it to a machine
 # with a GPU and start it there. Without CUDA it says of each test that it is skipped.
 GPU_TESTS := target/gpu/kvbm-gpu-tests
+NODE_TESTS := target/gpu/kvbm-node-tests
 
-test-gpu:
+test-gpu: build
 	$(CARGO) test --locked --profile $(PROFILE) -p kvbm-cuda --test gpu -- --copy-to $(CURDIR)/$(GPU_TESTS)
 	strip $(GPU_TESTS)
 	$(GPU_TESTS)
-	@echo "$(GPU_TESTS) can be copied to another machine with a GPU and run there"
+	cp "$$($(CARGO) test --locked --profile $(PROFILE) -p kvbm-tests --test it --no-run --message-format short 2>&1 \
+	  | sed -n 's/.*(\(.*\)).*/\1/p' | tail -1)" $(NODE_TESTS)
+	cp $(KVBM) target/gpu/kvbm
+	strip $(NODE_TESTS) target/gpu/kvbm
+	@echo "$(GPU_TESTS) can be copied to another machine with a GPU and run there, and tests/gpu.sh with the folder target/gpu"
 
 # The stand-in for TensorRT-LLM's executor: its own proof, and one seed of each scenario with the reference connector.
 FAKE_ENGINE := PYTHONPATH=tests $(VENV)/bin/python -m fake_engine
@@ -54,6 +66,52 @@ test-fake-engine: $(VENV)/installed
 	$(FAKE_ENGINE) run --seeds 1 --workers 4 --overlap
 	$(FAKE_ENGINE) run --seeds 1 --workers 4 --api L2 --tp 2
 	$(FAKE_ENGINE) drill --every 50 --workers 4 --waits 3 --slack-ms 200
+
+# The connector for TensorRT-LLM and its worker, over that stand-in and a daemon of ours: the package that is built, one
+# seed in each kind of set-up, and workers behind the frontend.
+PACKAGE := target/trtllm-package
+CONNECTOR := --connector kvbm_connector.trtllm --scheduler-class KvbmConnectorScheduler --worker-class KvbmConnectorWorker
+CONNECTOR += --daemon-command '$(KVBM) daemon --socket {socket} --state-dir {state} --cpu-cache-gb 0.25 --metrics-port 0'
+CONNECTOR += --server-url 'unix:{socket}'
+TRTLLM := PYTHONPATH=tests:$(PACKAGE) $(VENV)/bin/python
+
+$(PACKAGE): build wheel
+	rm -rf $(PACKAGE)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PACKAGE) \
+		"$$(ls -t target/wheels/kvbm_connector-*.whl | head -1)"
+.PHONY: $(PACKAGE)
+
+test-trtllm: $(PACKAGE)
+	$(TRTLLM) -m fake_engine golden $(CONNECTOR)
+	$(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 1 --workers 4
+	$(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 1 --workers 4 --api L2 --overlap --tp 2
+	TLLM_KVBM_POOL=staged $(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 1 --workers 4 --overlap --tp 2
+	$(TRTLLM) tests/python/serve_trtllm.py $(KVBM)
+
+# The same at full length: 20 seeds in every set-up, the daemon struck at every callback. Hours on a small machine.
+drill-trtllm: $(PACKAGE)
+	for pool in ipc staged; do for api in L1 L2; do for overlap in "" --overlap; do for ranks in 1 2; do \
+		TLLM_KVBM_POOL=$$(if [ $$api = L2 ]; then echo auto; else echo $$pool; fi) \
+		$(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 20 --api $$api --tp $$ranks $$overlap || exit 1; \
+	done; done; done; done
+	$(TRTLLM) -m fake_engine drill $(CONNECTOR)
+	$(TRTLLM) -m fake_engine drill $(CONNECTOR) --tp 2 --overlap --every 5
+
+# A real vLLM on the CPU: 6 GB of Python and some twenty minutes, so it is not part of `make test`.
+VLLM_VENV := .venv-vllm
+VLLM_TEST = $(CURDIR)/$(VLLM_VENV)/bin/python tests/vllm_engine/$(1) --kvbm $(CURDIR)/$(KVBM) --model $(CURDIR)/models/tiny
+
+test-vllm: build wheel $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/uv pip install -q --no-deps --reinstall --python $(VLLM_VENV)/bin/python $$(ls -t target/wheels/kvbm_connector-*.whl | head -1)
+	$(call VLLM_TEST,check.py)
+
+# The daemon killed, stopped and started again under that engine; wants a machine with little else to do.
+drill-vllm: test-vllm
+	$(call VLLM_TEST,drill.py)
+
+$(VLLM_VENV)/installed: tests/vllm_engine/setup.sh tests/vllm_engine/requirements.txt
+	tests/vllm_engine/setup.sh $(VLLM_VENV)
+	touch $@
 
 $(VENV)/installed: tests/python/requirements.txt
 	python3 -m venv $(VENV)

@@ -8,16 +8,17 @@ mod parent;
 mod pin;
 mod ready;
 mod replay;
+mod run;
 mod signals;
 mod status;
 mod up;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use kvbm_telemetry::{Lines, Telemetry};
 use ready::Ready;
 
 /// KV cache for LLM inference that outlives the engine: one daemon per node owns every KV block on it
@@ -39,6 +40,7 @@ enum Command {
     Worker(Part<kvbm_worker::WorkerArgs>),
     /// Run the OpenAI HTTP frontend before the workers
     Frontend(Part<kvbm_frontend::FrontendArgs>),
+    Run(run::RunArgs),
     Status(status::StatusArgs),
     Pin(pin::PinArgs),
     Unpin(pin::UnpinArgs),
@@ -74,7 +76,7 @@ fn main() -> ExitCode {
     }
     match cli.command {
         Command::Up(args) => {
-            start_log();
+            let _telemetry = start_log("kvbm-up", "info");
             outcome(block_on(up::run(args)))
         }
         Command::Daemon(Part { args, ready_file }) => kvbm_server::run(&args, |addresses| {
@@ -83,16 +85,20 @@ fn main() -> ExitCode {
             announce(&Ready { address, metrics }, ready_file);
         }),
         Command::Hold(Part { args, ready_file }) => {
-            start_log();
+            let _telemetry = start_log("kvbm-hold", "info");
             hold(&args, ready_file)
         }
         Command::Worker(Part { args, ready_file }) => {
-            start_log();
+            let _telemetry = start_log("kvbm-worker", "info");
             worker(args, ready_file)
         }
         Command::Frontend(Part { args, ready_file }) => {
-            start_log();
+            let _telemetry = start_log("kvbm-frontend", "info");
             frontend(args, ready_file)
+        }
+        Command::Run(args) => {
+            let _telemetry = start_log("kvbm-run", "warn");
+            run::run(args)
         }
         Command::Status(args) => outcome(block_on(status::run(args))),
         Command::Pin(args) => outcome(block_on(pin::run(args))),
@@ -161,17 +167,14 @@ fn frontend(args: kvbm_frontend::FrontendArgs, ready_file: Option<PathBuf>) -> E
     }
 }
 
-/// Logs to standard error, filtered by KVBM_LOG, DYN_LOG or RUST_LOG; as JSON with KVBM_LOG_JSON.
-fn start_log() {
+/// Logs to standard error, filtered by KVBM_LOG, DYN_LOG or RUST_LOG; as JSON with KVBM_LOG_JSON or DYN_LOGGING_JSONL.
+fn start_log(service: &str, default: &str) -> Telemetry {
     let filter = ["KVBM_LOG", "DYN_LOG", "RUST_LOG"].into_iter().find_map(|name| std::env::var(name).ok());
-    let filter = tracing_subscriber::EnvFilter::new(filter.as_deref().unwrap_or("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let json = std::env::var("KVBM_LOG_JSON").is_ok_and(|value| matches!(value.as_str(), "1" | "true"));
-    if json {
-        builder.json().flatten_event(true).init();
-    } else {
-        builder.with_ansi(std::io::stderr().is_terminal()).init();
-    }
+    let json = ["KVBM_LOG_JSON", "DYN_LOGGING_JSONL"]
+        .into_iter()
+        .any(|name| std::env::var(name).is_ok_and(|value| matches!(value.as_str(), "1" | "true")));
+    let lines = if json { Lines::Json } else { Lines::Text };
+    kvbm_telemetry::start(service, filter.as_deref().unwrap_or(default), lines)
 }
 
 fn announce(ready: &Ready, file: Option<PathBuf>) {

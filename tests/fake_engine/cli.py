@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .config import ConnectorNames
 from .drill import command as drill_command
 from .drill.daemon import Daemon
 from .faults import Violation
-from .golden import golden
+from .golden import golden, golden_of
 from .load import Load, load, over_limit
 from .prove import prove
 from .runner import names, run_many
@@ -60,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     loads.add_argument("--daemon-command", help="start this daemon first, as in run")
     loads.set_defaults(command=_load)
     counts = commands.add_parser("golden", help="check the call counts that upstream's tests pin")
-    counts.set_defaults(command=lambda arguments: 1 if golden() else 0)
+    connector_arguments(counts)
+    counts.add_argument("--daemon-command", help="start this daemon first, and count with --connector, as in run")
+    counts.set_defaults(command=_golden)
     return parser
 
 
@@ -162,6 +165,14 @@ def _load(arguments: argparse.Namespace) -> int:
     over = over_limit(seconds)
     print(f"p99 over its limit: {', '.join(over) or 'none'}")
     return 1 if violations or over else 0
+
+
+def _golden(arguments: argparse.Namespace) -> int:
+    if not arguments.daemon_command:
+        return 1 if golden() else 0
+    with _daemon(arguments) as options:
+        names = ConnectorNames(options.module, options.scheduler_class, options.worker_class, options.server_url)
+        return 1 if golden_of(names) else 0
 
 
 def _list(arguments: argparse.Namespace) -> int:

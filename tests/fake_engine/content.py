@@ -7,6 +7,7 @@ items. `expand` turns numbers into bytes. A model of that kind makes each wrong 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 
-VOCABULARY = 50_000
+VOCABULARY = int(os.environ.get("FAKE_ENGINE_VOCABULARY", "50000"))
 POISON = 0xDB
 
 

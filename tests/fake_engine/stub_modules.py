@@ -23,7 +23,7 @@ def install(api: str, import_path: str, early: bool) -> None:
         worker: type = contract.FlatWorker
     else:
         scheduler, worker = contract.LayoutScheduler, contract.LayoutWorker
-        _publish(
+        publish(
             LAYOUT_PATH,
             KvCacheLayout=contract.KvCacheLayout,
             KvCacheLayerGroupLayout=contract.KvCacheLayerGroupLayout,
@@ -32,18 +32,18 @@ def install(api: str, import_path: str, early: bool) -> None:
             BAD_PAGE_INDEX=contract.BAD_PAGE_INDEX,
             valid_page_slots=contract.valid_page_slots,
         )
-    _publish(
+    publish(
         path,
         KvCacheConnectorScheduler=scheduler,
         KvCacheConnectorWorker=worker,
         RequestData=contract.EarlyRequestData if early else contract.RequestData,
         SchedulerOutput=contract.SchedulerOutput,
     )
-    _publish("tensorrt_llm.llmapi.llm_args", TorchLlmArgs=LlmArgs)
-    _publish("tensorrt_llm.bindings.internal.batch_manager", LlmRequest=BaseLlmRequest)
+    publish("tensorrt_llm.llmapi.llm_args", TorchLlmArgs=LlmArgs)
+    publish("tensorrt_llm.bindings.internal.batch_manager", LlmRequest=BaseLlmRequest)
 
 
-def _publish(path: str, **names: Any) -> None:
+def publish(path: str, **names: Any) -> None:
     parent: ModuleType | None = None
     parts = path.split(".")
     for depth in range(1, len(parts) + 1):

@@ -27,9 +27,17 @@ pub use worker_client::{Answer, WorkerClient};
 
 use std::path::PathBuf;
 
-/// The bundled model.
+/// The bundled model, or `KVBM_TEST_MODEL`.
 pub fn tiny_model() -> PathBuf {
+    if let Some(model) = std::env::var_os("KVBM_TEST_MODEL") {
+        return model.into();
+    }
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/tiny").canonicalize().unwrap()
+}
+
+/// Whether workers compute on a GPU: `KVBM_TEST_DEVICE` names it.
+pub fn on_gpu() -> bool {
+    std::env::var_os("KVBM_TEST_DEVICE").is_some()
 }
 
 /// Number of seeds of each drill: `KVBM_DRILL_SEEDS`, else few.

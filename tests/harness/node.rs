@@ -154,6 +154,10 @@ impl Node {
         } else {
             arguments.extend(["--socket".into(), self.socket().display().to_string()]);
         }
+        // The same tests on a GPU.
+        if let Ok(device) = std::env::var("KVBM_TEST_DEVICE") {
+            arguments.extend(["--device".into(), device]);
+        }
         arguments.extend(options.arguments.clone());
         let mut process = Process::start(self.dir.path(), name, &arguments, &[]);
         process.wait_ready();

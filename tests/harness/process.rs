@@ -9,8 +9,11 @@ use rustix::process::{Pid, Signal};
 
 use crate::wait::eventually_within;
 
-/// The binary under test, beside the test's own.
+/// The binary under test: `KVBM_TEST_PROGRAM`, or the one beside the test's own.
 pub fn program() -> PathBuf {
+    if let Some(program) = std::env::var_os("KVBM_TEST_PROGRAM") {
+        return program.into();
+    }
     let own = std::env::current_exe().unwrap();
     let path = own.ancestors().nth(2).unwrap().join("kvbm");
     assert!(path.is_file(), "{} is missing: build it first, as `make test` does", path.display());

@@ -48,7 +48,7 @@ impl WorkerClient {
             prompt: prompt.to_vec(),
             max_tokens,
             ignore_eos: true,
-            sampling: Some(Sampling { temperature: 0.0, seed: None }),
+            sampling: Some(Sampling::default()),
             ..GenerateRequest::default()
         }
     }

@@ -6,9 +6,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use kvbm_proto::v1::GenerateRequest;
 use kvbm_tests::{
-    Answer, DaemonOptions, Node, Random, WorkerClient, WorkerOptions, drill_seeds, eventually,
-    eventually_within,
+    Answer, DaemonOptions, Node, Process, Random, WorkerClient, WorkerOptions, drill_seeds, eventually,
+    eventually_within, on_gpu,
 };
 use rustix::process::Signal;
 
@@ -26,11 +27,53 @@ fn prompts() -> Vec<Vec<u32>> {
         .collect()
 }
 
-/// What an undisturbed worker says.
-pub fn expected() -> Vec<Vec<u32>> {
+/// What an undisturbed worker without a daemon says to each prompt, and that worker.
+pub struct Expected {
+    texts: Vec<Vec<u32>>,
+    client: WorkerClient,
+    _worker: Process,
+    _node: Node,
+}
+
+/// Choices between two tokens that may fall out otherwise in one answer.
+const TIES: usize = 2;
+
+/// Asks it.
+pub fn expected() -> Expected {
     let node = Node::empty();
-    let (_worker, client) = node.worker("alone", &WorkerOptions { alone: true, ..WorkerOptions::default() });
-    prompts().iter().map(|prompt| client.generate(prompt, 12).tokens).collect()
+    let (worker, client) = node.worker("alone", &WorkerOptions { alone: true, ..WorkerOptions::default() });
+    let texts = prompts().iter().map(|prompt| client.generate(prompt, 12).tokens).collect();
+    Expected { texts, client, _worker: worker, _node: node }
+}
+
+impl Expected {
+    /// On a processor there is one right answer. A GPU rounds in other ways in another batch, or behind another prefix, so
+    /// that one of two tokens that are nearly as good may be the other: but then it goes on as the undisturbed worker does
+    /// behind that token. Wrong KV would not.
+    fn allows(&self, i: usize, answer: &[u32]) -> bool {
+        let mut text = self.texts[i].clone();
+        for _ in 0..=TIES {
+            let Some(other) = answer.iter().zip(&text).position(|(a, b)| a != b) else { return true };
+            if !on_gpu() {
+                return false;
+            }
+            let generated = answer[..=other].to_vec();
+            if generated.len() == answer.len() {
+                return true;
+            }
+            let request = WorkerClient::request(&prompts()[i], answer.len() as u32);
+            let behind =
+                self.client.send(GenerateRequest { generated: generated.clone(), ..request }).unwrap();
+            text = [generated, behind.tokens].concat();
+        }
+        false
+    }
+
+    fn check(&self, i: usize, answer: &Answer, when: &str) {
+        assert_eq!(answer.tokens.len(), self.texts[i].len(), "{when}prompt {i}");
+        let expected = &self.texts[i];
+        assert!(self.allows(i, &answer.tokens), "{when}prompt {i}: {answer:?}, expected {expected:?}");
+    }
 }
 
 fn slow_copies(host_mb: f64) -> DaemonOptions {
@@ -43,14 +86,14 @@ fn small_pool() -> WorkerOptions {
 
 /// Sends prompts in random order until told to stop; every answer that comes must be right. Returns how many came, and
 /// how many requests failed.
-fn traffic(client: &WorkerClient, seed: u64, expected: &[Vec<u32>], stop: &AtomicBool) -> (usize, usize) {
+fn traffic(client: &WorkerClient, seed: u64, expected: &Expected, stop: &AtomicBool) -> (usize, usize) {
     let (prompts, mut random) = (prompts(), Random::new(seed));
     let (mut answered, mut failed) = (0, 0);
     while !stop.load(Ordering::Relaxed) {
         let i = random.within(0..prompts.len());
         match client.send(WorkerClient::request(&prompts[i], 12)) {
             Ok(answer) => {
-                assert_eq!(answer.tokens, expected[i], "seed {seed}: prompt {i} (host {})", answer.host);
+                expected.check(i, &answer, &format!("seed {seed}: "));
                 answered += 1;
             }
             Err(_) => {
@@ -66,7 +109,7 @@ fn traffic(client: &WorkerClient, seed: u64, expected: &[Vec<u32>], stop: &Atomi
 pub fn under_traffic(
     client: &WorkerClient,
     seed: u64,
-    expected: &[Vec<u32>],
+    expected: &Expected,
     blow: impl FnOnce(),
 ) -> (usize, usize) {
     let stop = AtomicBool::new(false);
@@ -107,11 +150,9 @@ fn middle_of_a_copy(node: &Node, host: bool, random: &mut Random) {
     }
 }
 
-pub fn all_right(client: &WorkerClient, expected: &[Vec<u32>]) -> Vec<Answer> {
+pub fn all_right(client: &WorkerClient, expected: &Expected) -> Vec<Answer> {
     let answers: Vec<Answer> = prompts().iter().map(|prompt| client.generate(prompt, 12)).collect();
-    for (i, (answer, expected)) in answers.iter().zip(expected).enumerate() {
-        assert_eq!(&answer.tokens, expected, "prompt {i}");
-    }
+    answers.iter().enumerate().for_each(|(i, answer)| expected.check(i, answer, ""));
     answers
 }
 

@@ -1,12 +1,13 @@
-//! Engines that own their KV memory, as TensorRT-LLM does, over a real daemon: what one computed the other loads, byte
+//! Engines that own their KV memory, as TensorRT-LLM and vLLM do, over a real daemon: what one computed the other loads, byte
 //! for byte, whatever becomes of the daemon in between.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use kvbm_connector::engine::{
-    EngineProcess, EngineSettings, LayerGroup, LoadMode, MemoryFacts, MemoryMover, PoolShape, Prompt, Region,
-    Report,
+    EngineProcess, EngineSettings, Export, Exported, ExportedMemory, ExportedRegion, Found, LayerGroup,
+    LoadMode, MemoryFacts, MemoryMover, PoolChoice, PoolShape, Prompt, Region, Report, SharedFacts,
 };
 use kvbm_shm::{LentMemory, SharedMemory};
 use kvbm_tests::{DaemonOptions, Node, Random, eventually};
@@ -23,9 +24,20 @@ struct Rank {
     rank: usize,
 }
 
+/// How an engine is set up.
+#[derive(Clone, Copy)]
+struct How {
+    mode: LoadMode,
+    choice: PoolChoice,
+    /// The name of an engine whose scheduler half is a process of its own.
+    apart: Option<[u8; 16]>,
+}
+
 /// All ranks of one engine, driven as its executor would.
 struct Engine {
     ranks: Vec<Rank>,
+    /// The scheduler half, where rank 0 does not have it.
+    apart: Option<EngineProcess>,
     next_id: u64,
     next_page: i32,
 }
@@ -39,18 +51,37 @@ fn content(tokens: &[u32], block: usize, rank: usize) -> Vec<u8> {
     (0..BYTES).map(|at| (seed.wrapping_mul(at as u64 + 1) >> 32) as u8).collect()
 }
 
+fn settings(node: &Node, rank: usize, count: usize, how: How) -> EngineSettings {
+    EngineSettings {
+        pool: how.choice,
+        model: "m".into(),
+        tokens_per_block: TOKENS as u32,
+        rank: rank as u32,
+        rank_count: count as u32,
+        shard: rank as u32,
+        shard_count: count as u32,
+        load_mode: how.mode,
+        apart: how.apart,
+        ..EngineSettings::new(node.socket())
+    }
+}
+
+impl How {
+    /// An engine of each kind.
+    fn together_and_apart(mode: LoadMode, choice: PoolChoice) -> [Self; 2] {
+        [false, true].map(|apart| Self { mode, choice, apart: None }.named(apart))
+    }
+
+    /// Of another engine than any before.
+    fn named(self, apart: bool) -> Self {
+        static ENGINES: AtomicU8 = AtomicU8::new(1);
+        Self { apart: apart.then(|| [ENGINES.fetch_add(1, Ordering::Relaxed); 16]), ..self }
+    }
+}
+
 impl Rank {
-    fn start(node: &Node, rank: usize, count: usize, mode: LoadMode) -> Self {
-        let settings = EngineSettings {
-            model: "m".into(),
-            tokens_per_block: TOKENS as u32,
-            rank: rank as u32,
-            rank_count: count as u32,
-            shard: rank as u32,
-            shard_count: count as u32,
-            load_mode: mode,
-            ..EngineSettings::new(node.socket())
-        };
+    fn start(node: &Node, rank: usize, count: usize, how: How) -> Self {
+        let settings = settings(node, rank, count, how);
         let pool = SharedMemory::create("pool", PAGES * BYTES).unwrap();
         let lent = SharedMemory::from_fd(pool.fd().try_clone_to_owned().unwrap()).unwrap();
         let region =
@@ -59,7 +90,12 @@ impl Rank {
         let mover = Arc::new(MemoryMover::new(shape.clone(), vec![LentMemory::of_shared(lent)]));
         let process = EngineProcess::new(settings);
         let memory = MemoryFacts { layout: "test".into(), device: "cpu:0".into(), ..MemoryFacts::default() };
-        process.register(shape, mover, &memory).unwrap();
+        let exported = ExportedMemory::Shared(pool.fd().try_clone_to_owned().unwrap());
+        let exported = Exported {
+            exports: vec![Export { memory: exported, bytes: pool.bytes() as u64 }],
+            regions: vec![ExportedRegion { export: 0, offset: 0 }],
+        };
+        process.register(shape, mover, Ok(exported), &memory).unwrap();
         Self { process, pool, rank }
     }
 
@@ -83,9 +119,20 @@ impl Rank {
 }
 
 impl Engine {
+    /// Its blocks are copied out by the daemon.
     fn start(node: &Node, ranks: usize, mode: LoadMode) -> Self {
-        let ranks = (0..ranks).map(|rank| Rank::start(node, rank, ranks, mode)).collect();
-        let mut engine = Self { ranks, next_id: 1, next_page: 0 };
+        Self::start_with(node, ranks, How { mode, choice: PoolChoice::Auto, apart: None })
+    }
+
+    fn start_with(node: &Node, ranks: usize, how: How) -> Self {
+        let apart = how.apart.map(|_| {
+            let process = EngineProcess::new(settings(node, 0, ranks, how));
+            let facts = SharedFacts { layout: "test".into(), replicated: false, block_bytes: BYTES };
+            process.join(&facts).unwrap();
+            process
+        });
+        let ranks = (0..ranks).map(|rank| Rank::start(node, rank, ranks, how)).collect();
+        let mut engine = Self { ranks, apart, next_id: 1, next_page: 0 };
         // The other ranks attach when they hear which engine they are of.
         engine.step(vec![], vec![]);
         engine
@@ -93,13 +140,14 @@ impl Engine {
 
     fn wait_attached(self) -> Self {
         eventually("all ranks are attached", || {
-            self.ranks.iter().all(|rank| rank.process.is_attached()).then_some(())
+            let ranks = self.ranks.iter().map(|rank| &rank.process);
+            ranks.chain(&self.apart).all(EngineProcess::is_attached).then_some(())
         });
         self
     }
 
     fn scheduler(&self) -> &EngineProcess {
-        &self.ranks[0].process
+        self.apart.as_ref().unwrap_or(&self.ranks[0].process)
     }
 
     fn step(&mut self, new: Vec<Report>, cached: Vec<Report>) {
@@ -114,8 +162,14 @@ impl Engine {
         let id = self.next_id;
         self.next_id += 1;
         let prompt = Prompt { id, tokens: tokens.to_vec(), cacheable: true, ..Prompt::default() };
-        let (found, parked) = self.scheduler().query(prompt, 0);
-        (id, found, parked)
+        let Some(apart) = &self.apart else {
+            let (found, parked) = self.scheduler().query(prompt, 0);
+            return (id, found, parked);
+        };
+        match apart.look_up(prompt, 0) {
+            Found::Tokens(found, parked) => (id, found, parked),
+            Found::Later => panic!("there is no disk to wait for"),
+        }
     }
 
     /// Pages for so many tokens, each time others, and poisoned.
@@ -142,6 +196,7 @@ impl Engine {
         let scheduled = Some(tokens.len() - found);
         let report = Report {
             id,
+            known: 0,
             opaque: false,
             tokens: tokens.to_vec(),
             pages: vec![pages.clone()],
@@ -160,7 +215,8 @@ impl Engine {
             }
             rank.process.pass_done(0).unwrap();
         }
-        if self.scheduler().request_finished(id) {
+        // Engines whose halves are apart reuse blocks at once.
+        if self.scheduler().request_finished(id) && self.apart.is_none() {
             for rank in &self.ranks {
                 wait_for(id, |asked| rank.process.get_finished(asked, &[]).unwrap().0);
             }
@@ -210,14 +266,18 @@ fn prompt(seed: u64) -> Vec<u32> {
 
 #[test]
 fn what_one_engine_computed_another_loads() {
-    for mode in [LoadMode::Parked, LoadMode::InPass] {
+    let ways = [(LoadMode::Parked, PoolChoice::Auto), (LoadMode::InPass, PoolChoice::Staged)];
+    for how in ways.into_iter().flat_map(|(mode, choice)| How::together_and_apart(mode, choice)) {
         for ranks in [1, 2] {
             let node = small_node();
-            let mut first = Engine::start(&node, ranks, mode).wait_attached();
+            let mut first = Engine::start_with(&node, ranks, how).wait_attached();
+            let is_ipc = u64::from(how.choice == PoolChoice::Auto);
+            assert!(first.ranks.iter().all(|rank| rank.figure("ipc") == is_ipc));
             assert_eq!(first.serve(&prompt(1)), 0);
             first.serve_until_found(&prompt(1));
             drop(first);
-            let mut second = Engine::start(&node, ranks, mode).wait_attached();
+            let again = how.named(how.apart.is_some());
+            let mut second = Engine::start_with(&node, ranks, again).wait_attached();
             second.serve_until_found(&prompt(1));
             assert_eq!(second.serve(&prompt(2)), 0);
             assert!(second.ranks.iter().all(|rank| rank.figure("loaded_blocks") >= 10));
@@ -230,20 +290,22 @@ fn what_one_engine_computed_another_loads() {
 
 #[test]
 fn what_was_promised_is_loaded_though_the_daemon_died() {
-    let mut node = small_node();
-    let mut engine = Engine::start(&node, 2, LoadMode::Parked).wait_attached();
-    engine.serve(&prompt(1));
-    engine.serve_until_found(&prompt(1));
-    let asked = engine.query(&prompt(1));
-    assert_eq!(asked.1, 10 * TOKENS);
-    node.kill_daemon();
-    engine.compute(&prompt(1), asked);
-    assert_eq!((engine.broken_promises(), engine.serve(&prompt(1))), (0, 0));
-    // The next daemon is found, and filled again.
-    node.start_daemon();
-    let mut engine = engine.wait_attached();
-    engine.serve_until_found(&prompt(1));
-    assert_eq!(engine.broken_promises(), 0);
+    for how in How::together_and_apart(LoadMode::Parked, PoolChoice::Auto) {
+        let mut node = small_node();
+        let mut engine = Engine::start_with(&node, 2, how).wait_attached();
+        engine.serve(&prompt(1));
+        engine.serve_until_found(&prompt(1));
+        let asked = engine.query(&prompt(1));
+        assert_eq!(asked.1, 10 * TOKENS);
+        node.kill_daemon();
+        engine.compute(&prompt(1), asked);
+        assert_eq!((engine.broken_promises(), engine.serve(&prompt(1))), (0, 0));
+        // The next daemon is found, and filled again.
+        node.start_daemon();
+        let mut engine = engine.wait_attached();
+        engine.serve_until_found(&prompt(1));
+        assert_eq!(engine.broken_promises(), 0);
+    }
 }
 
 #[test]
@@ -265,6 +327,8 @@ fn a_daemon_that_hangs_holds_up_one_lookup_and_caching_resumes() {
     let rest: Duration = (0..50).map(|_| took(&mut engine).1).sum();
     assert!(rest < Duration::from_millis(500), "50 lookups took {rest:?}");
     assert!(engine.ranks[0].figure("lookup_timeouts") <= 1, "one lookup waited");
+    // What is to be saved is let go of when the session is.
+    assert_eq!(engine.serve(&prompt(2)), 0);
     node.daemon().signal(Signal::CONT);
     engine.serve_until_found(&prompt(1));
     assert_eq!(engine.broken_promises(), 0);

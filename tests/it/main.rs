@@ -12,3 +12,4 @@ mod quotas;
 mod replay;
 mod retention;
 mod serve;
+mod traces;

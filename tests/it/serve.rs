@@ -63,6 +63,41 @@ fn the_readmes_curl_gives_the_stored_continuation_and_then_cached_tokens() {
 }
 
 #[test]
+fn a_worker_can_be_made_to_say_hello() {
+    for name in ["DYN_ENABLE_TEST_LOGITS_PROCESSOR", "DYNAMO_ENABLE_TEST_LOGITS_PROCESSOR"] {
+        let folder = std::sync::Arc::new(tempfile::Builder::new().prefix("kvbm").tempdir().unwrap());
+        let up = Up::start_in(folder, &[], &[(name, "1")]);
+        let body = json!({ "model": "tiny", "messages": [{ "role": "user", "content": "Who?" }], "temperature": 1.5 });
+        let (status, _, answer) = up.post("/v1/chat/completions", &body);
+        assert_eq!((status, &answer["choices"][0]["finish_reason"]), (200, &json!("stop")));
+        assert_eq!(answer["choices"][0]["message"]["content"], "Hello world!");
+    }
+}
+
+#[test]
+fn a_model_is_talked_to_in_the_terminal() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+    let run = |arguments: &[&str], input: &str| {
+        use std::io::Write;
+        let mut child = Command::new(program())
+            .args(["run", "--model", model, "--max-tokens", "8", "--temperature", "0"])
+            .args(arguments)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let once = run(&["First Citizen:"], "");
+    assert!(once.trim().len() > 3, "{once}");
+    let talk = run(&[], "First Citizen:\n/clear\n\nFirst Citizen:\n/exit\nnever");
+    assert_eq!(talk, format!("{once}{once}"), "what was forgotten has no part in the second answer");
+}
+
+#[test]
 fn a_part_that_dies_is_started_again_and_requests_go_on() {
     let up = Up::start(&[]);
     let body = json!({"model": "tiny", "prompt": "First Citizen:", "max_tokens": 8, "temperature": 0});

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,16 +20,18 @@ PROMPT = (
 
 
 @contextmanager
-def up(kvbm: str):
+def up(kvbm: str, **variables: str):
     with tempfile.TemporaryDirectory(prefix="kvbm") as state:
         command = [kvbm, "up", "--json", "--http-port", "0", "--metrics-port", "0", "--cpu-cache-gb", "0.1", "--state-dir", state]
+        # A busy machine answers late, which would be a miss.
+        environment = os.environ | {"KVBM_MATCH_DEADLINE_MS": "2000", "KVBM_DETACH_AFTER_MS": "5000"} | variables
         with open(f"{state}/log", "w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             line = process.stdout.readline()
             if not line:
                 raise RuntimeError(open(f"{state}/log").read())
-            yield json.loads(line)
+            yield json.loads(line) | {"log": f"{state}/log"}
         finally:
             process.terminate()
             assert process.wait(30) == 0

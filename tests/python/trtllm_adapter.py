@@ -10,23 +10,27 @@ from kvbm_connector import _trtllm_request as requests
 from kvbm_connector import model_fingerprint
 
 
+def prompt_of(asked: Record) -> tuple:
+    return requests.prompt_of(asked, requests.Prompts())
+
+
 def request(**fields: object) -> Record:
     return Record(request_id=7, get_tokens=lambda beam: [1, 2, 3], **fields)
 
 
 def cacheable(**fields: object) -> bool:
-    return requests.prompt_of(request(**fields))[5]
+    return prompt_of(request(**fields))[5]
 
 
 def test_requests_are_translated_with_what_is_in_their_key() -> None:
-    assert requests.prompt_of(request()) == (7, b"\1\0\0\0\2\0\0\0\3\0\0\0", None, None, [], True)
-    assert requests.prompt_of(request(lora_task_id=0))[2] == 0
-    assert requests.prompt_of(request(cache_salt="s"))[3] == "s"
+    assert prompt_of(request()) == (7, b"\1\0\0\0\2\0\0\0\3\0\0\0", None, None, [], True)
+    assert prompt_of(request(lora_task_id=0))[2] == 0
+    assert prompt_of(request(cache_salt="s"))[3] == "s"
     # Two versions of the field must never make one key of two salts.
-    assert requests.prompt_of(request(cache_salt_id=5))[3] != requests.prompt_of(request(cache_salt="5"))[3]
+    assert prompt_of(request(cache_salt_id=5))[3] != prompt_of(request(cache_salt="5"))[3]
     words = [1, -1, 2**31 - 1, 0, 0, 0, 0, 9]
     image = dict(multimodal_hashes=[words], multimodal_positions=[1], multimodal_lengths=[2])
-    assert requests.prompt_of(request(**image))[4] == [(b"\1\0\0\0\xff\xff\xff\xff\xff\xff\xff\x7f" + bytes(16) + b"\t\0\0\0", 1, 2)]
+    assert prompt_of(request(**image))[4] == [(b"\1\0\0\0\xff\xff\xff\xff\xff\xff\xff\x7f" + bytes(16) + b"\t\0\0\0", 1, 2)]
 
 
 def test_what_is_not_in_the_key_is_served_without_the_cache() -> None:
@@ -40,20 +44,32 @@ def test_what_is_not_in_the_key_is_served_without_the_cache() -> None:
     assert cacheable(is_generation_only_request=lambda: False)
     assert not cacheable(prompt_embedding_table=object())
     for strange in (-5, 2**32):
-        assert requests.prompt_of(Record(request_id=1, get_tokens=lambda beam: [1, strange]))[1:] == (b"", None, None, [], False)
+        assert prompt_of(Record(request_id=1, get_tokens=lambda beam: [1, strange]))[1:] == (b"", None, None, [], False)
 
 
 def test_reports_are_those_of_every_line_of_the_interface() -> None:
     flat = Record(request_id=1, new_tokens=[4], new_block_ids=[2], computed_position=3)
-    assert requests.report_of(flat) == (1, b"\4\0\0\0", [[2]], 3, None, None)
+    assert requests.report_of(flat) == (1, 0, b"\4\0\0\0", [[2]], 3, None, None)
     flat.num_scheduled_tokens, flat.priorities, flat.new_block_ids_by_layer_group = 2, [80], []
-    assert requests.report_of(flat) == (1, b"\4\0\0\0", [[2]], 3, 2, [80])
+    assert requests.report_of(flat) == (1, 0, b"\4\0\0\0", [[2]], 3, 2, [80])
     flat.new_block_ids_by_layer_group = [[2], [-1]]
-    assert requests.report_of(flat)[2] == [[2], [-1]]
+    assert requests.report_of(flat)[3] == [[2], [-1]]
     flat.new_tokens = [-1]
-    assert requests.report_of(flat)[1] is None
+    assert requests.report_of(flat)[2] is None
     flat.new_block_ids_by_layer_group = {1: [-1], 0: [2]}
-    assert requests.report_of(flat)[2] == [[2], [-1]]
+    assert requests.report_of(flat)[3] == [[2], [-1]]
+
+
+def test_tokens_of_a_query_cross_over_once_if_the_first_report_begins_with_them() -> None:
+    prompts = requests.Prompts()
+    requests.prompt_of(request(), prompts)
+    assert prompts.known(7, [1, 2, 3, 4]) == 3 and prompts.known(7, [1, 2, 3]) == 0, "once"
+    for other in ([1, 2, 4], [1, 2], []):
+        requests.prompt_of(request(), prompts)
+        assert prompts.known(7, other) == 0, other
+    assert prompts.known(8, [1]) == 0
+    report = Record(request_id=7, new_tokens=[1, 2, 3, 4], new_block_ids=[2], computed_position=0)
+    assert requests.report_of(report, 3)[:3] == (7, 3, b"\4\0\0\0")
 
 
 def settings(**fields: object) -> Record:

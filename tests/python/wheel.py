@@ -10,10 +10,16 @@ import venv
 CHECKS = """
 import sys
 import kvbm_connector
-from kvbm_connector import trtllm
+from kvbm_connector import trtllm, vllm
 
-for absent in ("torch", "tensorrt_llm", "numpy"):
+for absent in ("torch", "tensorrt_llm", "vllm", "numpy"):
     assert absent not in sys.modules, absent
+try:
+    vllm.KvbmConnector(None, None, None)
+except ImportError as error:
+    assert "needs vLLM" in str(error), error
+else:
+    raise AssertionError("a connector of vLLM was made without vLLM")
 assert trtllm.DynamoKVBMConnectorLeader is trtllm.KvbmConnectorScheduler
 assert trtllm.DynamoKVBMConnectorWorker is trtllm.KvbmConnectorWorker
 for adapter in (trtllm.KvbmConnectorScheduler, trtllm.KvbmConnectorWorker):
@@ -39,11 +45,11 @@ engine = kvbm_connector.Engine(
 )
 pool = bytearray(16 * 64)
 address = __import__("ctypes").addressof(__import__("ctypes").c_char.from_buffer(pool))
-engine.register_memory([[(address, 64, 64, 16)]], "test", "cpu:0", False, False, False, pool)
+engine.register_memory([[(address, 64, 64, 16)]], "test", "cpu:0", False, False, False, pool, None)
 tokens = b"".join(token.to_bytes(4, "little") for token in range(9))
 assert engine.query(1, tokens, None, None, [], True, 0) == (0, False)
 engine.allocated(1, [[0, 1, 2]])
-engine.bind(engine.build([(1, tokens, [[0, 1, 2]], 0, 9, None)], []))
+engine.bind(engine.build([(1, 0, tokens, [[0, 1, 2]], 0, 9, None)], []))
 engine.start_loads(0)
 engine.pass_done(0)
 assert engine.request_finished(1) is False
@@ -82,8 +88,9 @@ def main() -> None:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--only-binary=:all:"]
         subprocess.run([*pip, wheels[-1].resolve()], check=True, env=bare)
         subprocess.run([python, "-c", CHECKS], check=True, env=bare, cwd=folder)
-        adapter = pathlib.Path(__file__).resolve().with_name("trtllm_adapter.py")
-        subprocess.run([python, adapter], check=True, env=bare, cwd=folder)
+        for name in ("trtllm_adapter.py", "vllm_adapter.py"):
+            adapter = pathlib.Path(__file__).resolve().with_name(name)
+            subprocess.run([python, adapter], check=True, env=bare, cwd=folder)
         old_names(python, bare, folder)
     print(f"wheel {wheels[-1].name}: passed")
 

@@ -88,6 +88,18 @@ impl Drop for BenchDaemon {
     }
 }
 
+/// What blocks of that size have in common.
+pub(super) fn bench_base(block_bytes: usize) -> BaseNamespace {
+    BaseNamespace::new(&BaseParts {
+        model: "bench",
+        revision: "1",
+        kv_dtype: "bytes",
+        layout: &block_bytes.to_string(),
+        tokens_per_block: 32,
+        parallel: "tp1",
+    })
+}
+
 /// An attached engine that does not compute.
 pub(super) struct BenchEngine {
     pub client: Client,
@@ -100,14 +112,17 @@ pub(super) struct BenchEngine {
 impl BenchEngine {
     /// Attaches, and opens a pool of `block_count` blocks of `block_bytes`.
     pub async fn attach(client: Client, block_bytes: usize, block_count: u32) -> Result<Self, String> {
-        let base = BaseNamespace::new(&BaseParts {
-            model: "bench",
-            revision: "1",
-            kv_dtype: "bytes",
-            layout: &block_bytes.to_string(),
-            tokens_per_block: 32,
-            parallel: "tp1",
-        });
+        Self::attach_on(client, "cpu:0", block_bytes, block_count).await
+    }
+
+    /// As [`BenchEngine::attach`], on another device.
+    pub async fn attach_on(
+        client: Client,
+        device: &str,
+        block_bytes: usize,
+        block_count: u32,
+    ) -> Result<Self, String> {
+        let base = bench_base(block_bytes);
         let namespace = base.namespace(None, None);
         let client = client.with_deadline(Duration::from_secs(60));
         let registered = client.register_namespace(namespace, base, "", "bench").await;
@@ -118,7 +133,7 @@ impl BenchEngine {
             block_bytes: block_bytes as u64,
             block_count,
             tokens_per_block: 32,
-            device: "cpu:0".into(),
+            device: device.into(),
             shard_count: 1,
             fresh: true,
             ..OpenPool::default()

@@ -8,11 +8,16 @@ mod gpu_copy;
 mod grpc;
 mod hash;
 mod host_copy;
+mod link;
 mod matching;
+mod node;
 mod overhead;
+mod pacing;
+mod rescue;
 mod router;
 mod row;
 mod serve;
+mod ttft;
 
 use clap::{Args, Subcommand};
 
@@ -42,6 +47,12 @@ enum What {
     Disk(disk::DiskArgs),
     /// Blocks between a GPU and host memory by the daemon's copy engine, the pool in another process, against raw copies
     GpuCopy(gpu_copy::GpuCopyArgs),
+    /// Time to the first token of prompts that are on a GPU, in host memory, on disk, or nowhere
+    Ttft(ttft::TtftArgs),
+    /// What offloads in the background cost decoding on a GPU: paced, and as fast as they can
+    Pacing(pacing::PacingArgs),
+    /// What is saved of the GPU memory of an engine that is killed while it reassigns its blocks
+    Rescue(rescue::RescueArgs),
     /// Requests per second and latency of frontend and worker, with an engine that only echoes
     Serve,
     /// The worker's engine on a GPU (or a processor): tokens per second of prefill and decode, or its checks
@@ -63,6 +74,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
         What::HostCopy => host_copy::measure()?,
         What::Disk(args) => disk::measure(args)?,
         What::GpuCopy(args) => gpu_copy::measure(args)?,
+        What::Rescue(args) => rescue::measure(args)?,
+        What::Pacing(args) => pacing::measure(args)?,
+        What::Ttft(args) => ttft::measure(args)?,
         What::Serve => serve::measure()?,
         What::Engine(args) => engine::measure(args)?,
         What::Router => router::measure()?,

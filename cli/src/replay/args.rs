@@ -7,6 +7,7 @@ use kvbm::AdmissionRules;
 use kvbm::ledger::{DiskRules, PolicyKind};
 
 use super::drive::Capacities;
+use super::fleet::FleetArgs;
 use super::policies::Selection;
 use super::workloads::{TOKENS_PER_BLOCK, Workload};
 
@@ -82,6 +83,8 @@ pub(crate) struct ReplayArgs {
     /// Plot the curve into this file
     #[arg(long, value_name = "FILE", requires = "curve")]
     pub(super) svg: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) fleet: FleetArgs,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(super) json: bool,

@@ -41,6 +41,18 @@ pub(super) struct Hits {
     pub disk: u64,
 }
 
+impl std::ops::Add for Hits {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            device: self.device + other.device,
+            host: self.host + other.host,
+            disk: self.disk + other.disk,
+        }
+    }
+}
+
 impl Hits {
     pub(super) fn total(self) -> u64 {
         self.device + self.host + self.disk
@@ -75,6 +87,8 @@ pub(super) struct Setup {
     pub secret: u64,
     /// Bytes of one block.
     pub block_bytes: u64,
+    /// Engines, each with a pool of its own.
+    pub engines: u8,
 }
 
 /// Replays all of a trace.
@@ -99,23 +113,32 @@ fn cpu_time() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-struct Drive<'a> {
+/// One node: its ledger, and engines that take their turn.
+pub(super) struct Drive<'a> {
     trace: &'a Trace,
     ledger: Ledger,
-    session: SessionId,
-    namespace: NamespaceId,
-    pool: Option<PoolId>,
+    engines: Vec<Engine>,
+    /// Whose turn it is.
+    engine: Engine,
     has_host: bool,
     has_disk: bool,
     outcome: Outcome,
     keys: Vec<SequenceHash>,
 }
 
-type Answer<T> = Result<T, kvbm::Refused>;
+/// An engine, as the ledger knows it.
+#[derive(Debug, Clone, Copy)]
+struct Engine {
+    session: SessionId,
+    namespace: NamespaceId,
+    pool: Option<PoolId>,
+}
+
+pub(super) type Answer<T> = Result<T, kvbm::Refused>;
 
 impl<'a> Drive<'a> {
-    fn new(trace: &'a Trace, setup: &Setup) -> Answer<Self> {
-        let Capacities { device, host, disk } = setup.capacities;
+    pub(super) fn new(trace: &'a Trace, setup: &Setup) -> Answer<Self> {
+        let Capacities { device: _, host, disk } = setup.capacities;
         let config = LedgerConfig {
             lease: Duration::from_secs(30),
             orphan_pools_max: 0,
@@ -140,26 +163,37 @@ impl<'a> Drive<'a> {
             ledger.add_disk_segment(SegmentId(0));
             ledger.set_disk_service(true);
         }
-        let session = ledger.open_session(TrustDomain(0));
-        let namespace = ledger.register_namespace(session, [1; 32], BASE, "", "replay", Millis(0))?;
-        let stride = setup.block_bytes as usize;
-        let pool = if device > 0 {
-            let identity = PoolIdentity {
-                uuid: [3; 16],
-                base: BASE,
-                domain: TrustDomain(0),
-                layout: PoolLayout { block_bytes: stride, block_count: device },
-                tokens_per_block: trace.tokens_per_block,
-                device: "cpu:0".into(),
-            };
-            Some(ledger.add_pool(session, identity, 1)?)
-        } else {
-            ledger.declare_blocks(session, BASE, stride)?;
-            None
-        };
+        let engine = |number| Engine::join(&mut ledger, trace, setup, number);
+        let engines = (0..setup.engines.max(1)).map(engine).collect::<Answer<Vec<Engine>>>()?;
         let (has_host, has_disk) = (host > 0, disk > 0);
         let (outcome, keys) = Default::default();
-        Ok(Self { trace, ledger, session, namespace, pool, has_host, has_disk, outcome, keys })
+        Ok(Self { trace, ledger, engine: engines[0], engines, has_host, has_disk, outcome, keys })
+    }
+
+    /// An engine is asked for blocks, and computes what is missing; returns what it found.
+    pub(super) fn request(&mut self, engine: usize, event: &Event, now: Millis) -> Answer<Hits> {
+        self.engine = self.engines[engine];
+        let before = self.outcome.hits;
+        self.ledger.tick(now);
+        self.demote(now);
+        self.serve(self.trace.blocks(event), true, true, now)?;
+        self.demote(now);
+        let after = self.outcome.hits;
+        Ok(Hits {
+            device: after.device - before.device,
+            host: after.host - before.host,
+            disk: after.disk - before.disk,
+        })
+    }
+
+    /// What changed, in which tier and in which engine's pool, since it was asked for last.
+    pub(super) fn take_changes(&mut self) -> Vec<(kvbm::Event, usize)> {
+        let engine = |pool: Option<PoolId>| {
+            let of = |engine: &Engine| engine.pool == pool;
+            self.engines.iter().position(of).unwrap_or(0)
+        };
+        let changes = std::mem::take(self.ledger.take_events());
+        changes.into_iter().map(|event| (event, engine(event.pool))).collect()
     }
 
     fn event(&mut self, event: &Event) -> Answer<()> {
@@ -187,18 +221,18 @@ impl<'a> Drive<'a> {
         keys.clear();
         keys.extend(blocks.iter().map(|block| self.trace.key(*block)));
         let matched = self.find(&keys, counts, now)?;
-        let found = match self.pool {
+        let found = match self.engine.pool {
             Some(pool) => self.serve_from_pool(pool, &keys, matched, stores, now)?,
             None => {
                 let found = matched.host_blocks;
                 if let Some(lease) = matched.lease {
-                    self.ledger.release_lease(self.session, lease, now)?;
+                    self.ledger.release_lease(self.engine.session, lease, now)?;
                 }
                 if stores {
                     let parent = found.checked_sub(1).map(|last| keys[last]);
                     let stored = self.ledger.store_in_host(
-                        self.session,
-                        self.namespace,
+                        self.engine.session,
+                        self.engine.namespace,
                         parent,
                         &keys[found..],
                         now,
@@ -218,7 +252,14 @@ impl<'a> Drive<'a> {
 
     /// What is found, once what is on disk has come to host memory.
     fn find(&mut self, keys: &[SequenceHash], counts: bool, now: Millis) -> Answer<Matched> {
-        let matched = self.ledger.match_prefix(self.session, self.namespace, keys, self.pool, &[], now)?;
+        let matched = self.ledger.match_prefix(
+            self.engine.session,
+            self.engine.namespace,
+            keys,
+            self.engine.pool,
+            &[],
+            now,
+        )?;
         if counts {
             self.outcome.hits.device += matched.device.len() as u64;
             self.outcome.hits.host += matched.host_blocks as u64;
@@ -229,18 +270,19 @@ impl<'a> Drive<'a> {
         }
         // Whoever waits for a disk holds nothing.
         if let Some(lease) = matched.lease {
-            self.ledger.release_lease(self.session, lease, now)?;
+            self.ledger.release_lease(self.engine.session, lease, now)?;
         }
-        if let Some(pool) = self.pool {
+        if let Some(pool) = self.engine.pool {
             self.release(pool, &matched.device, now)?;
         }
         self.promote(keys, now)?;
-        self.ledger.match_prefix(self.session, self.namespace, keys, self.pool, &[], now)
+        self.ledger.match_prefix(self.engine.session, self.engine.namespace, keys, self.engine.pool, &[], now)
     }
 
     fn promote(&mut self, keys: &[SequenceHash], now: Millis) -> Answer<()> {
         loop {
-            let batches = self.ledger.begin_promote(self.session, self.namespace, keys, LIMIT, now)?;
+            let batches =
+                self.ledger.begin_promote(self.engine.session, self.engine.namespace, keys, LIMIT, now)?;
             let mut arrived = 0;
             for batch in batches {
                 let outcomes = vec![Promoted::Arrived; batch.copies().len()];
@@ -265,11 +307,11 @@ impl<'a> Drive<'a> {
     ) -> Answer<usize> {
         let mut held = matched.device;
         if let Some(lease) = matched.lease {
-            let targets = self.ledger.request_grants(self.session, pool, matched.host_blocks, now)?;
+            let targets = self.ledger.request_grants(self.engine.session, pool, matched.host_blocks, now)?;
             if targets.is_empty() {
-                self.ledger.release_lease(self.session, lease, now)?;
+                self.ledger.release_lease(self.engine.session, lease, now)?;
             } else {
-                let batch = self.ledger.begin_onboard(self.session, lease, pool, &targets, now)?;
+                let batch = self.ledger.begin_onboard(self.engine.session, lease, pool, &targets, now)?;
                 self.ledger.finish_onboard(batch, true, now);
                 self.outcome.moved += targets.len() as u64;
                 held.extend(targets);
@@ -293,7 +335,7 @@ impl<'a> Drive<'a> {
         now: Millis,
     ) -> Answer<bool> {
         let orphans = self.ledger.tally().orphans;
-        let granted = self.ledger.request_grants(self.session, pool, keys.len() - first, now)?;
+        let granted = self.ledger.request_grants(self.engine.session, pool, keys.len() - first, now)?;
         let commits: Vec<CommitBlock> = granted
             .iter()
             .enumerate()
@@ -305,7 +347,7 @@ impl<'a> Drive<'a> {
             })
             .collect();
         for part in commits.chunks(BATCH) {
-            self.ledger.commit(self.session, self.namespace, pool, part, now)?;
+            self.ledger.commit(self.engine.session, self.engine.namespace, pool, part, now)?;
             self.offload(now);
         }
         held.extend(granted);
@@ -320,7 +362,7 @@ impl<'a> Drive<'a> {
 
     fn release(&mut self, pool: PoolId, blocks: &[BlockRef], now: Millis) -> Answer<()> {
         let held: Vec<Held> = blocks.iter().map(|block| Held { block: *block, pins: 1 }).collect();
-        self.ledger.release(self.session, pool, &held, now)
+        self.ledger.release(self.engine.session, pool, &held, now)
     }
 
     /// Stores blocks behind `parent`. False: the cache does not have that one any more.
@@ -329,7 +371,7 @@ impl<'a> Drive<'a> {
         keys.clear();
         keys.extend(parent.iter().chain(blocks).map(|block| self.trace.key(*block)));
         let first = usize::from(parent.is_some());
-        let stored = match self.pool {
+        let stored = match self.engine.pool {
             Some(pool) => {
                 let mut held = Vec::new();
                 let stored = self.compute(pool, &keys, first, &mut held, now)?;
@@ -338,8 +380,13 @@ impl<'a> Drive<'a> {
             }
             None => {
                 let parent = parent.map(|_| keys[0]);
-                let stored =
-                    self.ledger.store_in_host(self.session, self.namespace, parent, &keys[first..], now)?;
+                let stored = self.ledger.store_in_host(
+                    self.engine.session,
+                    self.engine.namespace,
+                    parent,
+                    &keys[first..],
+                    now,
+                )?;
                 self.outcome.moved += stored.blocks as u64;
                 !stored.is_orphan
             }
@@ -361,6 +408,29 @@ impl<'a> Drive<'a> {
             self.outcome.moved += stored as u64;
             self.outcome.disk_writes += stored as u64;
         }
+    }
+}
+
+impl Engine {
+    fn join(ledger: &mut Ledger, trace: &Trace, setup: &Setup, number: u8) -> Answer<Self> {
+        let session = ledger.open_session(TrustDomain(0));
+        let namespace = ledger.register_namespace(session, [1; 32], BASE, "", "replay", Millis(0))?;
+        let stride = setup.block_bytes as usize;
+        let block_count = setup.capacities.device;
+        if block_count == 0 {
+            ledger.declare_blocks(session, BASE, stride)?;
+            return Ok(Self { session, namespace, pool: None });
+        }
+        let identity = PoolIdentity {
+            uuid: [number; 16],
+            base: BASE,
+            domain: TrustDomain(0),
+            layout: PoolLayout { block_bytes: stride, block_count },
+            tokens_per_block: trace.tokens_per_block,
+            device: "cpu:0".into(),
+        };
+        let pool = Some(ledger.add_pool(session, identity, 1)?);
+        Ok(Self { session, namespace, pool })
     }
 }
 

@@ -4,7 +4,8 @@
 //! ```text
 //!  trace (Mooncake, recorded) ─┐
 //!                              ├─► Trace ─┬─► drive ──────► the daemon's own ledger ─┐
-//!  workloads (made up) ────────┘          └─► reference ──► known policies, plain ───┴─► report, curve, svg
+//!  workloads (made up) ────────┘          ├─► fleet ──────► several of them, and the router's choice
+//!                                         └─► reference ──► known policies, plain ───┴─► report, curve, svg
 //! ```
 //!
 //! Copies end at once and no byte is stored: what is measured are decisions.
@@ -12,6 +13,7 @@
 mod args;
 mod curve;
 mod drive;
+mod fleet;
 mod policies;
 mod progress;
 mod random;
@@ -47,6 +49,10 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<u8, String> {
         );
     }
     let trace = prepare(args)?;
+    if !args.fleet.modes().is_empty() {
+        print!("{}", fleet::compare(args, &trace)?);
+        return Ok(0);
+    }
     let text = if args.curve { draw_curve(args, &trace)? } else { compare(args, &trace)? };
     print!("{text}");
     Ok(0)
@@ -84,6 +90,7 @@ fn rows(args: &ReplayArgs, trace: &Trace, capacities: Capacities) -> Result<Vec<
                     disk_rules: args.disk_rules(),
                     secret: args.secret,
                     block_bytes,
+                    engines: 1,
                 };
                 let what = format!("{} with {} blocks", policy.name(), capacities.total());
                 let outcome = drive::replay(trace, &setup, Progress::new(what, trace.events.len()))?;

@@ -80,6 +80,28 @@ fn the_conversation_trace_gives_the_known_hit_ratios() {
     assert!((0.10..0.15).contains(&closed("reference-s3fifo")));
 }
 
+/// Two nodes with two workers each, tiers that are small beside the trace, each of its blocks scaled to 16 tokens.
+#[test]
+fn routing_by_blocks_finds_half_as_much_again_as_taking_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = file(&dir, "conversation.jsonl", &conversation::mooncake());
+    let common = ["--trace", text(&trace), "--trace-tokens-per-block", "16"];
+    let rows = |more: &[&str]| {
+        let rows = json(&[&common[..], &["--router-mode", "round-robin,kv"], more].concat());
+        let figure = |row: usize, name: &str| rows[row][name].as_f64().unwrap();
+        let gain = |name| figure(1, name) / figure(0, name);
+        assert!(figure(1, "most_over_mean") < 1.1, "{rows}");
+        (gain("hit_blocks"), gain("device_hit_blocks"), gain("first_token_p50_ms"))
+    };
+    let (found, _, first_token) =
+        rows(&["--device-blocks", "1000", "--host-blocks", "1000", "--prefill-rate", "625"]);
+    assert!(found >= 1.5 && first_token < 1.0, "{found} {first_token}");
+    // One node without host memory: what is found is in the worker's own pool.
+    let (_, device, first_token) =
+        rows(&["--nodes", "1", "--device-blocks", "5000", "--prefill-rate", "1250"]);
+    assert!(device >= 1.5 && first_token < 1.0, "{device} {first_token}");
+}
+
 /// Scripts read these: fields may be added.
 #[test]
 fn the_default_policy_is_at_or_above_the_best_known_on_the_conversation_trace() {

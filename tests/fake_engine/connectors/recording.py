@@ -8,6 +8,11 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 
+def note(path: Path, call: str, **what: Any) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps({"call": call} | what) + "\n")
+
+
 class _Recorder:
     def __init__(self, llm_args: Any) -> None:
         parsed = urlparse(llm_args.kv_connector_config.server_url)
@@ -18,8 +23,7 @@ class _Recorder:
         self.keep = bool(settings.get("keep", 0))
 
     def note(self, call: str, **what: Any) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"call": call} | what) + "\n")
+        note(self.path, call, **what)
 
 
 class Scheduler(_Recorder):

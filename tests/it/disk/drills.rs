@@ -9,7 +9,7 @@ use kvbm_tests::{
     DaemonOptions, Node, Random, WorkerClient, WorkerOptions, drill_seeds, eventually, eventually_within,
 };
 
-use crate::drills::{all_right, expected, moment, under_traffic};
+use crate::drills::{Expected, all_right, expected, moment, under_traffic};
 
 const SHORT: u64 = 4;
 /// Room for about half of all blocks of the prompts in each tier, so that they keep moving.
@@ -90,7 +90,7 @@ fn out_of_service(node: &Node) {
     assert_eq!(node.metric("kvbm_disk_in_service", ""), 0.0);
 }
 
-fn serves_without(client: &WorkerClient, node: &Node, expected: &[Vec<u32>]) {
+fn serves_without(client: &WorkerClient, node: &Node, expected: &Expected) {
     // What was being read when the drive went has arrived or failed.
     eventually("reads and writes end", || {
         let slots = disk(node).slots;

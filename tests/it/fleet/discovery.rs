@@ -5,7 +5,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use kvbm_tests::{DaemonOptions, Frontend, Node, Random, WorkerOptions, eventually_within, get_any};
+use kvbm_tests::{
+    DaemonOptions, Frontend, Node, Random, WorkerOptions, eventually, eventually_within, get_any, program,
+};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 /// One member, with its data in a folder.
@@ -15,8 +18,14 @@ struct Etcd {
 
 impl Etcd {
     fn start(folder: &Path, port: u16) -> Self {
-        let (client, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{}", port + 1));
+        Self::serve(folder, port, "http", &[])
+    }
+
+    fn serve(folder: &Path, port: u16, scheme: &str, more: &[&str]) -> Self {
+        let client = format!("{scheme}://127.0.0.1:{port}");
+        let peer = format!("http://127.0.0.1:{}", port + 1);
         let child = Command::new("etcd")
+            .args(more)
             .args(["--data-dir", folder.join("etcd").to_str().unwrap()])
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
@@ -112,4 +121,60 @@ fn nodes_come_and_go_through_etcd_and_its_loss_disturbs_nobody() {
     frontend.until_ready(2);
     drop(first);
     ask();
+}
+
+/// Writes what an authority signs for `name` into `NAME.pem` and `NAME.key`; the authority itself is `ca.pem`.
+fn certificates(folder: &Path, names: &[&str]) {
+    let key = KeyPair::generate().unwrap();
+    let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    std::fs::write(folder.join("ca.pem"), parameters.self_signed(&key).unwrap().pem()).unwrap();
+    let issuer = Issuer::new(parameters, key);
+    for name in names {
+        let key = KeyPair::generate().unwrap();
+        let signed =
+            CertificateParams::new(vec![(*name).to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        std::fs::write(folder.join(format!("{name}.pem")), signed.pem()).unwrap();
+        std::fs::write(folder.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+#[test]
+fn models_are_listed_added_and_removed_in_an_etcd_with_tls_that_demands_a_certificate() {
+    if !is_there() {
+        eprintln!("skipped: there is no etcd");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    certificates(folder.path(), &["127.0.0.1", "client"]);
+    let file = |name: &str| folder.path().join(name).display().to_string();
+    let port = free_ports();
+    let (ca, cert, key) = (file("ca.pem"), file("127.0.0.1.pem"), file("127.0.0.1.key"));
+    let arguments =
+        ["--trusted-ca-file", &ca, "--cert-file", &cert, "--key-file", &key, "--client-cert-auth"];
+    let _etcd = Etcd::serve(folder.path(), port, "https", &arguments);
+    let place = format!("etcds://127.0.0.1:{port}");
+    let models = |arguments: &[&str], client: Option<&str>| {
+        let mut command = Command::new(program());
+        command.args(["models", "--discovery", &place]).args(arguments).env("ETCD_AUTH_CA", &ca);
+        if let Some(name) = client {
+            command.env("ETCD_AUTH_CLIENT_CERT", file(&format!("{name}.pem")));
+            command.env("ETCD_AUTH_CLIENT_KEY", file(&format!("{name}.key")));
+        }
+        command.output().unwrap()
+    };
+    let url = "https://far.example:8443";
+    eventually("the server is listed", || {
+        models(&["add", url], Some("client")).status.success().then_some(())
+    });
+    let again = models(&["add", url], Some("client"));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("already"), "{again:?}");
+    assert!(!models(&["list"], None).status.success(), "a certificate was demanded");
+    let listed = |client| {
+        let output = models(&["list"], client);
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["upstreams"].clone()
+    };
+    assert_eq!(listed(Some("client")), json!([url]));
+    assert!(models(&["remove", url], Some("client")).status.success());
+    assert_eq!(listed(Some("client")), json!([]));
 }

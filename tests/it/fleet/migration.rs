@@ -122,15 +122,25 @@ fn drill_migration() {
     let recomputed = frontend.metric("dynamo_frontend_model_migration_recomputed_tokens_total", "");
     let resumed = frontend.metric("dynamo_frontend_model_migration_duration_seconds_count", "");
     let seconds = frontend.metric("dynamo_frontend_model_migration_duration_seconds_sum", "");
+    let within = |limit| frontend.metric("dynamo_frontend_model_migration_duration_seconds_bucket", limit);
+    let soon = within("le=\"0.05\"");
+    let of = |reason: &str| {
+        let label = format!("reason=\"{reason}\"");
+        frontend.metric("dynamo_frontend_model_migration_recomputed_tokens_total", &label)
+    };
+    let [open_block, not_offloaded, missed] = ["open_block", "not_offloaded", "missed"].map(of);
     let mut gaps = gaps.into_inner().unwrap();
     gaps.sort();
     println!(
-        "{streams} streams: {ongoing} moves, {retried} retries, {:.1} tokens recomputed and {:.1} ms per move, \
+        "{streams} streams: {ongoing} moves, {retried} retries, {:.1} tokens recomputed per move (block being filled \
+         {open_block}, not offloaded {not_offloaded}, missed {missed}), {:.1} ms per move, {soon} of {resumed} within 50 ms, \
          longest gap of a stream p50 {:?}",
         recomputed / resumed.max(1.0),
         1000.0 * seconds / resumed.max(1.0),
         gaps[gaps.len() / 2],
     );
+    assert_eq!(recomputed, open_block + not_offloaded + missed);
+    assert!(open_block <= BLOCK as f64 * resumed, "{open_block} tokens of {resumed} blocks");
     assert!(ongoing > 0.0, "nothing was disturbed");
 }
 

@@ -2,6 +2,7 @@
 
 mod disagg;
 mod discovery;
+mod events;
 mod migration;
 mod routing;
 

@@ -29,7 +29,7 @@ pub(super) fn measure(args: &EngineArgs) -> Result<Vec<Row>, String> {
     let mut rows = Vec::new();
     for shape in [None, Some(Shape::Small)] {
         let source = Source { folder: &args.model, shape };
-        let limits = BatchLimits { tokens: 512, sequences: 8, tokens_per_block: args.block_size };
+        let limits = BatchLimits { tokens: 512, sequences: 8, answers: 8, tokens_per_block: args.block_size };
         let cpu = Subject::cpu(source, limits, BLOCKS)?;
         let gpu = Subject::cuda(&args.device, source, limits, BLOCKS)?;
         let mut check = Check::new(cpu, gpu, &args.model, args.block_size)?;
@@ -136,7 +136,7 @@ impl Check {
             let mut chosen = Logits::default();
             let chunk = Chunk { tokens, first_position: at, blocks: table, want: Want::Largest };
             self.gpu.forward(&[chunk], &mut chosen)?;
-            right &= chosen.choose(0, Sampling::Greedy, at) == argmax(row);
+            right &= chosen.largest(0) == argmax(row);
         }
         Ok(f64::from(u8::from(right)))
     }
@@ -215,12 +215,12 @@ fn step(subject: &mut Subject, chunks: &[(&[u32], usize, &[BlockId])]) -> Result
             tokens,
             first_position: *first_position,
             blocks,
-            want: Want::Logits,
+            want: Want::Logits(1),
         })
         .collect();
     let mut logits = Logits::default();
     subject.forward(&batch, &mut logits)?;
-    Ok((0..logits.rows()).map(|i| logits.row(i).to_vec()).collect())
+    Ok((0..logits.answers()).map(|i| logits.row(i).to_vec()).collect())
 }
 
 fn straight() -> Vec<BlockId> {
@@ -244,7 +244,7 @@ fn numbers(bytes: &[u8]) -> Vec<f32> {
 }
 
 fn argmax(logits: &[f32]) -> u32 {
-    Sampling::Greedy.choose(logits, 0)
+    Sampling::greedy().choose(logits, 0)
 }
 
 /// Between the log-probabilities of the two best tokens.

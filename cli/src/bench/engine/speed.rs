@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kvbm_worker::model::Config;
-use kvbm_worker::{BatchLimits, BlockId, Ceilings, Chunk, Logits, Sampling, Want};
+use kvbm_worker::{BatchLimits, BlockId, Ceilings, Chunk, Logits, Want};
 
 use super::subject::{Source, Subject};
 use super::{EngineArgs, Row};
@@ -17,8 +17,12 @@ const DECODE_STEPS: usize = 64;
 pub(super) fn measure(args: &EngineArgs) -> Result<Vec<Row>, String> {
     let source = Source { folder: &args.model, shape: args.shape()? };
     let sequences = args.batches.iter().copied().max().unwrap_or(1).max(1);
-    let limits =
-        BatchLimits { tokens: args.chunk.max(sequences), sequences, tokens_per_block: args.block_size };
+    let limits = BatchLimits {
+        tokens: args.chunk.max(sequences),
+        sequences,
+        answers: sequences,
+        tokens_per_block: args.block_size,
+    };
     let each = (args.context + DECODE_STEPS + 1).div_ceil(args.block_size);
     let longest = args.prompts.iter().copied().max().unwrap_or(0).div_ceil(args.block_size);
     let blocks = (each * sequences).max(longest);
@@ -105,7 +109,7 @@ impl Bench {
             self.subject.forward(&[chunk], &mut self.logits)?;
             done += part.len();
         }
-        Ok(self.logits.choose(0, Sampling::Greedy, 0))
+        Ok(self.logits.largest(0))
     }
 
     fn decode(&mut self, batch: usize, context: usize, each: usize) -> Result<f64, String> {
@@ -126,7 +130,7 @@ impl Bench {
                 })
                 .collect();
             self.subject.forward(&chunks, &mut self.logits)?;
-            tokens = (0..batch).map(|i| self.logits.choose(i, Sampling::Greedy, 0)).collect();
+            tokens = (0..batch).map(|i| self.logits.largest(i)).collect();
             seconds.push(begin.elapsed().as_secs_f64());
         }
         Ok(batch as f64 / median(seconds))

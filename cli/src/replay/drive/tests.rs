@@ -14,6 +14,7 @@ fn setup(device: u32, host: u32, disk: u32) -> Setup {
         disk_rules: DiskRules::default(),
         secret: 1,
         block_bytes: BLOCK_BYTES,
+        engines: 1,
     }
 }
 
