@@ -7,6 +7,7 @@ import os
 import random
 import re
 import sys
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -374,10 +375,15 @@ def log(ready: dict, client: openai.OpenAI) -> None:
             complete(client, max_tokens=2, extra_headers={"x-request-id": f"logged-{len(fields)}"}, **fields)
         except openai.BadRequestError:
             assert fields
-    with open(ready["log"]) as file:
-        lines = [json.loads(line) for line in file]
+    # A line may be written a moment after its answer, and other lines are not about requests.
+    until, of_request = time.monotonic() + 10, {}
+    while time.monotonic() < until and not {"logged-0", "logged-1"} <= of_request.keys():
+        with open(ready["log"]) as file:
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+        of_request = {line.get("request_id"): line for line in lines}
+        time.sleep(0.05)
     assert {line["target"] for line in lines if line["level"] == "INFO"} == {"access"}
-    good, bad = (next(line for line in lines if line["request_id"] == f"logged-{count}") for count in (0, 1))
+    good, bad = of_request["logged-0"], of_request["logged-1"]
     assert (good["status"], good["model"], good["completion_tokens"]) == ("success", "tiny", 2)
     assert good["first_token_ms"] <= good["duration_ms"] and good["prompt_tokens"] > 32
     assert (bad["status"], bad["error_type"]) == ("error", "validation")
