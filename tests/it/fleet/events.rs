@@ -1,4 +1,4 @@
-//! Two nodes that tell two frontends of their blocks through NATS, which is killed and started again under load. Skipped
+//! Two nodes that tell two frontends of their blocks through NATS, which is killed and started again while requests go on. Skipped
 //! where there is no `nats-server`, unless `KVBM_TEST_NATS` demands it.
 
 use std::path::Path;
