@@ -13,7 +13,7 @@ use clap::Args;
 use engine::Engine;
 use path::WholePath;
 use reference::Reference;
-use scratch::Scratch;
+use scratch::{Scratch, has_room};
 
 use super::Row;
 
@@ -30,10 +30,10 @@ const PATH_LIMIT: f64 = 0.90;
 /// What is measured, and where
 #[derive(Debug, Args)]
 pub(super) struct DiskArgs {
-    /// Directory on the drive to be measured; the file there has no name and is gone with this process
+    /// Directory on the drive to be measured; a cache of this size is made in it, measured and removed
     #[arg(long, default_value = ".", value_name = "DIR")]
     dir: PathBuf,
-    /// Size of the file, in GB of 10^9 bytes
+    /// Size of the cache, in GB of 10^9 bytes
     #[arg(long, default_value_t = 8.0, value_parser = size_gb, value_name = "GB")]
     size_gb: f64,
 }
@@ -86,16 +86,17 @@ impl Figure {
 
 pub(super) fn measure(args: &DiskArgs) -> Result<Vec<Row>, String> {
     let bytes = (args.size_gb * 1e9) as u64;
-    eprintln!("filling {} GB in {}", args.size_gb, args.dir.display());
-    let scratch = Scratch::create(&args.dir, bytes)?;
-    let engine = Engine::start(&scratch, DEPTH)?;
-    engine.fill()?;
-    let reference = Reference::find(&scratch, DEPTH)?;
+    has_room(&args.dir, bytes)?;
     let (mut engine_rows, mut path_rows) = (Vec::new(), Vec::new());
     for (name, io_bytes) in SIZES {
         eprintln!("filling a disk cache of {} GB with blocks of {name}", args.size_gb);
         let mut path = WholePath::start(&args.dir, bytes, io_bytes)?;
-        for direction in [Direction::Write, Direction::Read] {
+        // One file for all: two files of one drive may differ by half.
+        let scratch = Scratch::open(path.dir())?;
+        let engine = Engine::start(&scratch, DEPTH)?;
+        let reference = Reference::find(&scratch, DEPTH)?;
+        // Writes come last: they leave nothing behind that could be read as blocks.
+        for direction in [Direction::Read, Direction::Write] {
             let task = Task { direction, io_bytes, time: TURN };
             let turns = alternate(&engine, &reference, &mut path, task)?;
             engine_rows.push(engine_row(&engine, &reference, task, name, &turns));
@@ -193,12 +194,11 @@ mod tests {
     #[test]
     fn engine_and_reference_move_whole_ios_through_the_same_file() {
         let dir = tempfile::tempdir().unwrap();
-        let Ok(scratch) = Scratch::create(dir.path(), 500_000_000) else {
-            return eprintln!("no O_DIRECT here, or no space");
+        std::fs::write(dir.path().join("file"), vec![7; 64 << 20]).unwrap();
+        let Ok(scratch) = Scratch::open(dir.path()) else {
+            return eprintln!("no O_DIRECT here");
         };
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the file has no name");
         let engine = Engine::start(&scratch, 4).unwrap();
-        engine.fill().unwrap();
         for direction in [Direction::Write, Direction::Read] {
             let task = Task { direction, io_bytes: 1 << 20, time: Duration::from_millis(50) };
             for reference in [Reference::find(&scratch, 4).unwrap(), Reference::plain(&scratch, 4).unwrap()] {
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_directory_without_space_is_refused_with_the_numbers() {
-        let refused = Scratch::create(&std::env::temp_dir(), 1 << 60).unwrap_err();
+        let refused = has_room(&std::env::temp_dir(), 1 << 60).unwrap_err();
         assert!(refused.contains("GB are free"), "{refused}");
     }
 }

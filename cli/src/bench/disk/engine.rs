@@ -2,7 +2,7 @@
 //! measured. Handed in by its own thread: fio has only one as well.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvbm::disk_io::{Buffer, DiskIo, Io, IoBatch, IoFailure, IoOptions, start};
 use kvbm_shm::SharedMemory;
@@ -23,12 +23,6 @@ pub(super) struct Engine {
     memories: Vec<Arc<SharedMemory>>,
     file_bytes: u64,
     depth: usize,
-}
-
-/// Until when to go on.
-enum Until {
-    Elapsed(Duration),
-    Moved(u64),
 }
 
 impl Engine {
@@ -58,17 +52,7 @@ impl Engine {
         if self.io.memories_registered() == MEMORIES { "registered buffers" } else { "UNREGISTERED buffers" }
     }
 
-    /// Writes the whole file once, so that nobody meets blocks that are not there yet.
-    pub fn fill(&self) -> Result<(), String> {
-        let task = Task { direction: Direction::Write, io_bytes: IO_BYTES_MAX, time: Duration::ZERO };
-        self.go(task, Until::Moved(self.file_bytes)).map(drop)
-    }
-
     pub fn run(&self, task: Task) -> Result<Figure, String> {
-        self.go(task, Until::Elapsed(task.time))
-    }
-
-    fn go(&self, task: Task, until: Until) -> Result<Figure, String> {
         let (tell, told) = mpsc::channel();
         let run = Arc::new(Run {
             io: Arc::clone(&self.io),
@@ -76,7 +60,6 @@ impl Engine {
             file_bytes: self.file_bytes,
             depth: self.depth,
             task,
-            until,
             started: Instant::now(),
             progress: Mutex::new(Progress { handed_in: 0, bytes: 0, batches_left: BATCHES }),
             tell,
@@ -99,7 +82,6 @@ struct Run {
     file_bytes: u64,
     depth: usize,
     task: Task,
-    until: Until,
     started: Instant,
     progress: Mutex<Progress>,
     /// Once, when all has ended or something failed.
@@ -133,11 +115,7 @@ impl Run {
         let failed = results.iter().find_map(|result| result.err());
         let mut progress = self.progress();
         progress.bytes += (results.len() * self.task.io_bytes) as u64;
-        let go_on = match self.until {
-            Until::Elapsed(time) => self.started.elapsed() < time,
-            Until::Moved(wanted) => progress.handed_in * (self.task.io_bytes as u64) < wanted,
-        };
-        let go_on = go_on && failed.is_none();
+        let go_on = self.started.elapsed() < self.task.time && failed.is_none();
         progress.batches_left -= usize::from(!go_on);
         let over = progress.batches_left == 0;
         drop(progress);

@@ -40,7 +40,7 @@ pub(super) struct WholePath {
     blocks: usize,
     sets: Vec<Set>,
     reads: usize,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl WholePath {
@@ -80,9 +80,9 @@ impl WholePath {
         let pool = manager.open_pool(session, open).map_err(|error| told(&error))?;
         // Behind the pool's header.
         fill_with_noise(pool.memory.memory(), pool.memory.layout().offset(0));
-        let (sets, reads, _directory) = (Vec::new(), 0, directory);
+        let (sets, reads) = (Vec::new(), 0);
         let mut path =
-            Self { manager, session, namespace, pool, block_bytes, blocks, sets, reads, _directory };
+            Self { manager, session, namespace, pool, block_bytes, blocks, sets, reads, directory };
         path.wait("the tiers are ready", |path| {
             let (planned, there) = path.manager.host_bytes();
             let disk = path.manager.disk().map(|disk| disk.state);
@@ -94,7 +94,12 @@ impl WholePath {
         Ok(path)
     }
 
-    /// One turn.
+    /// Where the file is.
+    pub fn dir(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// One turn. After the first write the file may be written to by others: nothing is read from it any more.
     pub fn run(&mut self, direction: Direction) -> Result<Figure, String> {
         match direction {
             Direction::Write => self.write(),

@@ -1,4 +1,4 @@
-//! The file that is measured. It never has a name, so nothing is left of it however this process ends.
+//! The file that is measured: that of a disk cache, past the page cache. What is in it is of no worth.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::fs::OFlags;
 use rustix::io::{FdFlags, fcntl_setfd};
 
-/// The largest I/O is a divisor of the file's size.
+/// The largest I/O is a divisor of the size that is used.
 const GRAIN: u64 = 4 << 20;
 /// Left to others on the file system.
 const SPARE_BYTES: u64 = 64 << 20;
@@ -21,30 +21,22 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes an empty file, for about this many bytes.
-    pub fn create(dir: &Path, bytes: u64) -> Result<Self, String> {
-        let bytes = bytes / GRAIN * GRAIN;
+    /// The only file in a directory. The reference opens it in the same way.
+    pub fn open(dir: &Path) -> Result<Self, String> {
         let told =
             |what: &'static str| move |error: std::io::Error| format!("{what} in {}: {error}", dir.display());
-        let space = rustix::fs::statvfs(dir).map_err(|error| told("look for space")(error.into()))?;
-        let free = space.f_bavail * space.f_frsize;
-        if free < bytes + SPARE_BYTES {
-            let gb = |bytes: u64| bytes as f64 / 1e9;
-            return Err(format!(
-                "{:.1} GB are wanted in {}, {:.1} GB are free",
-                gb(bytes),
-                dir.display(),
-                gb(free)
-            ));
-        }
-        let nameless = tempfile::tempfile_in(dir).map_err(told("make a file"))?;
-        // The same file once more, past the page cache. The reference opens it in the same way.
+        let mut files = std::fs::read_dir(dir).map_err(told("look for the file"))?;
+        let path = match (files.next(), files.next()) {
+            (Some(Ok(file)), None) => file.path(),
+            _ => return Err(format!("look for the file in {}: there is not exactly one", dir.display())),
+        };
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(OFlags::DIRECT.bits() as i32)
-            .open(format!("/proc/self/fd/{}", nameless.as_raw_fd()))
+            .open(path)
             .map_err(told("O_DIRECT, which this measures, is not possible"))?;
+        let bytes = file.metadata().map_err(told("look at the file"))?.len() / GRAIN * GRAIN;
         Ok(Self { file, bytes })
     }
 
@@ -55,6 +47,23 @@ impl Scratch {
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+}
+
+/// Refuses a directory that has no room for a file of this size.
+pub(super) fn has_room(dir: &Path, bytes: u64) -> Result<(), String> {
+    let space =
+        rustix::fs::statvfs(dir).map_err(|error| format!("look for space in {}: {error}", dir.display()))?;
+    let free = space.f_bavail * space.f_frsize;
+    if free < bytes + SPARE_BYTES {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        return Err(format!(
+            "{:.1} GB are wanted in {}, {:.1} GB are free",
+            gb(bytes),
+            dir.display(),
+            gb(free)
+        ));
+    }
+    Ok(())
 }
 
 /// Lets processes started from now on have a descriptor, under its number.

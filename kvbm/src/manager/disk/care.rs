@@ -14,10 +14,13 @@ use crate::store::disk::{DiskRead, DiskStore};
 
 /// How often there may be something to do.
 const TURN: Duration = Duration::from_millis(100);
-/// What was written is durable after this long and the time that a flush takes: as long as there is more to write, and
-/// when there is not. A drive that flushes writes nothing else.
-const FLUSH_BUSY: Duration = Duration::from_secs(1);
+/// What was written is durable after this long and the time that a flush takes, when there is nothing more to write.
 const FLUSH_IDLE: Duration = Duration::from_millis(500);
+/// The same as long as there is more: the least and the most.
+const FLUSH_BUSY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+/// A drive that flushes writes nothing else. Of the time in which there is more to write, one part in so many is for flushes:
+/// drives that keep what they were given when the power goes flush in no time, others need a tenth of a second.
+const FLUSH_SHARE: u32 = 50;
 /// Blocks in one acquisition of the ledger's lock.
 const BLOCKS_AT_ONCE: usize = 256;
 /// Memory for blocks that are looked at; larger ones are only looked at when they are wanted.
@@ -26,19 +29,28 @@ const SCRATCH_BYTES: usize = 16 << 20;
 /// Until the manager stops.
 pub(super) fn run(shared: &Shared, tier: &DiskTier) {
     let mut flushed = Instant::now();
+    let mut flush_cost = Duration::ZERO;
     let mut scrub = Scrub::default();
     while !shared.stopping.load(Ordering::SeqCst) {
         thread::sleep(TURN);
         let Some(store) = tier.store().filter(|_| tier.is_on()) else { continue };
-        let flush = if tier.demotes.len() > 0 { FLUSH_BUSY } else { FLUSH_IDLE };
-        if flushed.elapsed() >= flush {
+        let is_busy = tier.demotes.len() > 0;
+        if flushed.elapsed() >= if is_busy { busy_interval(flush_cost) } else { FLUSH_IDLE } {
             flushed = Instant::now();
             if let Err(failure) = store.flush() {
                 shared.disk_fault(tier, &format!("flush to disk: {failure}"));
             }
+            if is_busy {
+                flush_cost = flushed.elapsed();
+            }
         }
         scrub.turn(shared, tier, &store);
     }
+}
+
+/// How long after a flush the next is due while there is more to write, by what one cost.
+fn busy_interval(cost: Duration) -> Duration {
+    (cost * FLUSH_SHARE).clamp(FLUSH_BUSY.0, FLUSH_BUSY.1)
 }
 
 /// Reads what is on disk, round and round.
@@ -95,5 +107,19 @@ impl Scrub {
             }
         }
         self.scratch.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drive_for_which_flushing_is_dear_flushes_less_often_but_within_seconds() {
+        let millis = Duration::from_millis;
+        assert_eq!(busy_interval(Duration::ZERO), millis(1000));
+        assert_eq!(busy_interval(millis(20)), millis(1000));
+        assert_eq!(busy_interval(millis(60)), millis(3000));
+        assert_eq!(busy_interval(millis(1260)), millis(5000));
     }
 }

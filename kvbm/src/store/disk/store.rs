@@ -117,7 +117,7 @@ impl DiskStore {
         drop(before);
     }
 
-    /// Has everything written so far survive a power cut. To be called about once a second.
+    /// Has everything written so far survive a power cut. To be called every second or few.
     pub fn flush(&self) -> Result<(), IoFailure> {
         self.pages.flush()
     }
