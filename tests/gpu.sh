@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests over processes, with workers on a GPU. Runs on a machine with a GPU and without Rust; `make test-gpu` makes what it
-# needs. Left out, because texts differed there on a GPU and why is not known: `cache::conversations...` and
+# needs. Answers may leave those of a worker without a daemon only where its two likeliest tokens were near. Left out, because texts differed there on a GPU and why is not known: `cache::conversations...` and
 # `cache::queues_of_length_one...`, which demand the same text as without a daemon.
 # Usage: tests/gpu.sh [FOLDER with kvbm and kvbm-node-tests] [SEEDS of each drill]
 set -u

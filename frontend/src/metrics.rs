@@ -226,6 +226,8 @@ pub struct RequestRecord {
     id: String,
     stream: bool,
     started: Instant,
+    /// Something of the answer has come.
+    begun: bool,
     first_token: Option<Instant>,
     /// Of each choice.
     last_token: Vec<Option<Instant>>,
@@ -260,6 +262,7 @@ impl RequestRecord {
             id: id.to_owned(),
             stream: false,
             started: Instant::now(),
+            begun: false,
             first_token: None,
             last_token: Vec::new(),
             prompt_tokens: 0,
@@ -292,6 +295,15 @@ impl RequestRecord {
         self.model = Some(model);
     }
 
+    /// Something of the answer has come.
+    pub fn begin(&mut self) {
+        if let Some(model) = self.model.as_ref().filter(|_| !self.begun) {
+            model.queued.dec();
+            model.active.inc();
+            self.begun = true;
+        }
+    }
+
     /// So many tokens of a choice came at once.
     pub fn tokens(&mut self, choice: usize, count: usize) {
         let Some(model) = &self.model else { return };
@@ -301,10 +313,10 @@ impl RequestRecord {
         let now = Instant::now();
         if self.first_token.is_none() {
             model.first_token.observe((now - self.started).as_secs_f64());
-            model.queued.dec();
-            model.active.inc();
             self.first_token = Some(now);
         }
+        self.begin();
+        let Some(model) = &self.model else { return };
         if self.last_token.len() <= choice {
             self.last_token.resize(choice + 1, None);
         }
@@ -355,7 +367,7 @@ impl RequestRecord {
         let elapsed = self.started.elapsed();
         if let Some(model) = &self.model {
             model.inflight.dec();
-            if self.first_token.is_some() { &model.active } else { &model.queued }.dec();
+            if self.begun { &model.active } else { &model.queued }.dec();
             model.duration.observe(elapsed.as_secs_f64());
         }
         let (model, endpoint) = (self.model_name(), self.api.label());

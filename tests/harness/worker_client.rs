@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use kvbm_proto::v1::generate_event::Body;
 use kvbm_proto::v1::worker_client::WorkerClient as Generated;
-use kvbm_proto::v1::{GenerateRequest, Sampling};
+use kvbm_proto::v1::{GenerateRequest, Logprobs, Sampling};
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 
 /// What a worker answered.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Answer {
     /// Generated tokens.
     pub tokens: Vec<u32>,
+    /// Of each of them, if asked for.
+    pub logprobs: Vec<Logprobs>,
     /// Prompt tokens found in the worker's pool.
     pub device: u32,
     /// Prompt tokens found in host memory.
@@ -71,7 +73,10 @@ impl WorkerClient {
                         (answer.device, answer.host) = (started.device_tokens, started.host_tokens);
                         answer.disk = started.disk_tokens;
                     }
-                    Some(Body::Tokens(tokens)) => answer.tokens.extend(tokens.ids),
+                    Some(Body::Tokens(tokens)) => {
+                        answer.tokens.extend(tokens.ids);
+                        answer.logprobs.extend(tokens.logprobs);
+                    }
                     Some(Body::Finished(_)) => finished = true,
                     None => {}
                 }

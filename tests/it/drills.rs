@@ -3,18 +3,19 @@
 //! Copies are slowed down (`--copy-delay-us`) so that the blow falls into one. `KVBM_DRILL_SEEDS` sets the length,
 //! `KVBM_SEED` repeats one.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvbm_proto::v1::GenerateRequest;
 use kvbm_tests::{
-    Answer, DaemonOptions, Node, Process, Random, WorkerClient, WorkerOptions, drill_seeds, eventually,
-    eventually_within, on_gpu,
+    Answer, DaemonOptions, Node, Process, Random, Reference, WorkerClient, WorkerOptions, drill_seeds,
+    eventually, eventually_within, on_gpu,
 };
 use rustix::process::Signal;
 
 const SHORT: u64 = 6;
 const PROMPTS: u64 = 10;
+const TOKENS: u32 = 12;
 
 fn prompts() -> Vec<Vec<u32>> {
     // Pairs share a long prefix.
@@ -27,53 +28,44 @@ fn prompts() -> Vec<Vec<u32>> {
         .collect()
 }
 
-/// What an undisturbed worker without a daemon says to each prompt, and that worker.
+/// An undisturbed worker without a daemon, and what it says to each prompt.
 pub struct Expected {
-    texts: Vec<Vec<u32>>,
-    client: WorkerClient,
+    reference: Reference,
     _worker: Process,
     _node: Node,
 }
 
-/// Choices between two tokens that may fall out otherwise in one answer.
-const TIES: usize = 2;
-
 /// Asks it.
 pub fn expected() -> Expected {
+    expected_if(!on_gpu())
+}
+
+fn expected_if(exact: bool) -> Expected {
     let node = Node::empty();
     let (worker, client) = node.worker("alone", &WorkerOptions { alone: true, ..WorkerOptions::default() });
-    let texts = prompts().iter().map(|prompt| client.generate(prompt, 12).tokens).collect();
-    Expected { texts, client, _worker: worker, _node: node }
+    let reference = Reference::ask(client, prompts(), TOKENS, exact);
+    Expected { reference, _worker: worker, _node: node }
 }
 
 impl Expected {
-    /// On a processor there is one right answer. A GPU rounds in other ways in another batch, or behind another prefix, so
-    /// that one of two tokens that are nearly as good may be the other: but then it goes on as the undisturbed worker does
-    /// behind that token. This does not look at how near the two were, and lets any last token pass: on a GPU an answer that
-    /// is allowed is no proof of right KV, as it is on a processor.
-    fn allows(&self, i: usize, answer: &[u32]) -> bool {
-        let mut text = self.texts[i].clone();
-        for _ in 0..=TIES {
-            let Some(other) = answer.iter().zip(&text).position(|(a, b)| a != b) else { return true };
-            if !on_gpu() {
-                return false;
-            }
-            let generated = answer[..=other].to_vec();
-            if generated.len() == answer.len() {
-                return true;
-            }
-            let request = WorkerClient::request(&prompts()[i], answer.len() as u32);
-            let behind =
-                self.client.send(GenerateRequest { generated: generated.clone(), ..request }).unwrap();
-            text = [generated, behind.tokens].concat();
-        }
-        false
-    }
-
     fn check(&self, i: usize, answer: &Answer, when: &str) {
-        assert_eq!(answer.tokens.len(), self.texts[i].len(), "{when}prompt {i}");
-        let expected = &self.texts[i];
-        assert!(self.allows(i, &answer.tokens), "{when}prompt {i}: {answer:?}, expected {expected:?}");
+        self.reference.check(i, &answer.tokens, when);
+    }
+}
+
+/// Where an answer may differ at all, one that a wrong byte would give is still caught.
+#[test]
+fn a_wrong_token_is_not_excused() {
+    let (expected, exact) = (expected_if(false), expected_if(true));
+    for i in 0..prompts().len() {
+        let right = exact.reference.answer(i).clone();
+        let wrong = right.tokens[..5].iter().copied().chain([right.tokens[5] ^ 1]);
+        let wrong: Vec<u32> = wrong.chain(right.tokens[6..].iter().copied()).collect();
+        expected.check(i, &right, "");
+        let caught = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            expected.check(i, &Answer { tokens: wrong, ..right.clone() }, "");
+        }));
+        assert!(caught.is_err(), "prompt {i}");
     }
 }
 
@@ -92,7 +84,7 @@ fn traffic(client: &WorkerClient, seed: u64, expected: &Expected, stop: &AtomicB
     let (mut answered, mut failed) = (0, 0);
     while !stop.load(Ordering::Relaxed) {
         let i = random.within(0..prompts.len());
-        match client.send(WorkerClient::request(&prompts[i], 12)) {
+        match client.send(WorkerClient::request(&prompts[i], TOKENS)) {
             Ok(answer) => {
                 expected.check(i, &answer, &format!("seed {seed}: "));
                 answered += 1;
@@ -152,7 +144,7 @@ fn middle_of_a_copy(node: &Node, host: bool, random: &mut Random) {
 }
 
 pub fn all_right(client: &WorkerClient, expected: &Expected) -> Vec<Answer> {
-    let answers: Vec<Answer> = prompts().iter().map(|prompt| client.generate(prompt, 12)).collect();
+    let answers: Vec<Answer> = prompts().iter().map(|prompt| client.generate(prompt, TOKENS)).collect();
     answers.iter().enumerate().for_each(|(i, answer)| expected.check(i, answer, ""));
     answers
 }

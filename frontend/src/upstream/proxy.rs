@@ -32,7 +32,7 @@ impl Upstreams {
         path: &str,
         headers: &HeaderMap,
         body: Bytes,
-        record: RequestRecord,
+        mut record: RequestRecord,
     ) -> Result<Response, (ApiError, RequestRecord)> {
         let mut reason = "those that serve it are left alone for a while".to_owned();
         let ready = self.of(model).into_iter().filter(|upstream| upstream.lets_through());
@@ -41,6 +41,7 @@ impl Upstreams {
             match self.ask(&upstream, path, headers, body.clone()).await {
                 Ok(Begun { mut response, first, rest }) => {
                     upstream.succeeded();
+                    record.begin();
                     let passed = Passed { first, rest, burden, record: Some(record) };
                     *response.body_mut() = Body::new(passed);
                     return Ok(response);

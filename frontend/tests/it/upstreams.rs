@@ -1,20 +1,23 @@
 //! Other OpenAI servers behind the frontend, named by flags and by a file.
 
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use futures_util::{StreamExt, stream};
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use kvbm_frontend::discovery::{Kind, Place};
 use kvbm_frontend::{Config, UpstreamUrl};
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -38,12 +41,14 @@ struct Served {
     status: AtomicU16,
     answered: AtomicUsize,
     last: Mutex<(HeaderMap, Bytes)>,
+    /// Let the rest of answers to the user `patient` go.
+    go: Semaphore,
 }
 
 impl Served {
     fn named(name: &'static str) -> Arc<Self> {
         let (status, answered, last) = (AtomicU16::new(200), AtomicUsize::new(0), Mutex::default());
-        Arc::new(Self { name, status, answered, last })
+        Arc::new(Self { name, status, answered, last, go: Semaphore::new(0) })
     }
 }
 
@@ -79,13 +84,21 @@ impl Drop for Other {
 
 async fn answer(State(served): State<Arc<Served>>, headers: HeaderMap, body: Bytes) -> Response {
     served.answered.fetch_add(1, Ordering::Relaxed);
-    let streamed = String::from_utf8_lossy(&body).contains("\"stream\":true");
+    let asks = |what: &str| String::from_utf8_lossy(&body).contains(what);
+    let (streamed, held) = (asks("\"stream\":true"), asks("\"user\":\"patient\""));
     *served.last.lock().unwrap() = (headers, body);
     let status = StatusCode::from_u16(served.status.load(Ordering::Relaxed)).unwrap();
     let text = match streamed {
         true => format!("data: {{\"name\":\"{}\"}}\n\ndata: [DONE]\n\n", served.name),
         false => json!({ "name": served.name }).to_string(),
     };
+    if held {
+        let rest = stream::once(async move {
+            drop(served.go.acquire().await);
+            Ok::<_, Infallible>("data: [DONE]\n\n".to_owned())
+        });
+        return Body::from_stream(stream::iter([Ok(text)]).chain(rest)).into_response();
+    }
     (status, text).into_response()
 }
 
@@ -139,6 +152,21 @@ async fn requests_and_answers_pass_through_unread() {
     // What the client did wrong is its own affair.
     other.fail_with(400);
     assert_eq!(ask(&frontend, json!({})).await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn a_request_is_queued_until_something_of_its_answer_has_come() {
+    let other = Other::start("other").await;
+    let frontend = of(&[&other], &[]).await;
+    until_upstreams(&frontend, ready(1)).await;
+    let asked = async { ask(&frontend, json!({ "stream": true, "user": "patient" })).await };
+    let watch = async {
+        frontend.until_metric("dynamo_frontend_active_requests{model=\"far\"} 1").await;
+        frontend.until_metric("dynamo_frontend_queued_requests{model=\"far\"} 0").await;
+        other.state.go.add_permits(1);
+    };
+    assert_eq!(tokio::join!(asked, watch).0.status, StatusCode::OK);
+    frontend.until_metric("dynamo_frontend_active_requests{model=\"far\"} 0").await;
 }
 
 #[tokio::test]

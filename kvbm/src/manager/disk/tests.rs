@@ -23,7 +23,6 @@ fn config(directories: &[&Path]) -> ManagerConfig {
     let mut disk = DiskTierConfig::new(directories, DiskCapacity::Bytes(16 << 20));
     disk.rules.admission = AdmissionRules { frequency_filter: false, priority_min: 0, bytes_per_day: None };
     disk.rules.idle = Millis(0);
-    disk.io.deadline = Duration::from_millis(50);
     ManagerConfig { disk: Some(disk), ..with_host(1 << 20) }
 }
 
