@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use kvbm_proto::SideMessage;
 use kvbm_proto::v1::{self, Refusal, client_message::Body as Ask, server_message::Body};
+use kvbm_server::status::Status;
 
 use crate::client::{Client, content, keys, open_pool};
 use crate::rig::Rig;
@@ -83,15 +84,19 @@ async fn death_releases_what_was_held_and_the_successor_inherits_the_pool() {
     }
 }
 
+/// The first session is silent, and so many blocks are set aside for it.
+fn is_quarantined(status: &Status, blocks: u64) -> bool {
+    status.sessions[0].state == "silent" && status.tiers[0].slots.quarantined == blocks
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_holder_is_quarantined_until_it_dies() {
     let rig = Rig::start(&[]).await;
     let mut child = spawn_child(rig.socket());
     writeln!(child.stdin.as_mut().unwrap(), "fall silent").unwrap();
-    let status = rig.until("silent", |status| status.sessions[0].state == "silent").await;
-    assert_eq!((status.sessions[0].pid, status.workers.len()), (Some(child.id()), 0));
     // Two granted blocks. The three committed ones are pinned by their grants.
-    assert_eq!(status.tiers[0].slots.quarantined, 5);
+    let status = rig.until("silent and quarantined", |status| is_quarantined(status, 5)).await;
+    assert_eq!((status.sessions[0].pid, status.workers.len()), (Some(child.id()), 0));
     let mut other = Client::attach(rig.socket()).await;
     assert_eq!(other.pool(8).await.reply.entries.len(), 0, "nobody inherits it yet");
     child.kill().unwrap();
@@ -129,8 +134,8 @@ async fn a_silent_holder_is_quarantined_until_it_hands_its_pool_back() {
     client.grants(pool.id, 2).await;
     // The stream goes, and with it the side channel; this process lives.
     drop(client);
-    let status = rig.until("silent", |status| status.sessions[0].state == "silent").await;
-    assert_eq!((status.pools[0].state.as_str(), status.tiers[0].slots.quarantined), ("silent", 5));
+    let status = rig.until("silent and quarantined", |status| is_quarantined(status, 5)).await;
+    assert_eq!(status.pools[0].state, "silent");
     assert_eq!(rig.metric("kvbm_quarantined_blocks"), 5.0);
     let mut other = Client::attach(rig.socket()).await;
     let second = other.pool(8).await;
