@@ -44,6 +44,14 @@ impl DaemonOptions {
     }
 }
 
+/// What makes a worker wait for the daemon as long as it takes on a machine where all tests run at once. By itself it gives
+/// up after milliseconds and computes, so that what it would have found is not seen.
+pub(crate) const PATIENCE: [(&str, &str); 3] = [
+    ("KVBM_MATCH_DEADLINE_MS", "5000"),
+    ("KVBM_DETACH_AFTER_MS", "20000"),
+    ("KVBM_CONNECTOR_DISK_WAIT_BASE_MS", "10000"),
+];
+
 /// How a worker is started.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
@@ -55,14 +63,30 @@ pub struct WorkerOptions {
     pub tokens_per_block: usize,
     /// Without a daemon.
     pub alone: bool,
+    /// It waits for the daemon no longer than workers usually do.
+    pub hasty: bool,
     /// Further arguments.
     pub arguments: Vec<String>,
+}
+
+impl WorkerOptions {
+    fn environment(&self) -> Vec<(String, String)> {
+        let patience = PATIENCE.iter().filter(|_| !self.hasty);
+        patience.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
 }
 
 impl Default for WorkerOptions {
     fn default() -> Self {
         let (pool_blocks, tokens_per_block) = (128, 32);
-        Self { model: tiny_model(), pool_blocks, tokens_per_block, alone: false, arguments: vec![] }
+        Self {
+            model: tiny_model(),
+            pool_blocks,
+            tokens_per_block,
+            alone: false,
+            hasty: false,
+            arguments: vec![],
+        }
     }
 }
 
@@ -159,7 +183,7 @@ impl Node {
             arguments.extend(["--device".into(), device]);
         }
         arguments.extend(options.arguments.clone());
-        let mut process = Process::start(self.dir.path(), name, &arguments, &[]);
+        let mut process = Process::start(self.dir.path(), name, &arguments, &options.environment());
         process.wait_ready();
         (process, WorkerClient::connect(&endpoint))
     }
@@ -172,7 +196,7 @@ impl Node {
         arguments.extend(["--device-cache-blocks".into(), options.pool_blocks.to_string()]);
         arguments.extend(["--socket".into(), self.socket().display().to_string()]);
         arguments.extend(options.arguments.clone());
-        let mut process = Process::start(self.dir.path(), name, &arguments, &[]);
+        let mut process = Process::start(self.dir.path(), name, &arguments, &options.environment());
         process.wait_ready();
         process
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
 
-use crate::wait::eventually_within;
+use crate::wait::{eventually, eventually_within};
 
 /// The binary under test: `KVBM_TEST_PROGRAM`, or the one beside the test's own.
 pub fn program() -> PathBuf {
@@ -76,10 +76,14 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Sends a signal.
+    /// Sends a signal; of one that stops, returns when all threads have.
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.child.id() as i32).unwrap();
         let _ = rustix::process::kill_process(pid, signal);
+        if signal == Signal::STOP {
+            let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+            eventually("it has stopped", || are_stopped(&tasks).then_some(()));
+        }
     }
 
     /// Ends it at once, and waits for that.
@@ -108,4 +112,13 @@ impl Drop for Process {
             tail.iter().rev().for_each(|line| eprintln!("{line}"));
         }
     }
+}
+
+/// Whether no thread runs any more. The state follows the name, which is in parentheses and may have some itself.
+fn are_stopped(tasks: &Path) -> bool {
+    let mut states = std::fs::read_dir(tasks).into_iter().flatten().flatten().map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
+    });
+    states.all(|state| matches!(state, None | Some('T' | 't' | 'Z' | 'X')))
 }

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::node::{get, metric_in};
+use crate::node::{PATIENCE, get, metric_in};
 use crate::process::program;
 use crate::wait::eventually_within;
 
@@ -39,6 +39,7 @@ impl Up {
             .arg(dir.path())
             .args(if arguments.contains(&"--http-port") { &[][..] } else { &["--http-port", "0"] })
             .args(arguments)
+            .envs(PATIENCE)
             .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::from(log))

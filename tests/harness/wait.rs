@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Polls until `ready` gives something; fails after 30 s.
+/// Polls until `ready` gives something; fails after a minute.
 pub fn eventually<T>(what: &str, ready: impl FnMut() -> Option<T>) -> T {
-    eventually_within(Duration::from_secs(30), what, ready)
+    eventually_within(Duration::from_secs(60), what, ready)
 }
 
 /// Polls until `ready` gives something; fails after `limit`.

@@ -74,7 +74,7 @@ fn slow_copies(host_mb: f64) -> DaemonOptions {
 }
 
 fn small_pool() -> WorkerOptions {
-    WorkerOptions { pool_blocks: 40, ..WorkerOptions::default() }
+    WorkerOptions { pool_blocks: 40, hasty: true, ..WorkerOptions::default() }
 }
 
 /// Sends prompts in random order until told to stop; every answer that comes must be right. Returns how many came, and

@@ -22,7 +22,7 @@ fn slow_copies() -> DaemonOptions {
 }
 
 fn small_pool() -> WorkerOptions {
-    WorkerOptions { pool_blocks: POOL_BLOCKS, ..WorkerOptions::default() }
+    WorkerOptions { pool_blocks: POOL_BLOCKS, hasty: true, ..WorkerOptions::default() }
 }
 
 fn disk(node: &Node) -> TierStatus {

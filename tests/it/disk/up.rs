@@ -14,14 +14,8 @@ const BLOCKS: f64 = 124.0;
 
 fn with_disk(dir: Option<Arc<tempfile::TempDir>>) -> Up {
     let arguments = ["--disk-cache-gb", "0.2"];
-    // This is not about deadlines, and other tests share the processors.
-    let patience = [
-        ("KVBM_MATCH_DEADLINE_MS", "5000"),
-        ("KVBM_DETACH_AFTER_MS", "20000"),
-        ("KVBM_CONNECTOR_DISK_WAIT_BASE_MS", "10000"),
-    ];
     let dir = dir.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
-    Up::start_in(dir, &arguments, &patience)
+    Up::start_in(dir, &arguments, &[])
 }
 
 fn prompt() -> Value {
