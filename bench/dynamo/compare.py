@@ -1,6 +1,7 @@
 """What serving costs beside Dynamo: both with a worker that computes nothing, under the same load, in turn.
 
-    compare.py --kvbm target/ci/kvbm --dynamo VENV [--rounds 3] [--seconds 6] [--clients 16] [--json FILE]
+    compare.py --kvbm target/ci/kvbm --dynamo VENV [--rounds 3] [--seconds 6] [--clients 16] [--streams 128]
+               [--step-ms 10] [--json FILE]
 
 README.md beside this file says what is needed. Both stacks stay up all the time; each round loads one, then the other, so
 that whatever else the machine does meets both.
@@ -18,7 +19,11 @@ import time
 
 from stacks import Dynamo, Kvbm, Stack
 
-CASES = {"unary": (1, False), "stream": (16, True)}
+# A request of one token; and streams of workers that take their time for each token, so that what is measured is not how
+# fast a worker can say nothing.
+UNARY_STEP_MS = 0
+STREAM_TOKENS = 16
+PACED_STEP_MS = 10
 STREAMS = 1000
 STREAM_STEP_MS = 500
 PROMPT = "hello world " * 16
@@ -101,7 +106,9 @@ def main() -> None:
     parser.add_argument("--model", default=str(here / "models/tiny"), help="folder with a tokenizer and a chat template")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=6)
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--clients", type=int, default=16, help="connections, unary")
+    parser.add_argument("--streams", type=int, default=128, help="connections, streaming")
+    parser.add_argument("--step-ms", type=int, default=PACED_STEP_MS, help="of the workers, streaming")
     parser.add_argument("--no-memory", action="store_true", help="without the 1,000 open streams")
     parser.add_argument("--json", help="write all figures into this file")
     args = parser.parse_args()
@@ -112,13 +119,15 @@ def main() -> None:
         return Kvbm(step_ms, binary, model, port), Dynamo(step_ms, venv, model, port + 1)
 
     figures: dict[str, dict[str, list[float]]] = {}
-    with (pair := stacks(0, 18100))[0], pair[1]:
-        for number in range(args.rounds + 1):
-            for case, (tokens, stream) in CASES.items():
+    paced = f"stream {args.step_ms} ms"
+    cases = {"unary": (UNARY_STEP_MS, 1, False, args.clients), paced: (args.step_ms, STREAM_TOKENS, True, args.streams)}
+    for at, (case, (step_ms, tokens, stream, clients)) in enumerate(cases.items()):
+        with (pair := stacks(step_ms, 18100 + 4 * at))[0], pair[1]:
+            for number in range(args.rounds + 1):
                 for stack in pair:
                     # The first round warms up.
                     seconds = args.seconds if number else 2
-                    found = load(stack, tokens, stream, args.clients, seconds)
+                    found = load(stack, tokens, stream, clients, seconds)
                     for name, value in found.items() if number else ():
                         figures.setdefault(f"{case} {name}", {}).setdefault(stack.name, []).append(value)
     if not args.no_memory:

@@ -1,4 +1,7 @@
-"""A worker for Dynamo that computes nothing: it says the same token until it has said enough. `echo_worker.py MODEL`."""
+"""A worker for Dynamo that computes nothing: it says the same token until it has said enough. `echo_worker.py MODEL`.
+
+With ECHO_STEP_MS each step takes so long, for all that speak together, as in kvbm's echo engine.
+"""
 
 import asyncio
 import os
@@ -12,11 +15,31 @@ TOKEN = 70
 STEP_SECONDS = float(os.environ.get("ECHO_STEP_MS", "0")) / 1000
 
 
+class Steps:
+    """The end of each step, for whoever waits for it."""
+
+    def __init__(self):
+        self.end = None
+
+    async def next(self) -> None:
+        if self.end is None:
+            self.end = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(STEP_SECONDS, self.over)
+        await asyncio.shield(self.end)
+
+    def over(self) -> None:
+        end, self.end = self.end, None
+        end.set_result(None)
+
+
+steps = Steps()
+
+
 async def answer(request, context=None):
     count = (request.get("stop_conditions") or {}).get("max_tokens") or 1
     for left in range(count, 0, -1):
         if STEP_SECONDS:
-            await asyncio.sleep(STEP_SECONDS)
+            await steps.next()
         yield {"token_ids": [TOKEN]} | ({"finish_reason": "length"} if left == 1 else {})
 
 

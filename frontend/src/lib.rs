@@ -40,8 +40,8 @@ pub use fleet::{Daemon, DaemonFiles, Endpoint, Unusable};
 pub use model::{Model, ModelError};
 pub use openai::read_body;
 pub use router::{
-    Burden, Busy, Chooser, DisaggConfig, Events, Fingerprint, Index, Load, Overlap, RouterConfig, RouterMode,
-    Source, SourceId, Strategy, Tier, Weights,
+    Burden, Busy, Chooser, DisaggConfig, Events, Fingerprint, Homes, Index, Load, Overlap, RouterConfig,
+    RouterMode, Source, SourceId, Strategy, Tier, Weights,
 };
 pub use serve::{Times, run};
 pub use stop::StopFilter;

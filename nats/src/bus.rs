@@ -67,7 +67,7 @@ pub struct Bus {
 impl Bus {
     /// Returns at once, whether anybody answers there or not.
     pub async fn open(nats: &Nats) -> Result<Self, NatsError> {
-        let options = ConnectOptions::new()
+        let mut options = ConnectOptions::new()
             .name("kvbm")
             .retry_on_initial_connect()
             .connection_timeout(CONNECT_DEADLINE)
@@ -76,6 +76,11 @@ impl Bus {
             .reconnect_delay_callback(|_| RECONNECT_PAUSE)
             // Whoever calls says what failed; the library would say it at each attempt.
             .event_callback(|_| async {});
+        if let Some(file) = nats.credentials() {
+            let read = options.credentials_file(file).await;
+            options =
+                read.map_err(|error| failed("read credentials", format!("{}: {error}", file.display())))?;
+        }
         let client =
             options.connect(nats.servers()).await.map_err(|error| failed("open a connection", error))?;
         let mut context = jetstream::new(client.clone());

@@ -1,11 +1,13 @@
 //! Where NATS is.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 /// Servers of one NATS, any of which may be asked.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Nats {
     servers: Vec<String>,
+    credentials: Option<PathBuf>,
 }
 
 impl Nats {
@@ -36,7 +38,17 @@ impl Nats {
             usable.then(|| format!("{scheme}://{authority}"))
         };
         let servers: Option<Vec<String>> = text.split(',').map(server).collect();
-        Some(Self { servers: servers.filter(|servers| !servers.is_empty())? })
+        Some(Self { servers: servers.filter(|servers| !servers.is_empty())?, credentials: None })
+    }
+
+    /// With a file of credentials, as `nsc` writes it: a user's JWT and seed.
+    #[must_use]
+    pub fn with_credentials(self, file: Option<&Path>) -> Self {
+        Self { credentials: file.map(Path::to_owned), ..self }
+    }
+
+    pub(crate) fn credentials(&self) -> Option<&Path> {
+        self.credentials.as_deref()
     }
 
     pub(crate) fn servers(&self) -> &[String] {

@@ -179,6 +179,7 @@ fn enter(core: &Arc<Core>, addresses: &Addresses) {
 /// Tells of its blocks over NATS, if that is wanted.
 fn publish(core: &Arc<Core>) {
     let Some(nats) = core.config.events.as_deref().and_then(kvbm_nats::Nats::parse) else { return };
+    let nats = nats.with_credentials(core.config.events_credentials.as_deref());
     core.tasks.spawn(crate::publisher::run(Arc::clone(core), nats));
 }
 

@@ -29,21 +29,24 @@ async fn publish_on(core: Arc<Core>, nats: Nats) {
     let mut changed = core.events_changed.subscribe();
     let mut told = core.manager.events().last();
     let mut encoder = Encoder::new(Arc::clone(&core));
+    let mut last_error = String::new();
+    let say = |error: NatsError, last_error: &mut String| {
+        let error = error.to_string();
+        if error != *last_error {
+            tracing::warn!(%nats, error, "events cannot be told, trying on");
+            *last_error = error;
+        }
+    };
     let bus = loop {
         match Bus::open(&nats).await {
             Ok(bus) => break bus,
-            Err(error) => tracing::warn!(%nats, %error, "events cannot be told, trying on"),
+            Err(error) => say(error, &mut last_error),
         }
         sleep(PAUSE).await;
     };
-    let mut last_error = String::new();
     loop {
         let Err(error) = publish(&core, &bus, &mut encoder, &mut changed, &mut told, &mut last_error).await;
-        let error = error.to_string();
-        if error != last_error {
-            tracing::warn!(%nats, error, "events cannot be told, trying on");
-            last_error = error;
-        }
+        say(error, &mut last_error);
         sleep(PAUSE).await;
     }
 }

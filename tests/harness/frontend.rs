@@ -69,16 +69,26 @@ impl Frontend {
         metric_in(&get(&self.url("/metrics")), name, label)
     }
 
-    fn send(&self, body: &Value) -> Result<ureq::http::Response<ureq::Body>, ureq::Error> {
+    fn send(&self, path: &str, body: &Value) -> Result<ureq::http::Response<ureq::Body>, ureq::Error> {
         let config = ureq::Agent::config_builder().http_status_as_error(false).build();
         let agent = ureq::Agent::new_with_config(config);
-        let request = agent.post(self.url("/v1/completions")).header("content-type", "application/json");
+        let request = agent.post(self.url(path)).header("content-type", "application/json");
         request.send(body.to_string())
+    }
+
+    /// What is answered to a request that asks for a stream: header x-kvbm-route, and event by event.
+    pub fn events(&self, path: &str, body: &Value) -> (String, impl Iterator<Item = Value> + use<>) {
+        let response = self.send(path, body).unwrap();
+        let route = response.headers().get("x-kvbm-route").map_or("", |value| value.to_str().unwrap());
+        let route = route.to_owned();
+        let lines = BufReader::new(response.into_body().into_reader()).lines().map_while(Result::ok);
+        let event = |line: String| serde_json::from_str(line.strip_prefix("data: ").unwrap_or(&line)).ok();
+        (route, lines.filter_map(event))
     }
 
     /// Status and body of a completion.
     pub fn complete(&self, body: &Value) -> (u16, Value) {
-        let mut response = self.send(body).unwrap();
+        let mut response = self.send("/v1/completions", body).unwrap();
         let status = response.status().as_u16();
         let text = response.body_mut().read_to_string().unwrap();
         (status, serde_json::from_str(&text).unwrap_or(Value::Null))
@@ -87,14 +97,10 @@ impl Frontend {
     /// A completion, event by event; `body` asks for a stream.
     pub fn stream(&self, body: &Value) -> Streamed {
         let started = Instant::now();
-        let response = self.send(body).unwrap();
-        let route = response.headers().get("x-kvbm-route").map_or("", |value| value.to_str().unwrap());
-        let mut streamed = Streamed { route: route.to_owned(), ..Streamed::default() };
+        let (route, events) = self.events("/v1/completions", body);
+        let mut streamed = Streamed { route, ..Streamed::default() };
         let mut last = None;
-        for line in BufReader::new(response.into_body().into_reader()).lines() {
-            let Ok(line) = line else { break };
-            let json = line.strip_prefix("data: ").unwrap_or(&line);
-            let Ok(event) = serde_json::from_str::<Value>(json) else { continue };
+        for event in events {
             if !event["error"].is_null() {
                 streamed.error = Some(event["error"].clone());
                 continue;

@@ -98,7 +98,7 @@ fn routing_by_blocks_finds_far_more_than_taking_turns() {
     for host in ["1000", "3000", "5000", "7000"] {
         let (found, _, first_token) =
             rows(&["--device-blocks", "1000", "--host-blocks", host, "--prefill-rate", "625"]);
-        assert!(found >= 1.4 && first_token < 1.0, "{host}: {found} {first_token}");
+        assert!(found >= 1.45 && first_token < 1.0, "{host}: {found} {first_token}");
     }
     // One node without host memory: what is found is in the worker's own pool.
     let (_, device, first_token) =

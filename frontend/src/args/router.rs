@@ -1,5 +1,6 @@
 //! Flags of the router, under the names that users of Dynamo's frontend know.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvbm_nats::Nats;
@@ -47,6 +48,15 @@ pub struct RouterArgs {
         allow_negative_numbers = true
     )]
     pub router_disk_cache_hit_weight: f64,
+    /// Mode kv: what a token counts that was at the worker when the conversation was shorter, and is there no more, 0 to 1
+    #[arg(
+        long,
+        env = "KVBM_ROUTER_GONE_WEIGHT",
+        value_name = "WEIGHT",
+        default_value_t = Weights::default().gone,
+        allow_negative_numbers = true
+    )]
+    pub router_gone_weight: f64,
     /// Mode kv: what a token that is still to be computed counts, 0 to 100
     #[arg(
         long,
@@ -95,6 +105,9 @@ pub struct RouterArgs {
     /// from each daemon: nats://host:port, or nats for what NATS_SERVER names
     #[arg(long, env = "KVBM_FRONTEND_EVENTS", value_name = "WHERE", conflicts_with = "no_router_kv_events")]
     pub events: Option<String>,
+    /// With --events: file with the JWT and the seed that are shown to NATS, as `nsc` writes it
+    #[arg(long, env = "NATS_AUTH_CREDENTIALS_FILE", value_name = "FILE")]
+    pub events_credentials: Option<PathBuf>,
     /// Mode kv: seconds that a prompt counts as held by a worker that sends no events, 0 to 86400
     #[arg(
         long,
@@ -190,8 +203,9 @@ fn disagg(args: &RouterArgs) -> Result<Option<DisaggConfig>, FrontendError> {
     Ok(args.disagg.then_some(config))
 }
 
-fn nats(text: &str) -> Result<Nats, FrontendError> {
-    Nats::parse(text).ok_or_else(|| invalid("--events", text, Nats::FORM))
+fn nats(text: &str, credentials: Option<&Path>) -> Result<Nats, FrontendError> {
+    let nats = Nats::parse(text).ok_or_else(|| invalid("--events", text, Nats::FORM))?;
+    Ok(nats.with_credentials(credentials))
 }
 
 impl TryFrom<&RouterArgs> for RouterConfig {
@@ -207,6 +221,7 @@ impl TryFrom<&RouterArgs> for RouterConfig {
             overlap: percent("--router-kv-overlap-score-credit", args.router_kv_overlap_score_credit)?,
             host: share("--router-host-cache-hit-weight", args.router_host_cache_hit_weight)?,
             disk: share("--router-disk-cache-hit-weight", args.router_disk_cache_hit_weight)?,
+            gone: share("--router-gone-weight", args.router_gone_weight)?,
             prefill: percent("--router-prefill-load-scale", args.router_prefill_load_scale)?,
             load: percent("--router-load-weight", args.router_load_weight)?,
             spread: share("--router-spread-weight", args.router_spread_weight)?,
@@ -226,7 +241,11 @@ impl TryFrom<&RouterArgs> for RouterConfig {
             mode: args.router_mode,
             weights,
             events: if args.no_router_kv_events { Events::Ignored } else { Events::Followed },
-            nats: args.events.as_deref().map(nats).transpose()?,
+            nats: args
+                .events
+                .as_deref()
+                .map(|text| nats(text, args.events_credentials.as_deref()))
+                .transpose()?,
             guess_lifetime: seconds("--router-ttl-secs", args.router_ttl_secs, LONGEST)?,
             affinity: affinity.transpose()?.filter(|lifetime| *lifetime > Duration::ZERO),
             migration_limit: migration_limit

@@ -9,6 +9,8 @@ pub struct Weights {
     pub host: f64,
     /// Credit for a token on disk.
     pub disk: f64,
+    /// Credit for a token that was there, and is there no more.
+    pub gone: f64,
     /// A token that is still to be computed.
     pub prefill: f64,
     /// A token that other requests still have to have computed, or keep, beside one of the request's own.
@@ -28,6 +30,7 @@ impl Default for Weights {
             overlap: 1.0,
             host: 0.75,
             disk: 0.25,
+            gone: 0.25,
             prefill: 1.0,
             load: 0.1,
             spread: 0.25,
@@ -46,13 +49,21 @@ pub struct Overlap {
     pub host: usize,
     /// Behind those, on disk.
     pub disk: usize,
+    /// Behind those, not there any more: the prompt went there with these when it was shorter.
+    pub gone: usize,
 }
 
 impl Overlap {
     /// From how deep each tier reaches, each from the first token on.
     pub fn of_depths(device: usize, host: usize, disk: usize) -> Self {
         let further = host.saturating_sub(device);
-        Self { device, host: further, disk: disk.saturating_sub(device + further) }
+        Self { device, host: further, disk: disk.saturating_sub(device + further), gone: 0 }
+    }
+
+    /// At a worker to which the first `depth` of it went before.
+    #[must_use]
+    pub fn with_home(self, depth: usize) -> Self {
+        Self { gone: depth.saturating_sub(self.total()), ..self }
     }
 
     /// In any tier.
@@ -79,7 +90,10 @@ impl Weights {
     /// worker then keeps. What others have there counts less than what is computed once more: a wait passes, but a block
     /// that is computed at a second place is work for everybody behind it, and pushes out another one there.
     pub fn cost(&self, prompt: usize, overlap: Overlap, busy: Busy) -> f64 {
-        let found = overlap.device as f64 + self.host * overlap.host as f64 + self.disk * overlap.disk as f64;
+        let found = overlap.device as f64
+            + self.host * overlap.host as f64
+            + self.disk * overlap.disk as f64
+            + self.gone * overlap.gone as f64;
         let compute = prompt as f64 - self.overlap * found;
         let crowding = self.spread * busy.excess * compute.max(0.0);
         let new_blocks = prompt.saturating_sub(overlap.device) as f64;
@@ -143,6 +157,24 @@ mod tests {
         let short = Overlap::of_depths(50, 0, 0);
         assert!(cost(short, full) > cost(Overlap::default(), Busy::default()));
         assert!(cost(Overlap::of_depths(300, 0, 0), full) < cost(Overlap::default(), Busy::default()));
+    }
+
+    #[test]
+    fn what_is_gone_draws_back_only_if_it_counts_and_less_than_what_is_there() {
+        let weights = Weights { gone: 0.1, ..Weights::default() };
+        let cost = |overlap| weights.cost(1000, overlap, Busy::default());
+        let home = Overlap::default().with_home(800);
+        assert!(cost(home) < cost(Overlap::default()));
+        assert!(cost(Overlap::of_depths(0, 0, 400)) < cost(home));
+        assert_eq!(
+            Overlap::of_depths(0, 500, 0).with_home(800).gone,
+            300,
+            "what is there is not counted again"
+        );
+        assert_eq!(
+            Weights { gone: 0.0, ..weights }.cost(1000, home, Busy::default()),
+            cost(Overlap::default())
+        );
     }
 
     #[test]

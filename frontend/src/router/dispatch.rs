@@ -117,7 +117,10 @@ impl Dispatch {
         metrics.migrations.with_label_values(&[self.model.as_str(), "ongoing_request", outcome]).inc();
         if let Ok(opened) = &sent {
             metrics.migration_seconds.observe(started.elapsed().as_secs_f64());
-            metrics.recomputed(Recomputed::of(tokens, opened.cached.total() as usize, &opened.route));
+            // Else the answer was complete but for the word of its end.
+            if matches!(opened.first, Body::Tokens(_)) {
+                metrics.recomputed(Recomputed::of(tokens, opened.cached.total() as usize, &opened.route));
+            }
         }
         sent
     }
@@ -183,6 +186,7 @@ impl Router {
                 let outcome = if taken { "taken" } else { "not_taken" };
                 self.metrics.prefetches.with_label_values(&[outcome]).inc();
             }
+            self.homes.note(&keys.prints, worker.connection.id());
             self.knowledge.note(&worker.place, keys.prints);
         }
         let opened = first_token(&worker, request, route, burden).await?;

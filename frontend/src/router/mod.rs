@@ -15,6 +15,7 @@ mod chooser;
 mod cost;
 mod disagg;
 mod dispatch;
+mod homes;
 mod index;
 mod keys;
 mod knowledge;
@@ -41,6 +42,7 @@ pub use cost::{Busy, Overlap, Weights};
 pub use disagg::{DisaggConfig, HandOver, Strategy};
 use dispatch::Among;
 pub use dispatch::{Dispatch, Opened, is_lost};
+pub use homes::Homes;
 pub use index::{Fingerprint, Index, Source, SourceId, Tier};
 pub use keys::{Keying, Keys};
 pub use knowledge::{Change, Events, Knowledge};
@@ -100,6 +102,7 @@ pub struct Router {
     metrics: Arc<RouterMetrics>,
     affinity: Option<Affinity>,
     chooser: Chooser,
+    homes: Homes,
     chance: Chance,
 }
 
@@ -142,7 +145,8 @@ impl Router {
     ) -> Self {
         let affinity = config.affinity.map(Affinity::new);
         let chooser = Chooser::new(config.weights);
-        Self { fleet, wait, config, knowledge, metrics, affinity, chooser, chance: Chance::default() }
+        let (homes, chance) = Default::default();
+        Self { fleet, wait, config, knowledge, metrics, affinity, chooser, homes, chance }
     }
 
     /// How it works.
@@ -283,13 +287,17 @@ impl Router {
                 (0..open.len()).filter(|at| open[*at].keying.as_ref() == Some(&keying)).collect();
             let places: Vec<&Place> = alike.iter().map(|at| &open[*at].place).collect();
             let overlaps = self.knowledge.overlaps(&keys.prints, &places);
+            let home = self.homes.of(&keys.prints);
             for (at, overlap) in alike.into_iter().zip(overlaps) {
                 let tokens = |blocks: usize| blocks * keying.tokens_per_block;
+                let is_home = |home: &(usize, u64)| home.1 == open[at].connection.id();
                 let overlap = Overlap {
                     device: tokens(overlap.device),
                     host: tokens(overlap.host),
                     disk: tokens(overlap.disk),
-                };
+                    gone: 0,
+                }
+                .with_home(home.filter(is_home).map_or(0, |(blocks, _)| tokens(blocks)));
                 found[at] = (overlap, Some(keys.clone()));
             }
         }

@@ -66,7 +66,7 @@ impl Route {
 /// The value of the header `x-kvbm-route`.
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Overlap { device, host, disk } = self.overlap;
+        let Overlap { device, host, disk, gone: _ } = self.overlap;
         write!(f, "worker={}; mode={}", self.worker, self.mode.name())?;
         let Some(cost) = self.cost else { return Ok(()) };
         write!(f, "; device={device}; host={host}; disk={disk}; cost={cost:.1}; costs=")?;

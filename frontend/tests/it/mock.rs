@@ -141,6 +141,7 @@ impl MockWorker {
             context_length: 4096,
             pool_id: 1,
             state: "ready".to_owned(),
+            ..RegisterWorker::default()
         };
         WorkerEntry { worker: Some(worker), pid: 1, session_id: 1, base_namespace: vec![7; 32] }
     }

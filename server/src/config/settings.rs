@@ -336,6 +336,13 @@ pub static SETTINGS: &[Setting] = &[
         help: "Tell frontends through NATS JetStream, too, which blocks come and go",
     },
     Setting {
+        key: "events_credentials",
+        env: &["NATS_AUTH_CREDENTIALS_FILE"],
+        default: Default::Unset,
+        kind: Kind::OptionalPath { bytes_max: PATH_BYTES_MAX, field: |c| &mut c.events_credentials },
+        help: "File with the JWT and the seed that are shown to NATS, as `nsc` writes it; read when the daemon starts",
+    },
+    Setting {
         key: "record",
         env: &["KVBM_RECORD"],
         default: Default::Unset,

@@ -1,8 +1,7 @@
-//! Two nodes that find each other through etcd, which is stopped and started again under load. Skipped where there is no
-//! `etcd`, unless `KVBM_TEST_ETCD` demands it.
+//! Two nodes that find each other through etcd, which is stopped and started again.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use kvbm_tests::{
@@ -11,66 +10,17 @@ use kvbm_tests::{
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
-/// One member, with its data in a folder.
-struct Etcd {
-    child: Child,
-}
-
-impl Etcd {
-    fn start(folder: &Path, port: u16) -> Self {
-        Self::serve(folder, port, "http", &[])
-    }
-
-    fn serve(folder: &Path, port: u16, scheme: &str, more: &[&str]) -> Self {
-        let client = format!("{scheme}://127.0.0.1:{port}");
-        let peer = format!("http://127.0.0.1:{}", port + 1);
-        let child = Command::new("etcd")
-            .args(more)
-            .args(["--data-dir", folder.join("etcd").to_str().unwrap()])
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}"), "--unsafe-no-fsync"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { child }
-    }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn is_there() -> bool {
-    let there = Command::new("etcd").arg("--version").stdout(Stdio::null()).status().is_ok();
-    assert!(there || std::env::var_os("KVBM_TEST_ETCD").is_none(), "there is no etcd");
-    there
-}
-
-/// Two neighbouring ports that nobody uses now.
-fn free_ports() -> u16 {
-    loop {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            return port;
-        }
-    }
-}
+use super::servers::{Server, etcd_is_there, free_ports};
 
 #[test]
 fn nodes_come_and_go_through_etcd_and_its_loss_disturbs_nobody() {
-    if !is_there() {
-        eprintln!("skipped: there is no etcd");
+    if !etcd_is_there() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
     let port = free_ports();
     let place = format!("etcd://127.0.0.1:{port}");
-    let etcd = Etcd::start(folder.path(), port);
+    let etcd = Server::etcd(folder.path(), port);
     let token = folder.path().join("token");
     std::fs::write(&token, "secret-of-the-test\n").unwrap();
     std::fs::set_permissions(&token, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
@@ -105,7 +55,7 @@ fn nodes_come_and_go_through_etcd_and_its_loss_disturbs_nobody() {
     // Nobody needs it to serve.
     drop(etcd);
     ask();
-    let _etcd = Etcd::start(folder.path(), port);
+    let _etcd = Server::etcd(folder.path(), port);
     ask();
     // What changes afterwards is seen again: longer than a key outlives its daemon.
     drop(second);
@@ -141,8 +91,7 @@ fn certificates(folder: &Path, names: &[&str]) {
 
 #[test]
 fn models_are_listed_added_and_removed_in_an_etcd_with_tls_that_demands_a_certificate() {
-    if !is_there() {
-        eprintln!("skipped: there is no etcd");
+    if !etcd_is_there() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -152,7 +101,7 @@ fn models_are_listed_added_and_removed_in_an_etcd_with_tls_that_demands_a_certif
     let (ca, cert, key) = (file("ca.pem"), file("127.0.0.1.pem"), file("127.0.0.1.key"));
     let arguments =
         ["--trusted-ca-file", &ca, "--cert-file", &cert, "--key-file", &key, "--client-cert-auth"];
-    let _etcd = Etcd::serve(folder.path(), port, "https", &arguments);
+    let _etcd = Server::etcd_with(folder.path(), port, "https", &arguments);
     let place = format!("etcds://127.0.0.1:{port}");
     let models = |arguments: &[&str], client: Option<&str>| {
         let mut command = Command::new(program());

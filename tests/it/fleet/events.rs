@@ -1,51 +1,14 @@
-//! Two nodes that tell two frontends of their blocks through NATS, which is killed and started again while requests go on. Skipped
-//! where there is no `nats-server`, unless `KVBM_TEST_NATS` demands it.
-
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+//! Two nodes that tell two frontends of their blocks through NATS, which is killed and started again while requests go on.
 
 use kvbm_tests::{DaemonOptions, Frontend, Node, Process, Random, eventually};
 use serde_json::json;
 
+use super::nats_accounts::Accounts;
+use super::servers::{Server, free_ports, nats_is_there};
 use super::worker;
 
 const BLOCK: usize = 16;
 const TOKENS: usize = 20 * BLOCK;
-
-/// One server with JetStream.
-struct NatsServer {
-    child: Child,
-}
-
-impl NatsServer {
-    fn start(folder: &Path, port: u16) -> Self {
-        let child = Command::new("nats-server")
-            .args(["--addr", "127.0.0.1", "--port", &port.to_string(), "--jetstream"])
-            .args(["--store_dir", folder.join("nats").to_str().unwrap()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { child }
-    }
-}
-
-impl Drop for NatsServer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn is_there() -> bool {
-    let there = Command::new("nats-server").arg("--version").stdout(Stdio::null()).status().is_ok();
-    assert!(there || std::env::var_os("KVBM_TEST_NATS").is_none(), "there is no nats-server");
-    there
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// Says where the prompt with this number went, and how many of its tokens were thought to be there.
 fn ask(frontend: &Frontend, number: u64) -> (String, usize) {
@@ -78,14 +41,13 @@ fn told(frontends: &[Frontend; 2], from: &str) -> Vec<f64> {
 
 #[test]
 fn frontends_hear_of_blocks_through_nats_and_its_loss_disturbs_nobody() {
-    if !is_there() {
-        eprintln!("skipped: there is no nats-server");
+    if !nats_is_there() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let port = free_port();
+    let port = free_ports();
     let place = format!("nats://127.0.0.1:{port}");
-    let server = NatsServer::start(folder.path(), port);
+    let server = Server::nats(folder.path(), port);
     let options = DaemonOptions { host_mb: 64.0, arguments: vec![] }.and(&["--events", &place]);
     let nodes = [Node::start(options.clone()), Node::start(options)];
     let _workers: [Process; 2] = nodes.each_ref().map(|node| worker(node, 0, 128, BLOCK, &[]));
@@ -112,10 +74,49 @@ fn frontends_hear_of_blocks_through_nats_and_its_loss_disturbs_nobody() {
     for number in 2..6 {
         both_know(&frontends, number);
     }
-    let _server = NatsServer::start(folder.path(), port);
+    let _server = Server::nats(folder.path(), port);
     until_told_by_nats();
     for number in 2..6 {
         let (home, found) = ask(&frontends[0], number);
         assert_eq!((ask(&frontends[1], number), found), ((home, TOKENS), TOKENS));
     }
+}
+
+#[test]
+fn a_nats_that_demands_credentials_is_shown_them() {
+    if !nats_is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let accounts = Accounts::make(folder.path());
+    let port = free_ports();
+    let _server =
+        Server::nats_with(folder.path(), port, &["--config", accounts.server_config.to_str().unwrap()]);
+    let place = format!("nats://127.0.0.1:{port}");
+    let with = ["--events", &place, "--events-credentials", accounts.credentials.to_str().unwrap()];
+    let node = Node::start(DaemonOptions { host_mb: 64.0, arguments: vec![] }.and(&with));
+    let _worker = worker(&node, 0, 128, BLOCK, &[]);
+    let start = |name: &str, events: &[&str]| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let arguments = [&["--router-mode", "kv", "--debug-headers"], events].concat();
+        let frontend = Frontend::start(&folder, &[&node], &arguments);
+        frontend.until_ready(1);
+        frontend
+    };
+    let shown = start("shown", &with);
+    let mut number = 0;
+    eventually("it hears of blocks through NATS", || {
+        number += 1;
+        ask(&shown, number);
+        (shown.metric("dynamo_frontend_router_events_total", "from=\"nats\"") > 0.0).then_some(())
+    });
+    // Without them NATS says nothing, and the daemon is asked itself.
+    let refused = start("refused", &with[..2]);
+    eventually("it hears of blocks from the daemon", || {
+        number += 1;
+        ask(&refused, number);
+        (refused.metric("dynamo_frontend_router_events_total", "from=\"daemon\"") > 0.0).then_some(())
+    });
+    assert_eq!(refused.metric("dynamo_frontend_router_events_total", "from=\"nats\""), 0.0);
 }

@@ -9,6 +9,7 @@ use kvbm_tests::{DaemonOptions, Frontend, Node, Process, Random, Streamed};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use super::whole::{Request, Whole, hear};
 use super::worker;
 
 const WORKERS: usize = 3;
@@ -20,15 +21,32 @@ const REQUESTS: usize = 20;
 const STREAMS: usize = 100;
 const TOKENS: usize = 300;
 
-/// Half of them greedy, half by chance with a fixed seed; prompts share beginnings.
-fn request(number: usize) -> Value {
+/// Half of them greedy, half by chance with a fixed seed; prompts share beginnings. Some want several choices, some the
+/// scores of tokens, some a form.
+fn request(number: usize) -> Request {
     let mut prompt = Random::new(number as u64 / 4).tokens(100);
     prompt.extend(Random::new(1000 + number as u64).tokens(40));
     let temperature = if number.is_multiple_of(2) { 0.0 } else { 0.8 };
-    json!({
-        "model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "stream": true, "ignore_eos": true,
-        "temperature": temperature, "seed": number, "stop": if number % 5 == 4 { json!(["zq"]) } else { Value::Null },
-    })
+    let mut body = json!({
+        "max_tokens": TOKENS, "ignore_eos": true, "temperature": temperature, "seed": number,
+        "stop": if number % 5 == 4 { json!(["zq"]) } else { Value::Null },
+    });
+    match number % 10 {
+        3 => body["n"] = json!(3),
+        5 => body["logprobs"] = json!(2),
+        7 => {
+            body["presence_penalty"] = json!(0.5);
+            body["logprobs"] = json!(1);
+        }
+        8 => body["guided_regex"] = json!("([a-f]{3}[0-9]{3} ){100}"),
+        9 => {
+            let numbers =
+                json!({ "type": "array", "items": { "type": "integer", "maximum": 999 }, "minItems": 99 });
+            body["guided_json"] = numbers;
+        }
+        _ => {}
+    }
+    Request::completion(&prompt, body)
 }
 
 /// How a worker is taken away.
@@ -74,13 +92,8 @@ fn drill_migration() {
     let arguments = ["--router-mode", "kv", "--migration-limit", "1000"];
     let frontend = Frontend::start(node.dir.path(), &[&node], &arguments);
     frontend.until_ready(WORKERS);
-    let expected: Vec<String> = (0..REQUESTS)
-        .map(|number| {
-            let streamed = frontend.stream(&request(number));
-            assert!(streamed.finish.is_some(), "{streamed:?}");
-            streamed.text
-        })
-        .collect();
+    let expected: Vec<Whole> =
+        (0..REQUESTS).map(|number| hear(&frontend, &request(number), |_, _| ()).whole).collect();
     let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let disturbed = || frontend.metric("dynamo_frontend_model_migration_total", "ongoing_request");
     let gaps = Mutex::new(Vec::new());
@@ -95,9 +108,9 @@ fn drill_migration() {
                             return;
                         }
                         let number = at % REQUESTS;
-                        let streamed = frontend.stream(&request(number));
-                        expect_whole(&streamed, &expected[number]);
-                        gaps.lock().unwrap().push(streamed.gaps.iter().max().copied().unwrap_or_default());
+                        let heard = hear(&frontend, &request(number), |_, _| ());
+                        assert_eq!(heard.whole, expected[number], "request {number}");
+                        gaps.lock().unwrap().push(heard.longest_gap);
                     }
                 })
             })

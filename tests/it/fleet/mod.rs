@@ -4,7 +4,12 @@ mod disagg;
 mod discovery;
 mod events;
 mod migration;
+mod moves;
+mod nats_accounts;
+mod outage;
 mod routing;
+mod servers;
+mod whole;
 
 use kvbm_tests::{Node, Process, WorkerOptions};
 

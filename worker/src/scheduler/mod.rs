@@ -148,7 +148,11 @@ impl Scheduler {
                 let arrival = Arrival(self.next_arrival);
                 self.next_arrival += 1;
                 let per_block = self.options.limits.tokens_per_block;
-                self.queue.push_back((arrival, Sequence::new(request, sampler, max_tokens, per_block)));
+                let sequence = Sequence::new(request, sampler, max_tokens, per_block);
+                match sequence.ended_before(&self.options.eos_token_ids) {
+                    Some(reason) => self.told(&sequence, reason),
+                    None => self.queue.push_back((arrival, sequence)),
+                }
             }
         }
     }
@@ -366,6 +370,11 @@ impl Scheduler {
     fn end(&mut self, mut sequence: Sequence, reason: FinishReason, cache: &mut impl Cache) {
         sequence.let_go(cache);
         self.admission = Admission::Open;
+        self.told(&sequence, reason);
+    }
+
+    /// Reports an end.
+    fn told(&mut self, sequence: &Sequence, reason: FinishReason) {
         match reason {
             FinishReason::Stop | FinishReason::Length => self.counters.finished += 1,
             FinishReason::Cancelled => self.counters.cancelled += 1,

@@ -241,6 +241,11 @@ impl Sequence {
         (self.computed, self.committed, self.skipped, self.starved_turns) = (0, 0, 0, 0);
     }
 
+    /// Whether another worker has generated the last token already, and was lost before it could say so.
+    pub(super) fn ended_before(&self, eos_token_ids: &[u32]) -> Option<FinishReason> {
+        (self.generated() > 0).then(|| self.finish(eos_token_ids)).flatten()
+    }
+
     /// Whether the last token, just generated, ends the sequence.
     pub(super) fn finish(&self, eos_token_ids: &[u32]) -> Option<FinishReason> {
         let last = self.tokens.last()?;

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use kvbm_hash::{Namespace, Retention, RetentionConfig, TokenRange};
 use kvbm_worker::{
-    BlockId, Cache, Chunk, Counters, Eos, Event, FinishReason, KvMemory, Limits, Llama, Logits, Model,
-    Refusal, Request, RequestId, Sampling, Scheduler, SchedulerOptions,
+    BlockId, Cache, Chunk, Counters, Eos, Event, FinishReason, Grammar, Guides, KvMemory, Limits, Llama,
+    Logits, Model, Refusal, Request, RequestId, Sampling, Scheduler, SchedulerOptions,
 };
 
-use crate::support::{Random, engine, run};
+use crate::support::{Random, engine, model, run};
 use crate::test_cache::{Behaviour, TestCache, TestModel, VOCAB, expected};
 
 pub const EASY: Behaviour = Behaviour {
@@ -284,9 +284,12 @@ fn events(behaviour: Behaviour, requests: Vec<Request>) -> Vec<Vec<Event>> {
     let mut all = vec![Vec::new(); requests.len()];
     for (at, request) in requests.into_iter().enumerate() {
         scheduler.submit(request);
-        while !scheduler.is_idle() {
-            turn(&mut scheduler, &mut cache, &mut model);
+        loop {
             all[at].extend(scheduler.take_events().into_iter().map(|(_, event)| event));
+            if scheduler.is_idle() {
+                break;
+            }
+            turn(&mut scheduler, &mut cache, &mut model);
         }
     }
     all
@@ -320,6 +323,30 @@ fn a_request_goes_on_with_what_another_worker_generated() {
             panic!()
         };
         assert_eq!(*completion_tokens, first.len(), "what came before counts");
+    }
+}
+
+/// The worker was lost between the last token and the word of it.
+#[test]
+fn an_answer_that_another_worker_completed_ends_without_a_further_token() {
+    let guides = Guides::new(&model(), vec![EOS]);
+    let guide = guides.guide(&Grammar::Choice(vec!["A".into()])).unwrap();
+    // The token of that letter: the whole of what may be said.
+    let letter = (0..VOCAB as u32).find(|token| {
+        let all = Request { guide: Some(guide.clone()), ..request(1, vec![1; 20], 9) };
+        let said = Request { generated: vec![*token], ..all };
+        matches!(events(EASY, vec![said])[0].as_slice(), [Event::Finished { .. }])
+    });
+    let by_guide =
+        Request { guide: Some(guide), generated: vec![letter.unwrap()], ..request(1, vec![1; 20], 9) };
+    let stopped = Request { stop_token_ids: vec![7], generated: vec![3, 7], ..request(1, vec![1; 20], 9) };
+    for (request, said) in [(by_guide, 1), (stopped, 2)] {
+        let [Event::Finished { reason: FinishReason::Stop, prompt_tokens: 20, completion_tokens }] =
+            events(EASY, vec![request])[0][..]
+        else {
+            panic!()
+        };
+        assert_eq!(completion_tokens, said);
     }
 }
 

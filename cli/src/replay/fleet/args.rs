@@ -35,6 +35,9 @@ pub(in crate::replay) struct FleetArgs {
     /// Mode kv: how much dearer computing is where more than its share of it was done lately
     #[arg(long, default_value_t = Weights::default().spread, value_name = "WEIGHT", requires = "router_mode")]
     router_spread_weight: f64,
+    /// Mode kv: credit for a token that a worker had when the conversation was shorter, and has no more
+    #[arg(long, default_value_t = Weights::default().gone, value_name = "WEIGHT", requires = "router_mode")]
+    router_gone_weight: f64,
 }
 
 impl FleetArgs {
@@ -48,6 +51,7 @@ impl FleetArgs {
             overlap: self.router_kv_overlap_score_credit,
             load: self.router_load_weight,
             spread: self.router_spread_weight,
+            gone: self.router_gone_weight,
             ..Weights::default()
         }
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use kvbm::EventKind;
 use kvbm::ledger::Millis;
-use kvbm_frontend::{Burden, Chooser, Fingerprint, Index, Load, Overlap, RouterMode, Source, SourceId, Tier};
+use kvbm_frontend::{
+    Burden, Chooser, Fingerprint, Homes, Index, Load, Overlap, RouterMode, Source, SourceId, Tier,
+};
 
 use super::FleetArgs;
 use crate::replay::drive::{Answer, Drive, Hits, Setup};
@@ -42,6 +44,7 @@ pub(super) struct Workers<'a> {
     tokens_per_block: usize,
     index: Index,
     chooser: Chooser,
+    homes: Homes,
     turn: usize,
 }
 
@@ -74,6 +77,7 @@ impl<'a> Workers<'a> {
             tokens_per_block: trace.tokens_per_block as usize,
             index,
             chooser: Chooser::new(args.weights()),
+            homes: Homes::default(),
             turn: 0,
         })
     }
@@ -94,11 +98,16 @@ impl<'a> Workers<'a> {
         let prompt = keys.len() * self.tokens_per_block;
         let (chosen, found) = match mode {
             RouterMode::Kv => {
-                let overlaps = self.overlaps(keys);
+                let mut overlaps = self.overlaps(keys);
+                if let Some((blocks, home)) = self.homes.of(keys) {
+                    let overlap = &mut overlaps[home as usize];
+                    *overlap = overlap.with_home(blocks * self.tokens_per_block);
+                }
                 let loads = self.workers.iter().map(|worker| &*worker.load);
                 let known: Vec<(Overlap, &Load)> = overlaps.iter().copied().zip(loads).collect();
                 let costs = self.chooser.costs(prompt, &known);
                 let chosen = self.chooser.choose(&costs, chance).unwrap_or(0);
+                self.homes.note(keys, chosen as u64);
                 (chosen, overlaps[chosen].total())
             }
             RouterMode::LeastLoaded | RouterMode::PowerOfTwo => {
