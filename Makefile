@@ -86,6 +86,7 @@ test-trtllm: $(PACKAGE)
 	$(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 1 --workers 4
 	$(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 1 --workers 4 --api L2 --overlap --tp 2
 	TLLM_KVBM_POOL=staged $(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 1 --workers 4 --overlap --tp 2
+	$(TRTLLM) -m fake_engine drill $(CONNECTOR) --every 40 --workers 4 --waits 3 --slack-ms 200
 	$(TRTLLM) tests/python/serve_trtllm.py $(KVBM)
 
 # The same at full length: 20 seeds in every set-up, the daemon struck at every callback. Hours on a small machine.
@@ -95,7 +96,7 @@ drill-trtllm: $(PACKAGE)
 		$(TRTLLM) -m fake_engine run $(CONNECTOR) --seeds 20 --api $$api --tp $$ranks $$overlap || exit 1; \
 	done; done; done; done
 	$(TRTLLM) -m fake_engine drill $(CONNECTOR)
-	$(TRTLLM) -m fake_engine drill $(CONNECTOR) --tp 2 --overlap --every 5
+	$(TRTLLM) -m fake_engine drill $(CONNECTOR) --tp 2 --overlap
 
 # A real vLLM on the CPU: 6 GB of Python and some twenty minutes, so it is not part of `make test`.
 VLLM_VENV := .venv-vllm
@@ -104,6 +105,7 @@ VLLM_TEST = $(CURDIR)/$(VLLM_VENV)/bin/python tests/vllm_engine/$(1) --kvbm $(CU
 test-vllm: build wheel $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/uv pip install -q --no-deps --reinstall --python $(VLLM_VENV)/bin/python $$(ls -t target/wheels/kvbm_connector-*.whl | head -1)
 	$(call VLLM_TEST,check.py)
+	$(call VLLM_TEST,features.py)
 
 # The daemon killed, stopped and started again under that engine; wants a machine with little else to do.
 drill-vllm: test-vllm

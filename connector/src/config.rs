@@ -150,6 +150,8 @@ pub struct WorkerRegistration {
     pub context_length: u32,
     /// ready or draining.
     pub state: String,
+    /// Where the blocks are in pools of other sessions: the base namespace of their keys.
+    pub base_namespace: Option<[u8; 32]>,
 }
 
 impl WorkerRegistration {
@@ -165,6 +167,7 @@ impl WorkerRegistration {
             context_length: self.context_length,
             pool_id,
             state: self.state.clone(),
+            base_namespace: self.base_namespace.map_or_else(Vec::new, Vec::from),
         }
     }
 }

@@ -34,7 +34,8 @@ class Engine:
         self.dead = False
         self.refused: str | None = None
         self.iterations = 0
-        self.callbacks = 0
+        self.callbacks = [0] * config.ranks
+        """So far, of each rank."""
         self.counts: dict[str, int] = {}
         self.seconds: dict[str, list[float]] = {}
         self.slow: list[tuple[int, int, str, float]] = []
@@ -196,7 +197,7 @@ class Engine:
             replies.append(reply)
         if replies[0].statuses:
             self.statuses = replies[0].statuses
-        self.callbacks = max(self.callbacks, replies[0].callbacks)
+        self.callbacks = [max(pair) for pair in zip(self.callbacks, (r.callbacks for r in replies), strict=True)]
         if self.dead:
             for process in self.processes:
                 if process.is_alive():

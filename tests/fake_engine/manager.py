@@ -13,7 +13,7 @@ from .comm import Comm
 from .faults import PROTOCOL
 from .llm_args import LlmArgs
 from .memory import KvMemory
-from .request import BaseLlmRequest, EngineRequest, LlmRequest, State
+from .request import BaseLlmRequest, EngineRequest, LlmRequest, State, numbers
 
 
 @dataclass
@@ -140,7 +140,7 @@ class ConnectorManager:
 
     def _data(self, request: EngineRequest, in_context: bool) -> Any:
         known_tokens, known_blocks = self._seen.get(request.request_id, (0, [0] * len(request.pages)))
-        tokens = request.tokens[known_tokens:]
+        tokens = numbers(request.tokens[known_tokens:]).tolist()
         groups = [list(pages[known:]) for pages, known in zip(request.pages, known_blocks, strict=True)]
         self._seen[request.request_id] = (len(request.tokens), [len(pages) for pages in request.pages])
         if in_context:

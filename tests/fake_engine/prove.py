@@ -52,6 +52,7 @@ def _drills() -> list[Job]:
         options = dataclasses.replace(
             IMPATIENT, module="fake_engine.connectors.with_daemon", scheduler_class=bug.scheduler,
             worker_class=bug.worker, server_url="{socket}",
+            patience_s=bug.options.get("patience_s", SECONDS_TO_HIT),
         )
         for number in bug.options["callbacks"]:
             jobs.append(Job(name, number, Plan(options, REFERENCE_DAEMON, bug.scenario, number).run))

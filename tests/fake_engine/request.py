@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 
 from .content import Digests
@@ -102,6 +103,11 @@ class EngineRequest:
         return bool(self.pages)
 
 
+def numbers(tokens: list[int]) -> array[int]:
+    """Tokens where Python's numbers are made of them, as in C++."""
+    return array("q", tokens)
+
+
 class BaseLlmRequest:
     """What the C++ object shows: made anew for each query, nothing settable, no `py_` names."""
 
@@ -137,12 +143,13 @@ class BaseLlmRequest:
         self.is_child = False
         self.seq_slot = 0
         self.end_id = -1
-        self._tokens = list(request.tokens)
+        self._tokens = numbers(request.tokens)
 
     def get_tokens(self, beam: int) -> list[int]:
         if beam != 0:
             raise IndexError("one beam")
-        return list(self._tokens)
+        # A list of its own, of numbers of its own: the real ones are made from a C++ vector each time.
+        return self._tokens.tolist()
 
     def priority(self) -> float:
         """The scheduling priority, which is not the retention priority."""

@@ -26,8 +26,11 @@ class Outcome:
     seed: int
     violations: list[Violation] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    callbacks: int = 0
+    callbacks: list[int] = field(default_factory=list)
+    """Of each rank, in a drill until the daemon was healed."""
     taken: float = 0.0
+    struck: bool = False
+    """Of a drill: its fault happened."""
 
 
 def names(chosen: str, api: str) -> list[str]:
@@ -53,7 +56,6 @@ def run_one(options: Options, name: str, seed: int) -> Outcome:
         pass
     outcome = Outcome(name, seed, ctx.finish(), taken=time.monotonic() - begin)
     for engine in ctx.engines:
-        outcome.callbacks = max(outcome.callbacks, engine.callbacks)
         for callback, values in engine.seconds.items():
             outcome.seconds.setdefault(callback, []).extend(values)
     return outcome

@@ -166,7 +166,7 @@ impl Engine {
             let (found, parked) = self.scheduler().query(prompt, 0);
             return (id, found, parked);
         };
-        match apart.look_up(prompt, 0) {
+        match apart.look_up(prompt, 0, 0) {
             Found::Tokens(found, parked) => (id, found, parked),
             Found::Later => panic!("there is no disk to wait for"),
         }

@@ -1,5 +1,5 @@
-"""`python -m kvbm_connector.serve_trtllm` over the fake engine: what requests become, and two workers of one daemon behind
-the frontend, driven with the openai client. `serve_trtllm.py PATH_OF_KVBM`, with kvbm_connector importable."""
+"""`python -m kvbm_connector.serve_trtllm` over the fake engine: what requests become, and workers of one daemon and of two
+behind the frontend, driven with the openai client. `serve_trtllm.py PATH_OF_KVBM`, with kvbm_connector importable."""
 
 import asyncio
 import json
@@ -227,21 +227,22 @@ def wait(what: str, condition, seconds: float = 30.0):
 
 
 class Fleet:
-    """A daemon, a frontend, and workers over fake engines."""
+    """Daemons, as of so many nodes, a frontend for all, and workers over fake engines."""
 
-    def __init__(self, kvbm: str, folder: str) -> None:
+    def __init__(self, kvbm: str, folder: str, nodes: int = 1, *options: str) -> None:
         self.folder = folder
-        self.record = f"{folder}/record"
         self.processes = []
-        self.daemon_socket = f"{folder}/kvbm.sock"
-        self.start([kvbm, "daemon", "--socket", self.daemon_socket, "--state-dir", f"{folder}/state",
-                    "--cpu-cache-gb", "0.1", "--metrics-port", "0"])
-        wait("the daemon", lambda: os.path.exists(self.daemon_socket))
+        self.sockets = [f"{folder}/kvbm{node}.sock" for node in range(nodes)]
+        for node, path in enumerate(self.sockets):
+            self.start([kvbm, "daemon", "--socket", path, "--state-dir", f"{folder}/state{node}",
+                        "--cpu-cache-gb", "0.1", "--metrics-port", "0"])
+            wait("the daemon", lambda path=path: os.path.exists(path))
+            options += ("--daemon", f"unix:{path}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
-        self.start([kvbm, "frontend", "--socket", self.daemon_socket, "--http-port", str(port)])
+        self.start([kvbm, "frontend", "--http-port", str(port), *options])
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
 
     def start(self, command, **environment):
@@ -250,12 +251,12 @@ class Fleet:
         self.processes.append(process)
         return process
 
-    def worker(self, name: str):
+    def worker(self, name: str, node: int = 0):
         path = os.pathsep.join([*FAKES, *sys.path])
         process = self.start(
             [sys.executable, "-m", "kvbm_connector.serve_trtllm", "--model-path", MODEL, "--served-model-name", "fake",
-             "--daemon", f"unix:{self.daemon_socket}", "--worker-id", name, "--socket", f"{self.folder}/{name}.sock"],
-            PYTHONPATH=path, FAKE_TRTLLM_RECORD=self.record, FAKE_ENGINE_VOCABULARY="4096",
+             "--daemon", f"unix:{self.sockets[node]}", "--worker-id", name, "--socket", f"{self.folder}/{name}.sock"],
+            PYTHONPATH=path, FAKE_TRTLLM_RECORD=f"{self.folder}/record-{name}", FAKE_ENGINE_VOCABULARY="4096",
         )
         line = process.stdout.readline()
         assert line and json.loads(line)["worker_id"] == name, self.logs()
@@ -264,6 +265,19 @@ class Fleet:
     def logs(self) -> str:
         return "\n".join(open(f"{self.folder}/log{number}").read()[-2000:] for number in range(len(self.processes)))
 
+    def asked(self, name: str) -> list:
+        """What a worker's engine was asked."""
+        try:
+            return [json.loads(line) for line in open(f"{self.folder}/record-{name}")]
+        except FileNotFoundError:
+            return []
+
+    def known_blocks(self) -> int:
+        """Blocks that the router knows of."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=5) as answer:
+            lines = [line.decode().split() for line in answer]
+        return sum(int(float(line[1])) for line in lines if line[0].endswith("router_index_blocks"))
+
     def models(self) -> list[str]:
         try:
             with urllib.request.urlopen(f"{self.address}/v1/models", timeout=5) as answer:
@@ -271,9 +285,9 @@ class Fleet:
         except OSError:
             return []
 
-    def ask(self, **more):
+    def ask(self, prompt=PROMPT, **more):
         try:
-            answer = self.client.completions.create(model="fake", prompt=PROMPT, max_tokens=20, temperature=0, **more)
+            answer = self.client.completions.create(model="fake", prompt=prompt, max_tokens=20, temperature=0, **more)
         except openai.APIStatusError as error:
             # A worker that was killed is still listed for a moment.
             assert error.status_code == 503, error
@@ -304,7 +318,7 @@ def served(kvbm: str) -> None:
             salted = fleet.ask(extra_body={"cache_salt": "other", "kv_cache_retention_config": {
                 "token_range_retention_configs": [{"token_start": 0, "token_end": 16, "priority": 80}]}})
             assert salted[1] == 0, "another salt finds nothing"
-            last = json.loads(open(fleet.record).read().splitlines()[-1])
+            last = fleet.asked("b")[-1]
             assert last[4] == "other" and "priority=80" in last[3], last
             chunks = list(fleet.client.completions.create(
                 model="fake", prompt=PROMPT, max_tokens=20, temperature=0, stream=True))
@@ -320,6 +334,35 @@ def served(kvbm: str) -> None:
             fleet.close()
 
 
+def routed(kvbm: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="kvbm") as folder:
+        fleet = Fleet(kvbm, folder, 2, "--router-mode", "kv")
+        try:
+            names = ("a", "b")
+            for node, name in enumerate(names):
+                fleet.worker(name, node)
+            wait("the model to be listed", lambda: "fake" in fleet.models())
+            prompts = (f"{number}. {3 * PROMPT}" for number in range(10_000))
+            # Where nobody has anything, both are asked.
+            wait("both workers to be asked", lambda: fleet.ask(next(prompts)) and all(map(fleet.asked, names)))
+            for _ in range(6):
+                prompt, known = next(prompts), fleet.known_blocks()
+                blocks = len(fleet.asked("a")[-1][0]) // 8
+                before = [len(fleet.asked(name)) for name in names]
+                text, _ = fleet.ask(prompt)
+                # More than those of answers that were not known before.
+                wait("the blocks to be known", lambda: fleet.known_blocks() >= known + blocks)
+                assert fleet.ask(prompt)[0] == text
+                fleet.ask(f"{prompt} And God said")
+                asked = [len(fleet.asked(name)) - count for name, count in zip(names, before)]
+                assert sorted(asked) == [0, 3], f"the node that has the blocks is asked again: {asked}"
+        except BaseException:
+            print(fleet.logs(), file=sys.stderr)
+            raise
+        finally:
+            fleet.close()
+
+
 def main() -> None:
     sys.modules["serve_trtllm"] = sys.modules[__name__]
     # What is refused and what fails here is meant to.
@@ -328,7 +371,8 @@ def main() -> None:
     logits()
     service()
     served(os.path.abspath(sys.argv[1]))
-    print("serve_trtllm: requests, logits processors, service and two workers behind a frontend")
+    routed(os.path.abspath(sys.argv[1]))
+    print("serve_trtllm: requests, logits processors, service, two workers behind a frontend, and two nodes in mode kv")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How requests and settings of TensorRT-LLM are translated, without an engine. `trtllm_adapter.py`, where the wheel is."""
 
+import ctypes
 import json
 import pathlib
 import tempfile
@@ -7,11 +8,11 @@ from types import SimpleNamespace as Record
 
 from kvbm_connector import _trtllm_checks as checks
 from kvbm_connector import _trtllm_request as requests
-from kvbm_connector import model_fingerprint
+from kvbm_connector import Engine, model_fingerprint
 
 
 def prompt_of(asked: Record) -> tuple:
-    return requests.prompt_of(asked, requests.Prompts())
+    return requests.prompt_of(asked)
 
 
 def request(**fields: object) -> Record:
@@ -43,8 +44,10 @@ def test_what_is_not_in_the_key_is_served_without_the_cache() -> None:
     assert not cacheable(is_generation_only_request=lambda: True)
     assert cacheable(is_generation_only_request=lambda: False)
     assert not cacheable(prompt_embedding_table=object())
-    for strange in (-5, 2**32):
-        assert prompt_of(Record(request_id=1, get_tokens=lambda beam: [1, strange]))[1:] == (b"", None, None, [], False)
+    for strange in (-5, 2**32, None, 1.5):
+        asked = Record(request_id=1, get_tokens=lambda beam: [1, strange])
+        assert prompt_of(asked)[1:] == (b"", None, None, [], False)
+    assert prompt_of(request(is_dummy_request=True))[1:] == (b"", None, None, [], False)
 
 
 def test_reports_are_those_of_every_line_of_the_interface() -> None:
@@ -54,22 +57,58 @@ def test_reports_are_those_of_every_line_of_the_interface() -> None:
     assert requests.report_of(flat) == (1, 0, b"\4\0\0\0", [[2]], 3, 2, [80])
     flat.new_block_ids_by_layer_group = [[2], [-1]]
     assert requests.report_of(flat)[3] == [[2], [-1]]
-    flat.new_tokens = [-1]
-    assert requests.report_of(flat)[2] is None
     flat.new_block_ids_by_layer_group = {1: [-1], 0: [2]}
     assert requests.report_of(flat)[3] == [[2], [-1]]
 
 
-def test_tokens_of_a_query_cross_over_once_if_the_first_report_begins_with_them() -> None:
-    prompts = requests.Prompts()
-    requests.prompt_of(request(), prompts)
-    assert prompts.known(7, [1, 2, 3, 4]) == 3 and prompts.known(7, [1, 2, 3]) == 0, "once"
+class Bypassed:
+    """A native engine without a daemon, and how many of its requests are served without the cache."""
+
+    PAGES, PAGE_BYTES = 4096, 16
+
+    def __init__(self) -> None:
+        self.engine = Engine(
+            socket="/nowhere.sock", client="test", model="m", revision="", kv_dtype="f16", tokens_per_block=8, rank=0,
+            rank_count=1, shard=0, shard_count=1, lora_scope="",
+        )
+        pool = bytearray(self.PAGES * self.PAGE_BYTES)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pool))
+        region = (address, self.PAGE_BYTES, self.PAGE_BYTES, self.PAGES)
+        self.engine.register_memory([[region]], "test", "cpu:0", False, False, True, pool, None)
+        self.requests = 0
+
+    def count(self) -> int:
+        return self.engine.figures()["bypassed_requests"]
+
+    def is_(self, asked: object, reported: object = None) -> bool:
+        """Whether a request is, that was asked about with some tokens and is reported with others."""
+        self.requests += 1
+        before = self.count()
+        words = requests._words(asked)
+        self.engine.query(self.requests, words or b"", None, None, [], words is not None, 0)
+        reported = asked if reported is None else reported
+        pages = list(range(-(-len(reported) // 8)))
+        self.engine.build([(self.requests, 0, requests._words(reported), [pages], 0, len(reported), None)], [])
+        return self.count() > before
+
+
+def test_a_request_with_something_that_is_no_token_is_served_without_the_cache() -> None:
+    bypassed = Bypassed()
+    assert not bypassed.is_([1, 2, 2**32 - 1])
+    for strange in (-5, 2**32, None, "x", 1.5):
+        assert bypassed.is_([1, strange, 3]), strange
+        assert bypassed.is_([1, 2, 3], [1, 2, 3, strange]), strange
+
+
+def test_a_request_that_is_reported_with_other_tokens_than_it_was_asked_about_is_too() -> None:
+    bypassed = Bypassed()
+    assert not bypassed.is_([1, 2, 3]) and not bypassed.is_([1, 2, 3], [1, 2, 3, 4])
     for other in ([1, 2, 4], [1, 2], []):
-        requests.prompt_of(request(), prompts)
-        assert prompts.known(7, other) == 0, other
-    assert prompts.known(8, [1]) == 0
-    report = Record(request_id=7, new_tokens=[1, 2, 3, 4], new_block_ids=[2], computed_position=0)
-    assert requests.report_of(report, 3)[:3] == (7, 3, b"\4\0\0\0")
+        assert bypassed.is_([1, 2, 3], other), other
+    prompt = list(range(30_000))
+    for at in (0, 1, 4999, 29_999):
+        assert bypassed.is_(prompt, [*prompt[:at], 77_777, *prompt[at + 1 :]]), at
+    assert not bypassed.is_(prompt)
 
 
 def settings(**fields: object) -> Record:

@@ -72,6 +72,7 @@ from kvbm_connector import _vllm_checks as checks  # noqa: E402
 from kvbm_connector import _vllm_layout as layout  # noqa: E402
 from kvbm_connector import _vllm_request as requests  # noqa: E402
 from kvbm_connector import vllm  # noqa: E402
+from kvbm_connector._vllm_metadata import KvbmWorkerMetadata  # noqa: E402
 from kvbm_connector._vllm_scheduler import SchedulerHalf  # noqa: E402
 from kvbm_connector._vllm_stats import KvbmPromMetrics, KvbmStats  # noqa: E402
 
@@ -192,6 +193,12 @@ def test_what_cannot_work_is_refused_by_its_name() -> None:
     consumer = config()
     consumer.kv_transfer_config.kv_role = "kv_consumer"
     refused("kv_role", checks.check, consumer, full)
+    ahead = config({"kvbm.load": "in-pass"})
+    ahead.scheduler_config = Record(async_scheduling=True)
+    refused("--no-async-scheduling", checks.load_options, ahead)
+    ahead.kv_transfer_config.kv_connector_extra_config.pop("kvbm.load")
+    assert checks.load_options(ahead)["load"] == "parked"
+    assert "load" not in checks.load_options(config())
     refused("kvbm.modle", checks.options_of, config({"kvbm.modle": "x"}))
     assert checks.options_of(config({"somebody.else": 1, "kvbm.tenant": "t"}))["tenant"] == "t"
     assert checks.is_replicated(MLAAttentionSpec()) and not checks.is_replicated(FullAttentionSpec())
@@ -234,7 +241,7 @@ class Told:
         self.calls: list[tuple[object, ...]] = []
 
     def look_up(self, *arguments: object) -> tuple[int, bool]:
-        self.calls.append(("look_up", arguments[0], arguments[-1]))
+        self.calls.append(("look_up", arguments[0], arguments[-2], arguments[-1]))
         return 4, True
 
     def build(self, new: list[object], cached: list[object]) -> bytes:
@@ -268,14 +275,15 @@ def test_a_request_is_reported_when_it_begins_takes_blocks_or_completes_one() ->
     told = Told()
     half, one = SchedulerHalf(told, 4), request(tokens=9)
     assert half.look_up(one, 0) == (4, True)
+    assert half.look_up(request("other"), 8) == (4, True) and told.calls[-1] == ("look_up", 2, 8, 1)
     half.allocated(one, Record(get_block_ids=lambda: ([5, 6, 7],)), 4, parked=True)
     assert told.calls[-1] == ("allocated", 1, [[5, 6, 7]])
     waiting = half.build(output())
-    assert (waiting.payload, waiting.loading) == (b"payload", {1: "a"})
+    assert (waiting.payload, waiting.loading, waiting.idle) == (b"payload", {1: "a"}, True)
     begun = half.build(output([Record(req_id="a", block_ids=([5, 6, 7],), num_computed_tokens=4)], a=5))
-    assert begun.loading == {}
-    number, _, tokens, pages, computed, scheduled, _ = told.calls[-1][1][0]
-    assert (number, len(tokens), pages, computed, scheduled) == (1, 36, [[5, 6, 7]], 4, 5)
+    assert begun.loading == {} and not begun.idle
+    number, known, tokens, pages, computed, scheduled, _ = told.calls[-1][1][0]
+    assert (number, known, tokens, pages, computed, scheduled) == (1, 9, b"", [[5, 6, 7]], 4, 5), "tokens are told once"
     # Two tokens that complete nothing are not worth a word; the third completes the block, and the next needs another.
     for tokens_now, pages_now, reported in ((10, None, False), (11, None, False), (12, None, True), (13, ([8],), True)):
         one.all_token_ids, one.num_tokens = list(range(tokens_now)), tokens_now
@@ -284,8 +292,10 @@ def test_a_request_is_reported_when_it_begins_takes_blocks_or_completes_one() ->
         assert bool(cached) == reported, (tokens_now, cached)
     assert cached[0][3] == [[8]] and len(cached[0][2]) == 4
     # Its blocks were taken from it: it begins again with others.
+    half.look_up(one, 0)
+    one.all_token_ids, one.num_tokens = list(range(14)), 14
     half.build(output(running=[("a", ([1, 2, 3, 4],), 0)], resumed={"a"}, a=13))
-    assert told.calls[-1][1][0][3] == [[1, 2, 3, 4]] and len(told.calls[-1][1][0][2]) == 52
+    assert told.calls[-1][1][0][1:4] == (13, b"\r\0\0\0", [[1, 2, 3, 4]])
     half.finished(one)
     assert told.calls[-1] == ("request_finished", 1)
     # Of a request that nobody asked about only the blocks are told: they have changed hands.
@@ -300,9 +310,12 @@ def test_an_offer_that_is_not_taken_up_is_given_back_and_failures_are_passed_on(
     half.allocated(request(), Record(get_block_ids=lambda: ([5],)), 0, parked=True)
     assert told.calls[-1] == ("declined", 1) and half.build(output()).loading == {}
     half.told(Record(invalid_block_ids={3}, kv_connector_worker_meta=None))
-    assert told.calls[-1] == ("told", [3], [])
+    assert told.calls[-1] == ("told", [3], [], 0)
     half.told(Record(invalid_block_ids=set(), kv_connector_worker_meta=None))
-    assert told.calls[-1] == ("told", [3], [])
+    assert told.calls[-1] == ("told", [3], [], 0)
+    ranks = KvbmWorkerMetadata(set(), 70).aggregate(KvbmWorkerMetadata({4}, 90))
+    half.told(Record(invalid_block_ids=set(), kv_connector_worker_meta=ranks))
+    assert told.calls[-1] == ("told", [], [4], 90)
 
 
 def test_without_a_daemon_every_answer_is_that_there_is_nothing() -> None:

@@ -1,8 +1,9 @@
 """Time to first token of a host hit on the CPU, beside LMCache's daemon: two servers, asked in turn.
 
-    beside_lmcache.py --kvbm target/ci/kvbm --model models/tiny --lmcache VENV/bin/lmcache
+    setup.sh VENV 0.32.0 lmcache
+    VENV/bin/python beside_lmcache.py --kvbm target/ci/kvbm --model models/tiny --lmcache VENV/bin/lmcache
 
-Needs lmcache in the environment of the engine, 5 GB of memory and a quiet machine.
+Needs our package in the same environment, 5 GB of memory and a quiet machine.
 """
 
 from __future__ import annotations

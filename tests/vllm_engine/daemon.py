@@ -38,9 +38,12 @@ class Node:
         environment["KVBM_STATE_DIR"] = str(self.folder)
         return subprocess.Popen([str(self.kvbm), *arguments], env=environment, stdout=self.log, stderr=self.log)
 
-    def start(self) -> None:
+    def launch(self) -> None:
         held = ["--holder", str(self.folder / "hold.sock")] if self.holder else []
         self.daemon = self._run("daemon", "--socket", str(self.socket), "--metrics-port", "0", *held, *self.settings)
+
+    def start(self) -> None:
+        self.launch()
         wait_until("the daemon answers", lambda: self.status() is not None)
 
     def kill(self) -> None:
@@ -63,10 +66,14 @@ class Node:
 
     def host_blocks(self) -> int:
         """Blocks that are complete in host memory, and of no interest to anybody just now."""
+        return self.blocks("host")
+
+    def blocks(self, name: str) -> int:
+        """The same of any tier."""
         status = self.status()
         if status is None:
             return -1
-        return int(next(tier["slots"]["resident"] for tier in status["tiers"] if tier["tier"] == "host"))
+        return int(next(tier["slots"]["resident"] for tier in status["tiers"] if tier["tier"] == name))
 
     def close(self) -> None:
         for process in (self.daemon, self.holder):

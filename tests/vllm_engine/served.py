@@ -31,7 +31,9 @@ def prompts(seed: int, count: int, tokens: int) -> list[list[int]]:
 class Served:
     """An OpenAI server of vLLM on the CPU."""
 
-    def __init__(self, folder: Path, model: Path, config: dict[str, Any] | None, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, model: Path, config: dict[str, Any] | None, *arguments: str, **environment: str
+    ) -> None:
         self.port = free_port()
         self.log = folder / f"served-{self.port}.log"
         transfer = [] if config is None else ["--kv-transfer-config", json.dumps({**config, "kv_role": "kv_both"})]
@@ -57,6 +59,7 @@ class Served:
             "--enable-prompt-tokens-details",
             "--disable-hybrid-kv-cache-manager",
             *transfer,
+            *arguments,
         ]
         variables = {
             **os.environ,
@@ -91,8 +94,8 @@ class Served:
         answer = connection.getresponse()
         return answer.status, answer.read()
 
-    def ask(self, prompt: list[int], count: int) -> dict[str, Any]:
-        """One request: what it said, how long it took, ms, and how many tokens were cached."""
+    def ask(self, prompt: list[int], count: int, **more: Any) -> dict[str, Any]:
+        """One request: what it said, how long it took, ms, and how many tokens were cached. `more`: other fields."""
         begun = time.monotonic()
         status, answer = self._post(
             "POST",
@@ -103,6 +106,7 @@ class Served:
                 "max_tokens": count,
                 "temperature": 0,
                 "ignore_eos": True,
+                **more,
             },
         )
         took = (time.monotonic() - begun) * 1e3
@@ -111,6 +115,19 @@ class Served:
         said = json.loads(answer)
         details = said["usage"].get("prompt_tokens_details") or {}
         return {"text": said["choices"][0]["text"], "ms": took, "cached": details.get("cached_tokens") or 0}
+
+    def figures(self) -> dict[str, float]:
+        """What the engine's own metrics say of the connector: `vllm:kvbm_...` without that, summed over engines."""
+        status, text = self._post("GET", "/metrics", None)
+        assert status == 200, text[:500]
+        figures: dict[str, float] = {}
+        for line in text.decode().splitlines():
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            if name.startswith("vllm:kvbm_") and name.endswith("_total"):
+                name = name.removeprefix("vllm:kvbm_").removesuffix("_total")
+                figures[name] = figures.get(name, 0) + float(value)
+        return figures
 
     def reset(self) -> None:
         """Empties the engine's own prefix cache."""

@@ -138,6 +138,7 @@ impl Parts {
             tokens_per_block: settings.tokens_per_block as u32,
             context_length: u32::try_from(limits.context_length).unwrap_or(u32::MAX),
             state: "ready".into(),
+            base_namespace: None,
         };
         let (listing, tenants) = (Listing::default(), Tenants::default());
         let (handle, inbox) = inbox(limits.context_length);

@@ -11,40 +11,12 @@ from typing import Any
 _OPAQUE = ("prompt_embedding_table", "multimodal_embedding", "mrope_rotary_cos_sin", "encoder_tokens")
 
 
-class Prompts:
-    """Tokens of queries, until the first report of their requests has the same: then they need not cross over again."""
-
-    # More than any engine has requests that it asked about and not begun.
-    _MAX = 65_536
-
-    def __init__(self) -> None:
-        self._tokens: dict[int, list[int]] = {}
-
-    def asked(self, request_id: int, tokens: list[int]) -> None:
-        if len(self._tokens) >= self._MAX:
-            self._tokens.clear()
-        self._tokens[request_id] = tokens
-
-    def known(self, request_id: int, tokens: list[int]) -> int:
-        """With how many tokens of its query a first report begins: all of them, or none."""
-        asked = self._tokens.pop(request_id, None)
-        if not asked:
-            return 0
-        count = len(asked)
-        return count if (tokens if len(tokens) == count else tokens[:count]) == asked else 0
-
-
-def prompt_of(
-    request: Any, prompts: Prompts
-) -> tuple[int, bytes, int | None, str | None, list[tuple[bytes, int, int]], bool]:
+def prompt_of(request: Any) -> tuple[int, bytes, int | None, str | None, list[tuple[bytes, int, int]], bool]:
     """`(id, tokens, LoRA number, salt, multimodal items, whether all of it is in the key)`"""
     items = _items(request)
     tokens = None
     if items is not None and not _is_opaque(request, bool(items)):
-        asked = request.get_tokens(0)
-        tokens = _words(asked)
-        if tokens is not None:
-            prompts.asked(request.request_id, asked)
+        tokens = _words(request.get_tokens(0))
     lora = getattr(request, "lora_task_id", None)
     return (
         request.request_id,
@@ -56,18 +28,15 @@ def prompt_of(
     )
 
 
-def report_of(
-    data: Any, known: int = 0
-) -> tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]:
-    """`(id, leading tokens known, other tokens, pages by layer group, computed, scheduled, priorities)`"""
+def report_of(data: Any) -> tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]:
+    """`(id, 0, tokens, pages by layer group, computed, scheduled, priorities)`: all tokens are told."""
     groups = getattr(data, "new_block_ids_by_layer_group", None)
     if isinstance(groups, dict):
         groups = [groups[key] for key in sorted(groups)]
-    tokens = data.new_tokens
     return (
         data.request_id,
-        known,
-        _words(tokens[known:] if known else tokens),
+        0,
+        _words(data.new_tokens),
         groups or [data.new_block_ids],
         data.computed_position,
         getattr(data, "num_scheduled_tokens", None),
@@ -75,11 +44,11 @@ def report_of(
     )
 
 
-def _words(tokens: Any) -> bytes | None:
-    """32-bit words, little endian; None if a number is none of those that stand for tokens."""
+def _words(tokens: list[int]) -> bytes | None:
+    """32-bit words, little endian; None if something among them stands for no token. No way to read a list is faster."""
     try:
         words = array("I", tokens)
-    except OverflowError:
+    except (OverflowError, TypeError):
         return None
     if sys.byteorder != "little":
         words.byteswap()

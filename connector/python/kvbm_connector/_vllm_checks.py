@@ -93,6 +93,18 @@ def prefers_cross_layer(config: Any) -> bool:
     return wanted == "true"
 
 
+def load_options(config: Any) -> dict[str, str]:
+    """Our options, with what the engine's way of scheduling leaves of `kvbm.load`."""
+    options = options_of(config)
+    if getattr(getattr(config, "scheduler_config", None), "async_scheduling", None):
+        # A pass is scheduled before the one before it has said which of its loads failed; of parked loads none is in one.
+        load = options.get("load") or os.environ.get(f"{ENVIRONMENT}LOAD") or "auto"
+        if load == "in-pass":
+            _refuse("kvbm.load", load, "with asynchronous scheduling it is parked; or set --no-async-scheduling")
+        options["load"] = "parked" if load == "auto" else load
+    return options
+
+
 def make_engine(config: Any, kv_cache_config: Any, rank: int, half: str) -> Engine:
     """The native module's part of one process."""
     model = str(config.model_config.model)
@@ -112,6 +124,6 @@ def make_engine(config: Any, kv_cache_config: Any, rank: int, half: str) -> Engi
         tokens_per_block=int(spec.block_size),
         rank=rank,
         rank_count=int(config.parallel_config.tensor_parallel_size),
-        options=options_of(config),
+        options=load_options(config),
         prefix=ENVIRONMENT,
     )

@@ -14,16 +14,19 @@ class KvbmMetadata(Metadata):  # type: ignore[misc]
 
     payload: bytes = b""
     loading: dict[int, str] = field(default_factory=dict)
+    # Nothing is computed in the pass.
+    idle: bool = False
 
 
 @dataclass
 class KvbmWorkerMetadata(WorkerMetadata):  # type: ignore[misc]
-    """After a pass: requests whose blocks could not be saved."""
+    """After a pass: requests whose blocks could not be saved, and what a block took to load, 0: nothing new."""
 
     orphaned: set[int] = field(default_factory=set)
+    block_ns: int = 0
 
     def aggregate(self, other: Any) -> KvbmWorkerMetadata:
-        return KvbmWorkerMetadata(self.orphaned | other.orphaned)
+        return KvbmWorkerMetadata(self.orphaned | other.orphaned, max(self.block_ns, other.block_ns))
 
 
 @dataclass

@@ -6,9 +6,9 @@ from typing import Any
 
 from ._native import Engine
 from ._vllm_metadata import KvbmMetadata
-from ._vllm_request import prompt_of, words
+from ._vllm_request import Prompt, prompt_of, words
 
-# As the native module's, whose second part is always 0 here: all tokens are told.
+# As the native module's: tokens that it was asked about are not told again.
 _Report = tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]
 
 
@@ -18,6 +18,9 @@ class _Known:
     def __init__(self, number: int, request: Any) -> None:
         self.number = number
         self.request = request
+        # What was asked about: packing many tokens takes long enough to do it once only.
+        self.prompt: Prompt | None = None
+        self.asked = 0
         self.tokens = 0
         self.complete = 0
 
@@ -35,7 +38,9 @@ class SchedulerHalf:
         if known is None:
             self._numbers += 1
             known = self._known[request.request_id] = _Known(self._numbers, request)
-        return self.engine.look_up(known.number, *prompt_of(request), local_tokens)
+        if known.prompt is None or known.asked != request.num_tokens or not known.prompt[-1]:
+            known.prompt, known.asked = prompt_of(request), request.num_tokens
+        return self.engine.look_up(known.number, *known.prompt, local_tokens, len(self._known) - 1)
 
     def allocated(self, request: Any, blocks: Any, loaded_tokens: int, parked: bool) -> None:
         known = self._known.get(request.request_id)
@@ -66,7 +71,7 @@ class SchedulerHalf:
                     cached.append(report)
         payload = self.engine.build(new, cached)
         loading, self._loading = self._loading, {}
-        return KvbmMetadata(payload, loading)
+        return KvbmMetadata(payload, loading, not scheduled)
 
     def _first(self, name: str, pages: Any, computed: int, scheduled: int) -> _Report:
         """A request that begins, or begins again after its blocks were taken from it."""
@@ -74,10 +79,10 @@ class SchedulerHalf:
         known = self._known.get(name)
         if known is None:
             return 0, 0, None, lists, computed, scheduled, None
-        tokens = list(known.request.all_token_ids)
-        known.tokens = len(tokens)
+        more = known.request.all_token_ids[known.asked :]
+        known.prompt, known.tokens = None, known.asked + len(more)
         known.complete = min(computed + scheduled, known.tokens) // self._size
-        return known.number, 0, words(tokens), lists, computed, scheduled, None
+        return known.number, known.asked, words(more), lists, computed, scheduled, None
 
     def _next(self, name: str, pages: Any, computed: int, scheduled: int) -> _Report | None:
         """A request that goes on; nothing if that completes no block and takes none."""
@@ -97,9 +102,9 @@ class SchedulerHalf:
         """What the workers have to say after a pass."""
         failed = list(getattr(output, "invalid_block_ids", None) or ())
         worker = getattr(output, "kv_connector_worker_meta", None)
-        orphaned = list(getattr(worker, "orphaned", ()))
-        if failed or orphaned:
-            self.engine.told(failed, orphaned)
+        orphaned, block_ns = list(getattr(worker, "orphaned", ())), getattr(worker, "block_ns", 0)
+        if failed or orphaned or block_ns:
+            self.engine.told(failed, orphaned, block_ns)
 
     def finished(self, request: Any) -> None:
         known = self._known.pop(request.request_id, None)

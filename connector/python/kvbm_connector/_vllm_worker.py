@@ -18,6 +18,7 @@ class WorkerHalf:
         self._stream: Callable[[], int] = lambda: 0
         self._loading: dict[int, str] = {}
         self._begun: list[int] = []
+        self._idle = False
         self.handshake: KvbmHandshake | None = None
 
     def register(self, tensors: dict[str, Any], backend: str) -> None:
@@ -43,6 +44,7 @@ class WorkerHalf:
         self.engine.bind(metadata.payload)
         self._loading.update(metadata.loading)
         self._begun = list(metadata.loading)
+        self._idle = metadata.idle
 
     def start_loads(self) -> None:
         self.engine.start_loads(self._stream())
@@ -54,6 +56,9 @@ class WorkerHalf:
         """Requests whose loads have ended since the last time, with their bytes there or not."""
         if not self._loading:
             return None
+        if self._idle:
+            # The engine would only ask again, a millisecond and a pass later.
+            self.engine.wait_for_load()
         begun, self._begun = self._begun, []
         _, loaded = self.engine.get_finished([], begun)
         return {self._loading.pop(number) for number in loaded} or None
@@ -62,5 +67,5 @@ class WorkerHalf:
         return set(self.engine.take_failed())
 
     def metadata(self) -> KvbmWorkerMetadata | None:
-        orphaned = self.engine.take_orphaned()
-        return KvbmWorkerMetadata(set(orphaned)) if orphaned else None
+        orphaned, block_ns = self.engine.take_orphaned(), self.engine.take_block_ns()
+        return KvbmWorkerMetadata(set(orphaned), block_ns) if orphaned or block_ns else None

@@ -15,7 +15,7 @@ from typing import Any
 from ._trtllm_api import SchedulerBase, WorkerBase
 from ._trtllm_checks import check_llm_args, check_pool
 from ._trtllm_engine import engine_of, register_layout, register_tensor
-from ._trtllm_request import Prompts, prompt_of, report_of
+from ._trtllm_request import prompt_of, report_of
 
 __all__ = [
     "DynamoKVBMConnectorLeader",
@@ -46,10 +46,9 @@ class KvbmConnectorScheduler(SchedulerBase):
         super().__init__(llm_args)
         check_llm_args(llm_args)
         self._engine = engine_of(llm_args, "scheduler")
-        self._prompts = Prompts()
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        return self._engine.query(*prompt_of(request, self._prompts), num_computed_tokens)
+        return self._engine.query(*prompt_of(request), num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
         self._engine.allocated(request.request_id, _pages(block_ids))
@@ -58,8 +57,7 @@ class KvbmConnectorScheduler(SchedulerBase):
         self._engine.allocated(request.request_id, _pages_by_group(block_ids_by_layer_group))
 
     def build_connector_meta(self, scheduler_output: Any) -> bytes:
-        known = self._prompts.known
-        new = [report_of(data, known(data.request_id, data.new_tokens)) for data in scheduler_output.new_requests]
+        new = [report_of(data) for data in scheduler_output.new_requests]
         cached = [report_of(data) for data in scheduler_output.cached_requests]
         return self._engine.build(new, cached)
 

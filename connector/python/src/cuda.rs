@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use kvbm_connector::engine::{
-    BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape,
+    BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape, issued_at_once,
 };
 use kvbm_cuda::{
     BatchCopier, Context, DeviceAddress, DeviceName, Driver, Error, Event, IpcHandle, RawCopy,
@@ -20,9 +20,6 @@ use parking_lot::{Mutex, RwLock};
 /// Bytes moved at once, at most, unless a single block has more: a load can be called back between two of these.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 const BATCH_BLOCKS_MAX: usize = 64;
-
-/// Bytes given to the driver at once, unless a single block has more: the GPU copies them while the next are prepared.
-const ISSUED_BYTES_MAX: usize = 16 << 20;
 
 /// One way.
 struct Lane {
@@ -108,13 +105,12 @@ impl CudaMover {
     }
 
     fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
-        let at_once = (ISSUED_BYTES_MAX / self.shape.block_bytes().max(1)).max(1);
         let mut lane = if way == Way::In { self.loads.lock() } else { self.saves.lock() };
         let Lane { stream, copier, done } = &mut *lane;
         let mut copies = Vec::new();
-        let issued = blocks.chunks(at_once).try_for_each(|blocks| {
+        let issued = issued_at_once(blocks.len(), self.shape.block_bytes()).try_for_each(|part| {
             copies.clear();
-            blocks.iter().try_for_each(|block| self.pieces(block, way, &mut copies))?;
+            blocks[part].iter().try_for_each(|block| self.pieces(block, way, &mut copies))?;
             // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
             // holds them, which is until `self` goes; pieces lie within one chunk each, and within bounds that were
             // checked when they were placed. The copies have ended before this function returns.

@@ -5,6 +5,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvbm_connector::engine as core;
 use kvbm_shm::{LentMemory, SharedMemory};
@@ -121,6 +122,7 @@ impl Engine {
             shard: rank,
             shard_count: rank_count,
             apart: name.as_bytes().first_chunk().copied(),
+            load_mode: core::LoadMode::Auto,
             // What has been measured with such an engine; the daemon copies out where that is asked for.
             pool: core::PoolChoice::Staged,
             ..core::EngineSettings::new(options.socket()?)
@@ -136,7 +138,8 @@ impl Engine {
         self.guard(py, |process| process.join(&facts))
     }
 
-    /// `(tokens found behind the local ones, or None: ask again; whether the request is to be parked)`
+    /// `(tokens found behind the local ones, or None: ask again; whether the request is to be parked)`. `others`: how many
+    /// requests the engine has besides this one.
     #[allow(clippy::too_many_arguments)]
     fn look_up(
         &self,
@@ -148,13 +151,14 @@ impl Engine {
         items: Vec<ItemTuple>,
         cacheable: bool,
         local_tokens: usize,
+        others: usize,
     ) -> PyResult<(Option<usize>, bool)> {
         let items =
             items.into_iter().map(|(digest, start, tokens)| core::PlacedItem { digest, start, tokens });
         let (tokens, items) = (words(&tokens)?, items.collect());
         let prompt = core::Prompt { id, tokens, lora: None, lora_name, salt, items, cacheable };
         self.guard(py, |process| {
-            Ok(match process.look_up(prompt, local_tokens) {
+            Ok(match process.look_up(prompt, local_tokens, others) {
                 core::Found::Tokens(tokens, parked) => (Some(tokens), parked),
                 core::Found::Later => (None, false),
             })
@@ -169,11 +173,15 @@ impl Engine {
         })
     }
 
-    /// What other processes of the engine tell the scheduler half: pages that were not loaded, requests not saved.
-    fn told(&self, py: Python<'_>, failed: Vec<i32>, orphaned: Vec<u64>) -> PyResult<()> {
+    /// What other processes of the engine tell the scheduler half: pages that were not loaded, requests not saved, and
+    /// nanoseconds that a block took to load, 0 for nothing.
+    fn told(&self, py: Python<'_>, failed: Vec<i32>, orphaned: Vec<u64>, block_ns: u64) -> PyResult<()> {
         self.guard(py, |process| {
             process.loads_failed(&failed);
             process.save_again(&orphaned);
+            if block_ns > 0 {
+                process.block_takes(Duration::from_nanos(block_ns));
+            }
             Ok(())
         })
     }
@@ -181,6 +189,22 @@ impl Engine {
     /// Pages of this rank that were not loaded though it was promised, each once.
     fn take_failed(&self, py: Python<'_>) -> PyResult<Vec<i32>> {
         self.guard(py, |process| Ok(process.take_failed()))
+    }
+
+    /// Returns when a parked load has ended, none is under way, or a few milliseconds have passed.
+    fn wait_for_load(&self, py: Python<'_>) -> PyResult<()> {
+        self.guard(py, |process| {
+            process.wait_for_load();
+            Ok(())
+        })
+    }
+
+    /// Nanoseconds that a block takes to load, if any was loaded since the last time; else 0.
+    fn take_block_ns(&self, py: Python<'_>) -> PyResult<u64> {
+        self.guard(py, |process| {
+            let block = process.take_block_time().map_or(0, |block| block.as_nanos());
+            Ok(u64::try_from(block).unwrap_or(u64::MAX))
+        })
     }
 
     /// Requests whose blocks this rank could not save, each once.

@@ -20,7 +20,7 @@ pub(crate) struct Worker {
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (*, worker_id, model, model_path, role, tokens_per_block, context_length, vocab_size, eos_token_ids, socket, daemon, requests_max))]
+    #[pyo3(signature = (*, worker_id, model, model_path, role, tokens_per_block, context_length, vocab_size, eos_token_ids, socket, daemon, requests_max, base_namespace))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         worker_id: String,
@@ -34,6 +34,7 @@ impl Worker {
         socket: PathBuf,
         daemon: PathBuf,
         requests_max: usize,
+        base_namespace: Option<[u8; 32]>,
     ) -> PyResult<Self> {
         crate::engine::log_to_stderr(crate::engine::variable("TLLM_KVBM_LOG"));
         let worker = WorkerRegistration {
@@ -43,6 +44,7 @@ impl Worker {
             role,
             tokens_per_block,
             context_length,
+            base_namespace,
             ..WorkerRegistration::default()
         };
         let named = socket.display().to_string();

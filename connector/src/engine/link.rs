@@ -284,7 +284,10 @@ impl EngineLink {
         let (asked, keys, told) = (self.0.clone(), keys.to_vec(), ended.clone());
         self.0.counts.disk_waits.fetch_add(1, Ordering::Relaxed);
         self.0.handle.spawn(async move {
-            asked.bring(&attachment, namespace, &keys, patience).await;
+            tokio::select! {
+                () = asked.bring(&attachment, namespace, &keys, patience) => {}
+                () = asked.silence(&attachment) => asked.breaker.open(Instant::now()),
+            }
             told.store(true, Ordering::Release);
         });
         Some(Arrival { ended, patience })

@@ -27,7 +27,9 @@ mod worker;
 pub use export::{Export, Exported, ExportedMemory, ExportedRegion, PoolChoice};
 pub use keys::PlacedItem;
 pub use link::LinkCounts;
-pub use pool::{BlockCopy, Fence, InvalidPool, LayerGroup, MemoryMover, Mover, PoolShape, Region};
+pub use pool::{
+    BlockCopy, Fence, InvalidPool, LayerGroup, MemoryMover, Mover, PoolShape, Region, issued_at_once,
+};
 pub use process::{EngineProcess, Figure, Found, MemoryFacts, Prompt, SharedFacts};
 pub use scheduler::{LoadMode, NewRequest, Report, SchedulerCounts};
 pub use settings::{EngineSettings, InvalidEngineSetting, socket_of};

@@ -1,6 +1,7 @@
 //! The engine's KV memory: where the bytes of a block are, and who moves them.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvbm_shm::{LentMemory, SharedMemory};
@@ -108,6 +109,22 @@ pub struct BlockCopy<'a> {
     pub segment: &'a SharedMemory,
     /// Byte of the segment at which this rank's part of the block begins.
     pub offset: usize,
+}
+
+/// Bytes given to a device first, and at once at most, unless a single block has more.
+const ISSUED_FIRST_BYTES: usize = 16 << 20;
+const ISSUED_BYTES_MAX: usize = 256 << 20;
+
+/// Parts of `blocks` blocks that are given to a device one after the other: the first is small, so that it begins soon;
+/// those behind it grow, because each costs something besides its bytes, and are prepared while it copies.
+pub fn issued_at_once(blocks: usize, block_bytes: usize) -> impl Iterator<Item = Range<usize>> {
+    let whole = |bytes: usize| (bytes / block_bytes.max(1)).max(1);
+    let (mut from, mut next, most) = (0, whole(ISSUED_FIRST_BYTES), whole(ISSUED_BYTES_MAX));
+    std::iter::from_fn(move || {
+        let part = from..blocks.min(from + next);
+        (from, next) = (part.end, most.min(next * 2));
+        (!part.is_empty()).then_some(part)
+    })
 }
 
 /// Moves blocks between the engine's memory and host memory. Both ways are used at once, from two threads.
@@ -220,6 +237,19 @@ mod tests {
         assert!(refused(vec![vec![region(4, 8, 8), region(5, 8, 8)]]).contains("5 pages and one of 4"));
         assert!(refused(vec![vec![region(4, 9, 8)]]).contains("9 bytes every 8"));
         assert!(refused(vec![vec![region(4, 8, usize::MAX)]]).contains("pages of"));
+    }
+
+    #[test]
+    fn every_block_is_issued_once_in_parts_that_grow() {
+        let parts = |blocks, bytes| issued_at_once(blocks, bytes).map(|part| part.len()).collect::<Vec<_>>();
+        assert_eq!(parts(0, 4 << 20), [] as [usize; 0]);
+        assert_eq!(parts(3, 4 << 20), [3]);
+        assert_eq!(parts(1024, 4 << 20)[..7], [4, 8, 16, 32, 64, 64, 64]);
+        assert_eq!(parts(3, usize::MAX), [1, 1, 1]);
+        for (blocks, bytes) in [(1024, 4 << 20), (77, 1), (50, 9 << 20), (2049, 2 << 20)] {
+            let all: Vec<usize> = issued_at_once(blocks, bytes).flatten().collect();
+            assert_eq!(all, (0..blocks).collect::<Vec<_>>());
+        }
     }
 
     #[test]

@@ -139,7 +139,16 @@ impl EngineProcess {
             link.name(engine);
         }
         *parts = Some(Parts { link, base });
+        self.tell_base(base);
         Ok(())
+    }
+
+    /// Without it frontends choose this engine by its load.
+    fn tell_base(&self, base: BaseNamespace) {
+        let Some(path) = self.settings.base_file.as_ref().filter(|_| self.settings.rank == 0) else { return };
+        if let Err(error) = std::fs::write(path, base.0) {
+            tracing::warn!(path = %path.display(), %error, "frontends are not told how this engine makes keys");
+        }
     }
 
     /// True while this process has a session with the daemon.

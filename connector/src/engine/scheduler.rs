@@ -29,12 +29,14 @@ use super::keys::{PlacedItem, RequestKeys};
 use super::metadata::{Lease, Metadata};
 
 mod copies;
+mod pace;
 mod pages;
 mod patience;
 mod request;
 #[cfg(test)]
 mod tests;
 
+use pace::Pace;
 use pages::{Fit, Place};
 use patience::Wait;
 use request::{Offer, Request};
@@ -117,6 +119,8 @@ pub enum LoadMode {
     Parked,
     /// The load is done within the next pass's start.
     InPass,
+    /// The one or the other, as is shorter for the request and hardly noticed by others. For engines that ask again.
+    Auto,
 }
 
 /// A request as it is when the engine asks for its prefix.
@@ -210,6 +214,7 @@ pub(crate) struct SchedulerHalf {
     waits: HashMap<u64, Wait>,
     /// Requests that were loaded for in vain: they compute everything.
     failed: HashSet<u64>,
+    pace: Pace,
     counts: SchedulerCounts,
 }
 
@@ -236,6 +241,7 @@ impl SchedulerHalf {
             disabled: None,
             waits: HashMap::new(),
             failed: HashSet::new(),
+            pace: Pace::default(),
             counts: SchedulerCounts::default(),
         }
     }
@@ -294,7 +300,8 @@ impl SchedulerHalf {
         let promised = promised.filter(|promised| !promised.slots.is_empty());
         let offered = promised.as_ref().map_or(0, |promised| promised.slots.len() * size);
         let offer = promised.map(|promised| Offer::new(promised, local_tokens / size, now));
-        let request = Request::new(keys, new.tokens, local_tokens, offer, now);
+        let parked = self.mode != LoadMode::InPass;
+        let request = Request::new(keys, new.tokens, local_tokens, offer, parked, now);
         self.requests.insert(new.id, request);
         self.counts.promised_tokens += offered as u64;
         offered
@@ -311,7 +318,7 @@ impl SchedulerHalf {
         request.last_seen = now;
         self.place(&mut request, Place::All, pages);
         let kept = !request.offer_expired;
-        if self.mode == LoadMode::Parked {
+        if request.parked {
             self.load(id, &mut request);
         }
         self.requests.insert(id, request);
@@ -330,6 +337,7 @@ impl SchedulerHalf {
             self.looked_at = now;
             self.age_out(now);
         }
+        self.pace.next_pass();
         std::mem::replace(&mut self.next, Metadata::new(self.engine)).encode()
     }
 

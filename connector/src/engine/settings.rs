@@ -63,6 +63,8 @@ pub struct EngineSettings {
     pub attach_deadline: Duration,
     /// First and longest pause between attempts to attach.
     pub reconnect_pause: (Duration, Duration),
+    /// A file in which rank 0 writes the base namespace as soon as it knows it: for who serves this engine's requests.
+    pub base_file: Option<PathBuf>,
 }
 
 impl EngineSettings {
@@ -89,12 +91,14 @@ impl EngineSettings {
             disk_wait: (Duration::from_millis(250), Duration::from_millis(2), Duration::from_secs(10)),
             attach_deadline: Duration::from_secs(2),
             reconnect_pause: (Duration::from_millis(20), Duration::from_millis(500)),
+            base_file: None,
         }
     }
 
     /// Takes what an operator says, where it is said: `TLLM_KVBM_MODEL`, `TLLM_KVBM_REVISION`, `TLLM_KVBM_TENANT`,
-    /// `TLLM_KVBM_LORA_SCOPE`, `TLLM_KVBM_LOAD` (`parked` or `in-pass`), `TLLM_KVBM_POOL` (`auto`, `ipc` or
-    /// `staged`), `TLLM_KVBM_LOOKUP_DEADLINE_MS`, `TLLM_KVBM_DETACH_AFTER_MS`, `TLLM_KVBM_DISK_WAIT_MAX_MS`.
+    /// `TLLM_KVBM_LORA_SCOPE`, `TLLM_KVBM_LOAD` (`parked`, `in-pass`, and `auto` where the halves are apart),
+    /// `TLLM_KVBM_POOL` (`auto`, `ipc` or `staged`), `TLLM_KVBM_LOOKUP_DEADLINE_MS`, `TLLM_KVBM_DETACH_AFTER_MS`,
+    /// `TLLM_KVBM_DISK_WAIT_MAX_MS`, `TLLM_KVBM_BASE_FILE`.
     pub fn with_environment(
         mut self,
         variable: impl Fn(&str) -> Option<String>,
@@ -113,8 +117,12 @@ impl EngineSettings {
             None => {}
             Some("parked") => self.load_mode = LoadMode::Parked,
             Some("in-pass") => self.load_mode = LoadMode::InPass,
+            // Only engines that ask again can be told each time.
+            Some("auto") if self.apart.is_some() => self.load_mode = LoadMode::Auto,
             Some(other) => {
-                return Err(invalid("TLLM_KVBM_LOAD", format!("is {other:?}, expected parked or in-pass")));
+                let expected =
+                    if self.apart.is_some() { "auto, parked or in-pass" } else { "parked or in-pass" };
+                return Err(invalid("TLLM_KVBM_LOAD", format!("is {other:?}, expected {expected}")));
             }
         }
         match variable("TLLM_KVBM_POOL").as_deref() {
@@ -138,6 +146,9 @@ impl EngineSettings {
                     format!("expected whole milliseconds from {} to {}", range.start(), range.end());
                 invalid(name, format!("is {value:?}, {expected}"))
             })?;
+        }
+        if let Some(path) = variable("TLLM_KVBM_BASE_FILE") {
+            self.base_file = Some(path.into());
         }
         Ok(self)
     }
@@ -242,6 +253,7 @@ mod tests {
             EngineSettings::new("/s").with_environment(move |asked| (asked == name).then(|| value.to_owned()))
         };
         assert_eq!(with("TLLM_KVBM_LOAD", "in-pass").unwrap().load_mode, LoadMode::InPass);
+        assert!(with("TLLM_KVBM_LOAD", "auto").is_err(), "TensorRT-LLM asks once");
         assert_eq!(with("TLLM_KVBM_POOL", "staged").unwrap().pool, PoolChoice::Staged);
         assert!(with("TLLM_KVBM_POOL", "cuda").unwrap_err().to_string().contains("auto, ipc or staged"));
         assert_eq!(with("TLLM_KVBM_TENANT", "t").unwrap().tenant, "t");

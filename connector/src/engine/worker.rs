@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::generations::Generations;
 use super::host::Host;
@@ -27,13 +27,17 @@ mod endings;
 mod loads;
 mod queue;
 mod saves;
+mod speed;
+mod taint;
 #[cfg(test)]
 mod tests;
 
 use endings::Endings;
-use loads::LoadJob;
+use loads::{LoadJob, Loaded};
 use queue::Queue;
 use saves::SaveJob;
+use speed::Speed;
+use taint::Taint;
 
 /// Copies of one kind that wait for their thread, at most. More loads than the engine has requests cannot wait; a save
 /// that finds no room is left out.
@@ -41,6 +45,9 @@ const QUEUE_MAX: usize = 65_536;
 
 /// How long a save waits for room where the engine does not wait for the save.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a pass in which nothing is computed waits for the end of a load. A request that comes then waits as well.
+const IDLE_PATIENCE: Duration = Duration::from_millis(5);
 
 /// Totals since the start.
 #[derive(Debug, Default)]
@@ -66,6 +73,7 @@ struct Shared {
     host: Arc<dyn Host>,
     generations: Arc<Generations>,
     loading: Mutex<Endings>,
+    load_ended: Condvar,
     saving: Mutex<Endings>,
     /// Requests whose saves did not arrive because of what came before them.
     orphaned: Mutex<Vec<u64>>,
@@ -74,6 +82,7 @@ struct Shared {
     /// How long a save waits for room. Nothing where blocks are kept until it has ended.
     busy_patience: Duration,
     broken: Mutex<Option<String>>,
+    speed: Mutex<Speed>,
     counts: Arc<WorkerCounts>,
 }
 
@@ -85,6 +94,7 @@ pub(crate) struct WorkerHalf {
     /// Of the metadata that is bound.
     next_loads: Vec<Arc<LoadJob>>,
     next_saves: Vec<SaveJob>,
+    taint: Taint,
     loads: Queue<Arc<LoadJob>>,
     /// `None`: another rank saves the same bytes.
     saves: Option<Queue<SaveJob>>,
@@ -115,11 +125,13 @@ impl WorkerHalf {
             host,
             generations,
             loading: Mutex::new(Endings::always_asked()),
+            load_ended: Condvar::new(),
             saving: Mutex::default(),
             orphaned: Mutex::default(),
             failed: (broken == BrokenPromise::IsTold).then(Mutex::default),
             busy_patience: if broken == BrokenPromise::IsTold { BUSY_PATIENCE } else { Duration::ZERO },
             broken: Mutex::default(),
+            speed: Mutex::default(),
             counts: Arc::default(),
         });
         let of_loads = shared.clone();
@@ -131,6 +143,7 @@ impl WorkerHalf {
             under_way: HashMap::new(),
             next_loads: Vec::new(),
             next_saves: Vec::new(),
+            taint: Taint::default(),
             loads,
             saves: saves.then_some(save_queue),
         })
@@ -147,6 +160,7 @@ impl WorkerHalf {
             save.drop_unsaved(&self.shared);
         }
         self.shared.generations.raise(&metadata.reassigned)?;
+        self.taint.reassigned(metadata.reassigned.iter().take(1).flat_map(|group| &group.pages));
         for load_id in &metadata.voided {
             if let Some(job) = self.under_way.remove(load_id) {
                 job.call_back();
@@ -175,12 +189,14 @@ impl WorkerHalf {
 
     /// Starts the bound loads; those that the pass needs are done when this returns.
     pub fn start_loads(&mut self, stream: u64) -> Result<(), String> {
-        let jobs = std::mem::take(&mut self.next_loads);
+        let mut jobs = std::mem::take(&mut self.next_loads);
         if jobs.is_empty() {
             return self.shared.check();
         }
         // What the engine launched before may still be using the pages.
         let fence = self.shared.mover.fence(stream)?;
+        // The pass waits for those that are not parked.
+        jobs.sort_by_key(|job| job.parked);
         let mut in_pass = Vec::new();
         for job in jobs {
             job.set_fence(fence.clone());
@@ -192,7 +208,9 @@ impl WorkerHalf {
             }
         }
         for job in in_pass {
-            job.wait();
+            if job.wait() == Loaded::No {
+                self.taint.failed(job.request_id, job.first_pages());
+            }
         }
         self.shared.check()
     }
@@ -202,6 +220,10 @@ impl WorkerHalf {
         let Some(queue) = self.saves.as_ref().filter(|_| !self.next_saves.is_empty()) else { return Ok(()) };
         let fence = self.shared.mover.fence(stream)?;
         for mut save in std::mem::take(&mut self.next_saves) {
+            if self.taint.spreads_to(&save) {
+                save.drop_unsaved(&self.shared);
+                continue;
+            }
             save.fence = Some(fence.clone());
             if let Err(save) = queue.push(save) {
                 save.drop_unsaved(&self.shared);
@@ -239,9 +261,22 @@ impl WorkerHalf {
         self.shared.saving.lock().is_under_way(request)
     }
 
+    /// Returns when a parked load has ended of which the engine was not told, none is under way, or it took too long.
+    pub fn wait_for_load(&mut self) {
+        let mut loading = self.shared.loading.lock();
+        if loading.is_any_under_way() && !loading.has_news() {
+            let _ = self.shared.load_ended.wait_for(&mut loading, IDLE_PATIENCE);
+        }
+    }
+
     /// Pages that were not loaded though it was promised, each once.
     pub fn take_failed(&mut self) -> Vec<i32> {
         self.shared.failed.as_ref().map_or_else(Vec::new, |failed| std::mem::take(&mut *failed.lock()))
+    }
+
+    /// How long a block takes to load, if any was loaded since the last time.
+    pub fn take_block_time(&mut self) -> Option<Duration> {
+        self.shared.speed.lock().take()
     }
 
     /// Requests that are to be saved again from the first block.

@@ -127,8 +127,16 @@ impl std::fmt::Debug for Serving {
 
 /// The description that frontends ask for.
 fn description(options: &ServingOptions, state: &str) -> v1::DescribeReply {
-    let WorkerRegistration { worker_id, model, model_path, role, tokens_per_block, context_length, .. } =
-        options.worker.clone();
+    let WorkerRegistration {
+        worker_id,
+        model,
+        model_path,
+        role,
+        tokens_per_block,
+        context_length,
+        base_namespace,
+        ..
+    } = options.worker.clone();
     v1::DescribeReply {
         worker_id,
         model,
@@ -140,7 +148,6 @@ fn description(options: &ServingOptions, state: &str) -> v1::DescribeReply {
         role,
         state: state.into(),
         pid: std::process::id(),
-        // The keys of its blocks are known to the engine's own processes only.
-        base_namespace: Vec::new(),
+        base_namespace: base_namespace.map_or_else(Vec::new, Vec::from),
     }
 }

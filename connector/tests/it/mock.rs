@@ -61,6 +61,8 @@ pub struct State {
     pub host: HashSet<Vec<u8>>,
     /// Keys on disk. They come to host memory when they are waited for.
     pub disk: HashSet<Vec<u8>>,
+    /// Any other key is on disk as well.
+    pub disk_has_all: bool,
     leases: HashMap<u64, Vec<Vec<u8>>>,
     next_lease: u64,
     sessions: HashMap<u64, mpsc::Sender<Result<ServerMessage, Status>>>,
@@ -251,7 +253,13 @@ impl State {
         if let Some(Question::Hello(_)) = message.body {
             let mut token = vec![0; 32];
             token[..8].copy_from_slice(&session.to_le_bytes());
-            return Some(Answer::Hello(v1::HelloReply { token, session_id: session, ..Default::default() }));
+            let features = vec!["engine_pools".to_owned()];
+            return Some(Answer::Hello(v1::HelloReply {
+                token,
+                session_id: session,
+                features,
+                ..Default::default()
+            }));
         }
         self.log.push((session, message.clone()));
         self.answer(session, message)
@@ -275,6 +283,7 @@ impl State {
                 Some(Answer::Namespace(v1::NamespaceReply { namespace_id: self.namespaces }))
             }
             Question::OpenPool(open) => Some(self.open(session, open)),
+            Question::JoinEngine(_) => Some(Answer::Engine(v1::EngineReply {})),
             Question::Match(_) | Question::RequestGrants(_) if self.hold.forget_pool => {
                 Some(refused(Refusal::Unknown, "pool is not this session's"))
             }
@@ -390,7 +399,8 @@ impl State {
         while let Some(key) = keys.next_if(|key| self.host.contains(*key)) {
             host.push(key.to_vec());
         }
-        reply.disk_blocks = keys.take_while(|key| self.disk.contains(*key)).count() as u32;
+        reply.disk_blocks =
+            keys.take_while(|key| self.disk_has_all || self.disk.contains(*key)).count() as u32;
         if !host.is_empty() {
             self.next_lease += 1;
             (reply.host_blocks, reply.lease_id, reply.lease_ms) = (host.len() as u32, self.next_lease, 1000);

@@ -271,7 +271,13 @@ impl Attached {
             return Err(Refused::Unknown { what: "pool" });
         }
         let pool = PoolId(message.pool_id);
-        let base = self.core.manager.inspect(|ledger| ledger.pool(pool).map(|pool| pool.identity.base));
+        let of_pool = self.core.manager.inspect(|ledger| ledger.pool(pool).map(|pool| pool.identity.base));
+        let base = match of_pool {
+            None if !message.base_namespace.is_empty() => {
+                Some(digest("base_namespace", &message.base_namespace).map_err(malformed)?)
+            }
+            of_pool => of_pool,
+        };
         self.core.workers.register(self.id, self.side.pid(), message, base)?;
         Ok(Body::Worker(v1::WorkerReply {}))
     }

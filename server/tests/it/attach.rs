@@ -5,7 +5,7 @@ use kvbm_proto::v1::{self, Refusal, client_message::Body as Ask, server_message:
 use kvbm_shm::SideSocket;
 use tonic::Code;
 
-use crate::client::{Client, Stream, side_path, wait_readable};
+use crate::client::{BASE, Client, Stream, side_path, wait_readable};
 use crate::rig::Rig;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,8 +114,15 @@ async fn workers_are_listed_while_their_sessions_live() {
     let draining = v1::RegisterWorker { state: "draining".into(), ..worker.clone() };
     client.ask(Ask::RegisterWorker(draining)).await;
     assert_eq!(list.message().await.unwrap().unwrap().workers[0].worker.as_ref().unwrap().state, "draining");
-    let foreign = v1::RegisterWorker { pool_id: 77, ..worker };
+    let foreign = v1::RegisterWorker { pool_id: 77, ..worker.clone() };
     assert_eq!(client.refused(Ask::RegisterWorker(foreign)).await.0, Refusal::Unknown);
+    // Its own pool says what its keys begin with. Where its blocks are in pools of others, it says so itself.
+    assert_eq!(entry.base_namespace, BASE);
+    let said = v1::RegisterWorker { pool_id: 0, base_namespace: vec![9; 32], ..worker.clone() };
+    client.ask(Ask::RegisterWorker(said)).await;
+    assert_eq!(list.message().await.unwrap().unwrap().workers[0].base_namespace, [9; 32]);
+    let short = v1::RegisterWorker { pool_id: 0, base_namespace: vec![9; 31], ..worker };
+    assert!(client.refused(Ask::RegisterWorker(short)).await.1.contains("base_namespace"));
     drop(client);
     assert_eq!(list.message().await.unwrap().unwrap().workers.len(), 0);
 }

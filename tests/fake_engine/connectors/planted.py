@@ -85,6 +85,15 @@ class FirstRankWorker(ReferenceWorker):
         return saved, loaded if self.rank == 0 else []
 
 
+class HastyRankWorker(ReferenceWorker):
+    """Rank 0 lets the lease go for all ranks when its own load is over."""
+
+    def _load(self, job: LoadJob) -> None:
+        super()._load(job)
+        if self.rank == 0:
+            self.store.release(job.load.lease)
+
+
 class AtOnceWorker(ReferenceWorker):
     """Says that a load is over when it was started."""
 
@@ -262,6 +271,9 @@ PLANTED: dict[str, Bug] = {
     "last token has no KV yet": Bug("conversation", "bad load", worker="BeforePassWorker"),
     "drafts saved before they are accepted": Bug("speculative", "bad load", "DraftsScheduler"),
     "lease ignored": Bug("pressure", "bad load", "NoLeaseScheduler"),
+    "lease let go by the rank that is done first": Bug(
+        "pressure", "bad load", worker="HastyRankWorker", options={"ranks": 2}
+    ),
     "generation not raised": Bug(
         "finish_and_reuse", "bad load", "ReleasingScheduler", "NoGenerationWorker"
     ),
@@ -289,6 +301,9 @@ PLANTED_FOR_DRILLS: dict[str, Bug] = {
     "waits for a stopped daemon": Bug("stop", "too slow", "PatientScheduler", "Worker", {"callbacks": [0, 67]}),
     "waits for the deadline each time": Bug("stop", "too slow", "NoBreakerScheduler", "Worker", {"callbacks": [0, 67]}),
     "passes the loss of the daemon on": Bug("kill", "raised", "RaisingScheduler", "Worker", {"callbacks": [0, 67]}),
+    "saves held until a stopped daemon runs again": Bug(
+        "stop", "expectation", "Scheduler", "HoldingWorker", {"callbacks": [20], "patience_s": 3.0}
+    ),
     "promise that needs the daemon": Bug(
         "kill", "bad load", "Scheduler", "DependentWorker", {"callbacks": list(range(60, 130, 6))}
     ),

@@ -20,6 +20,7 @@ DEADLINE_S = 0.015
 RETRY_S = 0.05
 PATIENT_S = 2.0
 """Threads that hold nobody up may wait."""
+FOR_EVER_S = 3600.0
 
 
 class DaemonStore(DirectoryStore):
@@ -109,6 +110,13 @@ class Scheduler(ReferenceScheduler):
 class Worker(ReferenceWorker):
     def make_store(self, url: str, ranks: int) -> DirectoryStore:
         return DaemonStore(url, ranks, PATIENT_S)
+
+
+class HoldingWorker(Worker):
+    """Does not let go of what it saves before the daemon has taken it."""
+
+    def make_store(self, url: str, ranks: int) -> DirectoryStore:
+        return DaemonStore(url, ranks, FOR_EVER_S)
 
 
 class PatientScheduler(Scheduler):

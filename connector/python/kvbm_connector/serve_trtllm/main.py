@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from typing import Any
 
 from .._native import Worker, socket_of
@@ -31,8 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         from tensorrt_llm import LLM
     except ImportError as error:
         return _refused(f"TensorRT-LLM cannot be imported here: {error}")
-    # Before this process has threads of ours: some engines fork.
-    llm = LLM(model=parsed.model_path, **chosen)
+    base_file = _base_file()
+    try:
+        # Before this process has threads of ours: some engines fork.
+        llm = LLM(model=parsed.model_path, **chosen)
+        base_namespace = _base_namespace(base_file)
+    finally:
+        del os.environ["TLLM_KVBM_BASE_FILE"]
+        os.unlink(base_file)
     try:
         try:
             requests = Requests(llm.generate_async, parsed.lora, parsed.logits_processor)
@@ -45,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             daemon=daemon,
             role=parsed.role,
             requests_max=parsed.requests_max,
+            base_namespace=base_namespace,
             **_described(parsed.model_path, llm),
         )
         print(json.dumps({"worker_id": parsed.worker_id, "socket": parsed.socket}), flush=True)
@@ -62,6 +70,21 @@ async def _serve(worker: Worker, llm: Any, requests: Requests, drain_seconds: fl
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await Service(worker, llm, requests).run(stop, drain_seconds)
+
+
+def _base_file() -> str:
+    """Where the connector of rank 0, whichever process that is, writes what the keys of its blocks begin with."""
+    made, path = tempfile.mkstemp(prefix="kvbm-base-")
+    os.close(made)
+    os.environ["TLLM_KVBM_BASE_FILE"] = path
+    return path
+
+
+def _base_namespace(path: str) -> bytes | None:
+    """None with another connector, or where rank 0 has another file system: frontends then go by load."""
+    with open(path, "rb") as file:
+        base = file.read()
+    return base if len(base) == 32 else None
 
 
 def _described(model_path: str, llm: Any) -> dict[str, Any]:

@@ -20,6 +20,9 @@ const NO_PRIORITY: u8 = u8::MAX;
 /// How long the daemon may take to copy blocks out. Whether it lives is seen elsewhere.
 const COPY_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long a daemon may take for a sign of life while a request waits for its drives, in deadlines of lookups.
+const SIGN_OF_LIFE_PATIENCE: u32 = 3;
+
 impl Attachment {
     /// Says something that needs no answer. What cannot be said goes with the session.
     pub async fn tell(&self, message: Question) {
@@ -101,6 +104,19 @@ impl Inner {
         let client = attachment.client.with_deadline(patience);
         if let Err(error) = client.prefetch_and_wait(namespace_id, keys).await {
             tracing::debug!(%error, "blocks on disk are not waited for");
+        }
+    }
+
+    /// Returns when the daemon gives no sign of life for some lookups' time: whoever waits for its drives is not kept
+    /// waiting then.
+    pub(super) async fn silence(&self, attachment: &Attachment) {
+        let every = self.settings.lookup_deadline;
+        let client = attachment.client.with_deadline(every * SIGN_OF_LIFE_PATIENCE);
+        loop {
+            tokio::time::sleep(every).await;
+            if let Err(error) = client.ping().await {
+                return tracing::debug!(%error, "blocks on disk are not waited for any longer");
+            }
         }
     }
 

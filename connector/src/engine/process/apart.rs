@@ -2,12 +2,13 @@
 //! engine: the halves find each other by what the engine carries between them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvbm_hash::BaseNamespace;
 
 use super::{EngineProcess, Parts, Prompt};
 use crate::engine::link::{LinkOwner, Registered};
-use crate::engine::scheduler::{LoadMode, SchedulerHalf};
+use crate::engine::scheduler::SchedulerHalf;
 use crate::engine::settings::EngineSettings;
 
 /// What the scheduler half has to know of memory that it does not see.
@@ -58,8 +59,8 @@ impl EngineProcess {
         Ok(())
     }
 
-    /// As [`EngineProcess::query`], of an engine that asks again.
-    pub fn look_up(&self, prompt: Prompt, local_tokens: usize) -> Found {
+    /// As [`EngineProcess::query`], of an engine that asks again and has so many `others` besides this request.
+    pub fn look_up(&self, prompt: Prompt, local_tokens: usize, others: usize) -> Found {
         let Some(base) = self.parts.lock().as_ref().map(|parts| parts.base) else {
             return Found::Tokens(0, false);
         };
@@ -67,10 +68,30 @@ impl EngineProcess {
         let now = self.now();
         let mut scheduler = self.scheduler.lock();
         let Some(half) = scheduler.as_mut() else { return Found::Tokens(0, false) };
-        match half.query_patiently(new, local_tokens, now) {
-            Some(found) => Found::Tokens(found, found > 0 && self.settings.load_mode == LoadMode::Parked),
+        match half.query_patiently(new, local_tokens, others, now) {
+            Some((found, parked)) => Found::Tokens(found, parked),
             None => Found::Later,
         }
+    }
+
+    /// Some rank measured how long a block takes to load.
+    pub fn block_takes(&self, block: Duration) {
+        if let Some(half) = &mut *self.scheduler.lock() {
+            half.measured(block);
+        }
+    }
+
+    /// For a pass in which nothing is computed: returns when a parked load of this rank has ended, none is under way, or
+    /// a few milliseconds have passed, for requests may come meanwhile.
+    pub fn wait_for_load(&self) {
+        if let Some(worker) = &mut *self.worker.lock() {
+            worker.wait_for_load();
+        }
+    }
+
+    /// How long a block takes to load on this rank, if any was loaded since the last time.
+    pub fn take_block_time(&self) -> Option<Duration> {
+        self.worker.lock().as_mut().and_then(|worker| worker.take_block_time())
     }
 
     /// The engine does not take up what it was offered.

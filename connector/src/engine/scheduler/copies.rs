@@ -3,7 +3,7 @@
 use kvbm_hash::SequenceHash;
 
 use super::request::Request;
-use super::{LoadMode, LoadUnderWay, SchedulerHalf};
+use super::{LoadUnderWay, SchedulerHalf};
 use crate::engine::metadata::{Load, Pages, Save};
 
 impl SchedulerHalf {
@@ -13,7 +13,7 @@ impl SchedulerHalf {
         let first = offer.first + offer.loaded;
         let placed = request.pages.iter().map(Vec::len).min().unwrap_or(0);
         let count = placed.saturating_sub(first).min(offer.slots.len() - offer.loaded);
-        let parked = self.mode == LoadMode::Parked;
+        let parked = request.parked;
         // A parked request is waited for also when there is nothing to load: the engine honours less than was offered.
         if count == 0 && !parked {
             return;

@@ -8,7 +8,8 @@
 
 use std::time::Duration;
 
-use super::{Arrival, Asked, Look, NewRequest, SchedulerHalf};
+use super::request::Request;
+use super::{Arrival, Asked, LoadMode, Look, NewRequest, SchedulerHalf};
 
 /// A request that waits for blocks from disk.
 pub(super) struct Wait {
@@ -17,8 +18,30 @@ pub(super) struct Wait {
 }
 
 impl SchedulerHalf {
-    /// As [`SchedulerHalf::query`]. `None`: it is not known yet, the engine is to ask again.
-    pub fn query_patiently(&mut self, new: NewRequest, local_tokens: usize, now: Duration) -> Option<usize> {
+    /// As [`SchedulerHalf::query`], and whether the request is to be parked. `others`: so many requests the engine has
+    /// besides. `None`: it is not known yet, the engine is to ask again.
+    pub fn query_patiently(
+        &mut self,
+        new: NewRequest,
+        local_tokens: usize,
+        others: usize,
+        now: Duration,
+    ) -> Option<(usize, bool)> {
+        let id = new.id;
+        let is_standing = self.standing_offer(&new, local_tokens).is_some();
+        let found = self.found_by_now(new, local_tokens, now)?;
+        if found > 0 && self.mode == LoadMode::Auto && !is_standing {
+            let blocks = found / self.tokens_per_block as usize;
+            // Loads are done one after the other.
+            let parked = !self.loads.is_empty() || !self.pace.admits(blocks, others);
+            if let Some(request) = self.requests.get_mut(&id) {
+                request.parked = parked;
+            }
+        }
+        Some((found, found > 0 && self.requests.get(&id).is_some_and(|request| request.parked)))
+    }
+
+    fn found_by_now(&mut self, new: NewRequest, local_tokens: usize, now: Duration) -> Option<usize> {
         if self.waits.get(&new.id).is_some_and(|wait| !wait.arrival.has_ended() && now < wait.until) {
             return None;
         }
@@ -45,6 +68,11 @@ impl SchedulerHalf {
         }
     }
 
+    /// Some rank measured how long a block takes to load.
+    pub fn measured(&mut self, block: Duration) {
+        self.pace.measured(block);
+    }
+
     /// What was offered to this request and is still held: engines ask again when they had no room for it.
     fn standing_offer(&self, new: &NewRequest, local_tokens: usize) -> Option<usize> {
         let request = self.requests.get(&new.id)?;
@@ -69,6 +97,15 @@ impl SchedulerHalf {
         for page in pages {
             let load = self.target(0, *page).and_then(|load_id| self.loads.get(&load_id));
             failed.extend(load.map(|load| load.request_id));
+            // Of loads in a pass no account is kept while all goes well.
+            let is_theirs = |request: &Request| {
+                request
+                    .pages
+                    .first()
+                    .is_some_and(|pages| pages.iter().take(request.loaded_to).any(|of| of == page))
+            };
+            let in_pass = self.requests.iter().filter(|(_, request)| is_theirs(request));
+            failed.extend(in_pass.map(|(id, _)| *id));
         }
         self.counts.failed_loads += failed.len() as u64;
         self.failed.extend(failed);

@@ -36,6 +36,8 @@ pub(super) struct Request {
     /// Tokens that the engine had itself.
     pub local_tokens: usize,
     pub offer: Option<Offer>,
+    /// It is set aside while its blocks are loaded.
+    pub parked: bool,
     /// The offer was taken back before the engine took it up.
     pub offer_expired: bool,
     /// Behind the last block that was loaded within a pass.
@@ -58,6 +60,7 @@ impl Request {
         prompt_tokens: Vec<u32>,
         local_tokens: usize,
         offer: Option<Offer>,
+        parked: bool,
         now: Duration,
     ) -> Self {
         Self {
@@ -66,6 +69,7 @@ impl Request {
             prompt_tokens,
             local_tokens,
             offer,
+            parked,
             offer_expired: false,
             loaded_to: 0,
             pages: Vec::new(),

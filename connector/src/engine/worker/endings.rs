@@ -60,6 +60,15 @@ impl Endings {
         self.under_way.contains_key(&request)
     }
 
+    pub fn is_any_under_way(&self) -> bool {
+        !self.under_way.is_empty()
+    }
+
+    /// Some have ended of which the engine was not told.
+    pub fn has_news(&self) -> bool {
+        !self.over.is_empty() || self.early.as_ref().is_some_and(|early| !early.is_empty())
+    }
+
     /// What the engine is to be told now, each once.
     pub fn take(&mut self) -> Vec<u64> {
         std::mem::take(&mut self.over)

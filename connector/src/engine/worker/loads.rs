@@ -23,8 +23,8 @@ pub(super) struct LoadJob {
     fence: Mutex<Option<Arc<dyn Fence>>>,
     /// No batch is begun any more.
     called_back: AtomicBool,
-    /// Held while a batch is copied: who has it knows that nothing is being written. True when all is over.
-    over: Mutex<bool>,
+    /// Held while a batch is copied: who has it knows that nothing is being written. Set when all is over.
+    over: Mutex<Option<Loaded>>,
     ended: Condvar,
 }
 
@@ -47,7 +47,7 @@ impl LoadJob {
             pages,
             fence: Mutex::default(),
             called_back: AtomicBool::new(false),
-            over: Mutex::new(false),
+            over: Mutex::default(),
             ended: Condvar::new(),
         })
     }
@@ -58,7 +58,7 @@ impl LoadJob {
 
     /// False also while a batch is copied: the engine's thread does not wait for one to know.
     pub fn is_over(&self) -> bool {
-        self.over.try_lock().is_some_and(|over| *over)
+        self.over.try_lock().is_some_and(|over| over.is_some())
     }
 
     /// When it returns nothing is written any more.
@@ -69,16 +69,26 @@ impl LoadJob {
     }
 
     /// Waits for the end.
-    pub fn wait(&self) {
+    pub fn wait(&self) -> Loaded {
         let mut over = self.over.lock();
-        while !*over {
-            self.ended.wait(&mut over);
+        loop {
+            match *over {
+                Some(loaded) => return loaded,
+                None => self.ended.wait(&mut over),
+            }
         }
+    }
+
+    /// Of the first layer group.
+    pub fn first_pages(&self) -> impl Iterator<Item = i32> {
+        self.pages.first_group()
     }
 
     pub fn run(&self, shared: &Shared) {
         let begun = Instant::now();
-        match self.copy(shared) {
+        let copied = self.copy(shared);
+        let loaded = if copied.is_err() { Loaded::No } else { Loaded::Yes };
+        match copied {
             Ok(Copied::All) => {
                 let (blocks, took) = (self.slots.len(), begun.elapsed());
                 tracing::debug!(request = self.request_id, blocks, ?took, "loaded");
@@ -87,17 +97,18 @@ impl LoadJob {
                 shared.counts.cancelled_loads.fetch_add(1, Ordering::Relaxed);
             }
             Err(why) => {
-                let pages = self.pages.iter().filter_map(|groups| groups.first().copied());
-                shared.break_promise(pages, format!("load of request {}: {why}", self.request_id));
+                shared
+                    .break_promise(self.first_pages(), format!("load of request {}: {why}", self.request_id));
             }
         }
         if self.last {
             shared.host.end(self.lease);
         }
-        *self.over.lock() = true;
+        *self.over.lock() = Some(loaded);
         self.ended.notify_all();
         if self.parked {
             shared.loading.lock().end(self.request_id);
+            shared.load_ended.notify_all();
         }
     }
 
@@ -112,6 +123,7 @@ impl LoadJob {
             fence.wait()?;
         }
         let host = shared.host.begin(self.lease).ok_or("the lease is not this rank's any more")?;
+        let begun = Instant::now();
         let blocks: Vec<_> = self.slots.iter().zip(self.pages.iter()).collect();
         for batch in blocks.chunks(shared.mover.batch_blocks().max(1)) {
             let copying = self.over.lock();
@@ -122,8 +134,18 @@ impl LoadJob {
             drop(copying);
             shared.counts.loaded_blocks.fetch_add(batch.len() as u64, Ordering::Relaxed);
         }
+        shared.speed.lock().loaded(blocks.len(), begun.elapsed());
         Ok(Copied::All)
     }
+}
+
+/// How a load ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loaded {
+    /// With its bytes there, or called back.
+    Yes,
+    /// Without them.
+    No,
 }
 
 enum Copied {
@@ -167,6 +189,11 @@ impl BlockPages {
     /// One after the other.
     pub fn iter(&self) -> impl Iterator<Item = &[i32]> {
         self.pages.chunks_exact(self.groups)
+    }
+
+    /// Those of the first layer group.
+    pub fn first_group(&self) -> impl Iterator<Item = i32> {
+        self.iter().filter_map(|groups| groups.first().copied())
     }
 
     /// Those of one block.

@@ -62,6 +62,11 @@ impl SaveJob {
         })
     }
 
+    /// Of the first layer group.
+    pub fn first_pages(&self) -> impl Iterator<Item = i32> {
+        self.pages.first_group()
+    }
+
     pub fn run(self, shared: &Shared) {
         let ready = self.fence.as_ref().is_none_or(|fence| fence.wait().is_ok());
         if ready {

@@ -332,6 +332,73 @@ fn an_engine_that_can_be_told_is_told_which_pages_were_not_loaded_and_goes_on() 
 }
 
 #[test]
+fn an_idle_pass_waits_for_a_load_but_not_for_long() {
+    let mut rank = rank_that(BrokenPromise::IsTold);
+    rank.half.wait_for_load();
+    rank.promise();
+    rank.bind(|metadata| metadata.loads.push(load(true, &[4])));
+    rank.half.start_loads(0).unwrap();
+    rank.gate.wait_for_arrival(1);
+    rank.half.wait_for_load();
+    assert_eq!(rank.finished(&[], &[7]).1, [] as [u64; 0], "it has not ended");
+    rank.gate.let_through(1);
+    let mut loaded = Vec::new();
+    while loaded.is_empty() {
+        rank.half.wait_for_load();
+        loaded = rank.finished(&[], &[]).1;
+    }
+    assert_eq!(loaded, [7]);
+}
+
+#[test]
+fn what_is_computed_on_pages_that_were_not_loaded_is_not_saved() {
+    let mut rank = rank_that(BrokenPromise::IsTold);
+    rank.gate.let_through(99);
+    // Request 7 loads pages 4 and 5 in the pass; nobody promised them. Request 8 shares the first of them.
+    rank.bind(|metadata| {
+        metadata.loads.push(load(false, &[4, 5]));
+        metadata.saves.extend([save(7, &[4, 5, 6]), save(8, &[4, 7]), save(9, &[8])]);
+    });
+    rank.half.start_loads(0).unwrap();
+    rank.half.pass_done(0).unwrap();
+    assert_eq!(rank.half.take_failed(), [4, 5]);
+    // One more pass was scheduled before the engine heard of it.
+    rank.bind(|metadata| metadata.saves.extend([save(7, &[10]), save(8, &[11]), save(9, &[12])]));
+    rank.half.start_loads(0).unwrap();
+    rank.half.pass_done(0).unwrap();
+    // The page is another block's.
+    rank.bind(|metadata| {
+        metadata.reassigned.push(Pages { pages: vec![4] });
+        metadata.saves.push(save(10, &[4]));
+    });
+    rank.half.pass_done(0).unwrap();
+    let told = rank.finished(&[7, 8, 9, 10], &[]).0;
+    let left = 4 - told.len();
+    rank.wait_finished(left, 0);
+    let offered: Vec<u32> = rank.daemon.offered.lock().iter().map(|request| request.blocks[0].0).collect();
+    assert_eq!(offered, [8, 12, 4]);
+}
+
+#[test]
+fn a_load_that_the_pass_waits_for_comes_before_those_that_are_parked() {
+    let mut rank = rank_that(BrokenPromise::IsTold);
+    rank.fill_slot(0, 33);
+    rank.gate.let_through(1);
+    rank.promise();
+    rank.bind(|metadata| {
+        metadata.loads.push(Load { load_id: 2, request_id: 8, last: false, ..load(true, &[5]) });
+        metadata.loads.push(Load { last: false, ..load(false, &[2]) });
+    });
+    rank.half.start_loads(0).unwrap();
+    assert_eq!((rank.page(2), rank.page(5)), ([33; BLOCK], [0; BLOCK]));
+    assert!(rank.half.take_block_time().is_some());
+    rank.gate.let_through(1);
+    let loaded = rank.finished(&[], &[8]).1;
+    rank.wait_finished(0, 1 - loaded.len());
+    assert_eq!(rank.page(5), [33; BLOCK]);
+}
+
+#[test]
 fn a_load_of_which_this_rank_was_never_told_is_an_error() {
     let mut rank = rank();
     let error = rank.half.get_finished(&[], &[8]).unwrap_err();

@@ -58,9 +58,13 @@ struct Engine {
 }
 
 fn engine(in_host: usize, on_disk: usize) -> Engine {
+    engine_that(LoadMode::Parked, in_host, on_disk)
+}
+
+fn engine_that(mode: LoadMode, in_host: usize, on_disk: usize) -> Engine {
     let shelf =
         Arc::new(Shelf { in_host: Mutex::new(in_host), on_disk: Mutex::new(on_disk), ..Shelf::default() });
-    let half = SchedulerHalf::new([7; 16], SIZE as u32, LoadMode::Parked, shelf.clone()).of_known_size();
+    let half = SchedulerHalf::new([7; 16], SIZE as u32, mode, shelf.clone()).of_known_size();
     Engine { shelf, half }
 }
 
@@ -70,6 +74,17 @@ fn tokens(count: usize) -> Vec<u32> {
 
 impl Engine {
     fn query(&mut self, id: u64, count: usize, local: usize, at_s: u64) -> Option<usize> {
+        self.look_up(id, count, local, 0, at_s).map(|(found, _)| found)
+    }
+
+    fn look_up(
+        &mut self,
+        id: u64,
+        count: usize,
+        local: usize,
+        others: usize,
+        at_s: u64,
+    ) -> Option<(usize, bool)> {
         let new = NewRequest {
             id,
             tokens: tokens(count),
@@ -77,7 +92,7 @@ impl Engine {
             items: Vec::new(),
             cacheable: true,
         };
-        self.half.query_patiently(new, local, Duration::from_secs(at_s))
+        self.half.query_patiently(new, local, others, Duration::from_secs(at_s))
     }
 
     fn allocated(&mut self, id: u64, pages: Vec<i32>) {
@@ -151,6 +166,43 @@ fn an_offer_that_is_declined_is_taken_back_and_not_loaded() {
     assert!(engine.build(vec![report]).loads.is_empty());
 }
 
+fn first_report(id: u64, count: usize, pages: Vec<i32>, computed: usize) -> Report {
+    let scheduled = Some(count - computed);
+    Report { id, tokens: tokens(count), pages: vec![pages], computed, scheduled, ..Report::default() }
+}
+
+#[test]
+fn a_short_load_is_done_in_the_pass_and_a_long_one_parked() {
+    let mut engine = engine_that(LoadMode::Auto, 3, 0);
+    assert_eq!(engine.look_up(1, 17, 0, 0, 0), Some((12, true)), "it was never measured");
+    engine.half.measured(Duration::from_micros(300));
+    assert_eq!(engine.look_up(1, 17, 0, 0, 0), Some((12, true)), "the same offer");
+    engine.half.finished(1);
+    assert_eq!(engine.look_up(2, 17, 0, 4, 0), Some((12, false)));
+    engine.allocated(2, vec![1, 2, 3, 4, 5]);
+    assert_eq!(engine.look_up(3, 17, 0, 4, 0), Some((12, true)), "the pass waits for one already");
+    engine.allocated(3, vec![6, 7, 8, 9, 10]);
+    let loads = engine.build(vec![first_report(2, 17, vec![1, 2, 3, 4, 5], 12)]).loads;
+    assert_eq!(
+        loads.iter().map(|load| (load.request_id, load.parked)).collect::<Vec<_>>(),
+        [(3, true), (2, false)]
+    );
+    assert_eq!(engine.look_up(4, 17, 0, 0, 0), Some((12, true)), "one is being loaded, which comes first");
+}
+
+#[test]
+fn a_request_whose_load_in_the_pass_failed_computes() {
+    let mut engine = engine_that(LoadMode::InPass, 3, 0);
+    assert_eq!(engine.look_up(1, 17, 0, 0, 0), Some((12, false)));
+    engine.allocated(1, vec![5, 6, 7, 8, 9]);
+    engine.build(vec![first_report(1, 17, vec![5, 6, 7, 8, 9], 12)]);
+    engine.half.loads_failed(&[8, 40]);
+    assert_eq!(engine.half.counts().failed_loads, 0, "that page was not loaded");
+    engine.half.loads_failed(&[6, 7]);
+    assert_eq!(engine.half.counts().failed_loads, 1);
+    assert_eq!(engine.look_up(1, 17, 0, 0, 0), Some((0, false)));
+}
+
 #[test]
 fn a_request_whose_load_failed_computes_and_others_are_still_offered() {
     let mut engine = engine(3, 0);
@@ -191,12 +243,20 @@ proptest! {
     /// Each lease is taken back by the scheduler half, or goes to the worker halves in a load that ends it; never both,
     /// and none is forgotten.
     #[test]
-    fn every_lease_ends_once(ops in prop::collection::vec(op(), 1..80), in_host in 0usize..6) {
-        let mut engine = engine(in_host, 0);
-        let mut offered: HashMap<u64, usize> = HashMap::new();
+    fn every_lease_ends_once(
+        ops in prop::collection::vec(op(), 1..80),
+        in_host in 0usize..6,
+        mode in prop_oneof![Just(LoadMode::Parked), Just(LoadMode::InPass), Just(LoadMode::Auto)],
+    ) {
+        let mut engine = engine_that(mode, in_host, 0);
+        // Three blocks are short when others go on.
+        engine.half.measured(Duration::from_micros(300));
+        let mut offered: HashMap<u64, (usize, usize, bool)> = HashMap::new();
+        // Loads in the next pass go with the first report.
+        let mut in_pass: HashMap<u64, Report> = HashMap::new();
         let mut page = 0;
-        let ends = |engine: &mut Engine| {
-            for load in engine.build(Vec::new()).loads {
+        let ends = |engine: &mut Engine, reports: Vec<Report>| {
+            for load in engine.build(reports).loads {
                 assert!(load.last);
                 assert!(engine.shelf.held.lock().remove(&load.lease.lease_id), "loaded and taken back");
             }
@@ -204,21 +264,33 @@ proptest! {
         for op in ops {
             match op {
                 Op::Query { id, count, local_blocks } => {
-                    let found = engine.query(id, count, local_blocks * SIZE, 0).unwrap();
-                    prop_assert!(local_blocks * SIZE + found < count.max(local_blocks * SIZE + 1));
-                    offered.insert(id, found);
+                    let local = local_blocks * SIZE;
+                    let (found, parked) = engine.look_up(id, count, local, id as usize % 2, 0).unwrap();
+                    prop_assert!(local + found < count.max(local + 1));
+                    prop_assert!(found > 0 || !parked);
+                    offered.insert(id, (count, local + found, parked));
+                    in_pass.remove(&id);
                 }
                 Op::Allocated { id } => {
-                    if offered.remove(&id).is_some_and(|found| found > 0) {
-                        engine.allocated(id, (page..page + 9).collect());
+                    let Some((count, computed, parked)) = offered.remove(&id) else { continue };
+                    if engine.half.requests.get(&id).is_some_and(|request| request.offer.is_some()) {
+                        let pages: Vec<i32> = (page..page + 9).collect();
+                        engine.allocated(id, pages.clone());
+                        if !parked {
+                            in_pass.insert(id, first_report(id, count, pages, computed));
+                        }
                         page += 9;
                     }
                 }
-                Op::Declined { id } => engine.half.declined(id),
+                Op::Declined { id } => {
+                    in_pass.remove(&id);
+                    engine.half.declined(id);
+                }
                 Op::Failed { page } => engine.half.loads_failed(&[page]),
-                Op::Build => ends(&mut engine),
+                Op::Build => ends(&mut engine, in_pass.drain().map(|(_, report)| report).collect()),
                 Op::Finished { id } => {
                     offered.remove(&id);
+                    in_pass.remove(&id);
                     engine.half.finished(id);
                 }
             }
@@ -226,7 +298,7 @@ proptest! {
         for id in 0..4 {
             engine.half.finished(id);
         }
-        ends(&mut engine);
+        ends(&mut engine, Vec::new());
         prop_assert_eq!(engine.held(), 0);
     }
 }
