@@ -85,15 +85,6 @@ class FirstRankWorker(ReferenceWorker):
         return saved, loaded if self.rank == 0 else []
 
 
-class HastyRankWorker(ReferenceWorker):
-    """Rank 0 lets the lease go for all ranks when its own load is over."""
-
-    def _load(self, job: LoadJob) -> None:
-        super()._load(job)
-        if self.rank == 0:
-            self.store.release(job.load.lease)
-
-
 class AtOnceWorker(ReferenceWorker):
     """Says that a load is over when it was started."""
 
@@ -271,9 +262,6 @@ PLANTED: dict[str, Bug] = {
     "last token has no KV yet": Bug("conversation", "bad load", worker="BeforePassWorker"),
     "drafts saved before they are accepted": Bug("speculative", "bad load", "DraftsScheduler"),
     "lease ignored": Bug("pressure", "bad load", "NoLeaseScheduler"),
-    "lease let go by the rank that is done first": Bug(
-        "pressure", "bad load", worker="HastyRankWorker", options={"ranks": 2}
-    ),
     "generation not raised": Bug(
         "finish_and_reuse", "bad load", "ReleasingScheduler", "NoGenerationWorker"
     ),
