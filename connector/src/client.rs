@@ -3,6 +3,7 @@
 //! Every question has a deadline and may be asked from many tasks at once. What a late answer brings (pins, leases) is
 //! given back by itself.
 
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -145,6 +146,13 @@ impl Client {
         let sent = timeout(self.deadline, self.session.side().send_pool(memory));
         sent.await.unwrap_or(Err(ClientError::Deadline))?;
         answer!(self.ask(Question::OpenPool(open)).await?, Pool)
+    }
+
+    /// Hands over memory of the engine's own, under the name that an export gives it. To be followed by
+    /// [`Client::open_engine_pool`].
+    pub async fn send_memory(&self, name: [u8; 16], memory: BorrowedFd<'_>) -> Result<(), ClientError> {
+        let sent = timeout(self.deadline, self.session.side().send_memory(name, memory));
+        sent.await.unwrap_or(Err(ClientError::Deadline))
     }
 
     /// Opens a pool of the engine's own. Returns the words that are shared about it.

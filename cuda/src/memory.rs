@@ -40,6 +40,16 @@ pub trait DeviceRange: sealed::Sealed + fmt::Debug + Send + Sync + 'static {
     /// Size in bytes.
     fn bytes(&self) -> usize;
 
+    /// Lets another GPU of this process read and write it, for as long as it is mapped. Refused where the two have no way to
+    /// each other.
+    fn let_in(&self, other: &Context) -> Result<(), Error> {
+        if other.device().uuid == self.context().device().uuid {
+            return Ok(());
+        }
+        check_way(other, self.context())?;
+        other.reach(self.context())
+    }
+
     /// Copies bytes out, and waits for it. Not ordered with streams.
     fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Error> {
         check(offset, to.len(), self.bytes());
@@ -112,6 +122,15 @@ impl Drop for DeviceMemory {
         // SAFETY: allocated by `allocate`, freed once. The driver waits for work that was issued on the GPU.
         let _ = unsafe { call!(cuMemFree_v2(self.address.0)) };
     }
+}
+
+/// Whether one GPU can reach the memory of another.
+pub(crate) fn check_way(from: &Context, to: &Context) -> Result<(), Error> {
+    if from.can_reach(to)? {
+        return Ok(());
+    }
+    let reason = format!("GPU {} has no way to GPU {}", from.device().uuid, to.device().uuid);
+    Err(Error::refused("a copy between GPUs", reason))
 }
 
 /// Panics unless [offset, offset + len) lies within `bytes` bytes.

@@ -141,6 +141,14 @@ fn round_up(bytes: usize, granularity: usize) -> Result<usize, Error> {
 }
 
 impl DeviceRange for VmmMemory {
+    fn let_in(&self, other: &Context) -> Result<(), Error> {
+        if other.device().uuid == self.context.device().uuid {
+            return Ok(());
+        }
+        crate::memory::check_way(other, &self.context)?;
+        self.allow(other)
+    }
+
     fn context(&self) -> &Context {
         &self.context
     }

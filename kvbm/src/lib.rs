@@ -26,8 +26,8 @@ pub use error::{Error, Refused};
 pub use event::{Event, EventKind, EventLog, EventsGone};
 pub use ledger::{
     AdmissionRules, AdmissionTally, BatchLimit, BlockRef, CommitBlock, DiskRules, Held, LeaseId, Matched,
-    NamespaceId, PinId, PinInfo, PinWhat, Pinned, PolicyKind, PoolId, Quotas, Retention, SessionId,
-    TenantQuota, TenantUsage, TierQuota, TrustDomain,
+    NamespaceId, PEER_LEASE_MAX, PinId, PinInfo, PinWhat, Pinned, PolicyKind, PoolId, Quotas, Retention,
+    SessionId, TenantQuota, TenantUsage, TierQuota, TrustDomain,
 };
 pub use manager::{
     AdoptPool, DiskCapacity, DiskFigures, DiskState, DiskTierConfig, Fence, HostCapacity, LivePin, Manager,
@@ -37,8 +37,8 @@ pub use manager::{
 pub use store::disk::DiskError;
 pub use store::disk_io;
 pub use store::{
-    EngineMemory, Export, Fragment, Keeper, MapExports, MapGpus, MapShared, NoDeviceMemory, Pace, RangeCopy,
-    WarmHost, WarmSegment, WarmWords, is_gpu,
+    EngineMemory, Export, Fragment, Keeper, MapExports, MapGpus, MapShared, NoDeviceMemory, Pace, PeerCopy,
+    RangeCopy, WarmHost, WarmSegment, WarmWords, is_gpu,
 };
 pub use tier::{Route, Tier};
 pub use what_if::{CAPACITIES as WHAT_IF_CAPACITIES, TierWhatIf, WhatIfReport};

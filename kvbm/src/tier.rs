@@ -44,11 +44,14 @@ pub enum Route {
     HostToDisk,
     /// Promote: disk to host.
     DiskToHost,
+    /// Onboard: from another device of the node, without a detour over host.
+    DeviceToDevice,
 }
 
 impl Route {
     /// All routes, in order of [`Route::index`].
-    pub const ALL: [Self; 4] = [Self::DeviceToHost, Self::HostToDevice, Self::HostToDisk, Self::DiskToHost];
+    pub const ALL: [Self; 5] =
+        [Self::DeviceToHost, Self::HostToDevice, Self::HostToDisk, Self::DiskToHost, Self::DeviceToDevice];
 
     /// Name as in metrics.
     pub fn name(self) -> &'static str {
@@ -57,6 +60,7 @@ impl Route {
             Self::HostToDevice => "h2d",
             Self::HostToDisk => "host_to_disk",
             Self::DiskToHost => "disk_to_host",
+            Self::DeviceToDevice => "device_to_device",
         }
     }
 
@@ -67,6 +71,7 @@ impl Route {
             Self::HostToDevice => 1,
             Self::HostToDisk => 2,
             Self::DiskToHost => 3,
+            Self::DeviceToDevice => 4,
         }
     }
 }

@@ -77,6 +77,7 @@ fn status(device: &Device, gpu: Option<&Gpu>) -> GpuStatus {
         pci_bus_id: device.pci_bus_id.clone(),
         numa_node: device.numa_node,
         memory_bytes: device.memory_bytes,
+        memory_free_bytes: gpu.and_then(Gpu::context).and_then(|c| c.memory().ok()).map(|(free, _)| free),
         state: state.to_owned(),
         reason: broken.map(|error| error.to_string()).unwrap_or_default(),
         onboard_bytes: figures.bytes[0],

@@ -214,6 +214,9 @@ pub struct GpuStatus {
     /// Host memory that is closest; `null` where there is only one kind.
     pub numa_node: Option<u32>,
     pub memory_bytes: u64,
+    /// Nobody's now; `null` where it is not known, as while no engine needed the GPU.
+    #[serde(default)]
+    pub memory_free_bytes: Option<u64>,
     /// `idle` (no engine needed it yet), `on` or `out` (of service).
     pub state: String,
     /// Why it is out of service.

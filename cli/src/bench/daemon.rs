@@ -1,5 +1,7 @@
 //! A daemon of its own for a measurement: a child process, with nobody else's traffic.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,6 +21,8 @@ const POPULATE_MAX: Duration = Duration::from_secs(60);
 pub(super) struct BenchDaemon {
     child: Child,
     dir: tempfile::TempDir,
+    /// URL of its metrics.
+    metrics: String,
 }
 
 impl BenchDaemon {
@@ -39,9 +43,13 @@ impl BenchDaemon {
             .stdout(Stdio::null())
             .spawn()
             .map_err(|error| format!("start a daemon: {error}"))?;
-        let mut daemon = Self { child, dir };
+        let mut daemon = Self { child, dir, metrics: String::new() };
         let deadline = Instant::now() + Duration::from_secs(20);
-        while Ready::read(&ready).is_none() {
+        loop {
+            if let Some(ready) = Ready::read(&ready) {
+                daemon.metrics = ready.metrics;
+                return Ok(daemon);
+            }
             if let Ok(Some(status)) = daemon.child.try_wait() {
                 return Err(format!("the daemon ended: {status}"));
             }
@@ -50,7 +58,22 @@ impl BenchDaemon {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(daemon)
+    }
+
+    /// Sum of a metric's samples, or of those whose line contains `label`.
+    pub fn metric(&self, name: &str, label: &str) -> Result<f64, String> {
+        let failed = |error: std::io::Error| format!("read {}: {error}", self.metrics);
+        let address = self.metrics.trim_start_matches("http://");
+        let (address, path) = address.split_once('/').unwrap_or((address, "metrics"));
+        let mut stream = TcpStream::connect(address).map_err(failed)?;
+        write!(stream, "GET /{path} HTTP/1.0\r\n\r\n").map_err(failed)?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page).map_err(failed)?;
+        let samples = page.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])) && line.contains(label)
+        });
+        let value = |line: &str| line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok());
+        Ok(samples.filter_map(value).sum())
     }
 
     /// Its process.

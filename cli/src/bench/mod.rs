@@ -4,6 +4,7 @@ mod daemon;
 mod disagg;
 mod disk;
 mod engine;
+mod fan_out;
 mod gpu_copy;
 mod grpc;
 mod hash;
@@ -47,6 +48,8 @@ enum What {
     Disk(disk::DiskArgs),
     /// Blocks between a GPU and host memory by the daemon's copy engine, the pool in another process, against raw copies
     GpuCopy(gpu_copy::GpuCopyArgs),
+    /// Blocks that all ranks of an engine hold whole: loaded once and copied from GPU to GPU, against a load into one
+    FanOut(fan_out::FanOutArgs),
     /// Time to the first token of prompts that are on a GPU, in host memory, on disk, or nowhere
     Ttft(ttft::TtftArgs),
     /// What offloads in the background cost decoding on a GPU: paced, and as fast as they can
@@ -74,6 +77,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), String> {
         What::HostCopy => host_copy::measure()?,
         What::Disk(args) => disk::measure(args)?,
         What::GpuCopy(args) => gpu_copy::measure(args)?,
+        What::FanOut(args) => fan_out::measure(args)?,
         What::Rescue(args) => rescue::measure(args)?,
         What::Pacing(args) => pacing::measure(args)?,
         What::Ttft(args) => ttft::measure(args)?,

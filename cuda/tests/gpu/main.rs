@@ -1,7 +1,7 @@
 //! What only a GPU can show. One binary without dependencies, to be copied to a machine with a GPU and run there; without
 //! CUDA every test says that it is skipped.
 //!
-//! `gpu [FILTER]` runs the tests whose names contain FILTER. `KVBM_GPU_CYCLES` sets how many processes the leak test kills.
+//! `gpu --free` prints how many bytes of the GPU are free. `gpu [FILTER]` runs the tests whose names contain FILTER. `KVBM_GPU_CYCLES` sets how many processes the leak test kills.
 //! Processes that share memory with a test are this binary again, with `--role`.
 
 mod batches;
@@ -12,6 +12,7 @@ mod leaks;
 mod patterns;
 mod peer;
 mod sharing;
+mod two_gpus;
 mod words;
 
 use std::path::PathBuf;
@@ -30,7 +31,7 @@ type Outcome = Result<String, String>;
 
 type Test = (&'static str, fn(&Gpu) -> Outcome);
 
-const TESTS: [Test; 18] = [
+const TESTS: [Test; 21] = [
     ("the_gpu_is_described", describe),
     ("each_batch_form_copies_scattered_blocks", batches::each_form),
     ("a_refused_copy_leaves_the_gpu_usable", batches::refused),
@@ -45,6 +46,9 @@ const TESTS: [Test; 18] = [
     ("host_memory_is_registered_in_two_processes", sharing::registered_twice),
     ("words_order_streams_of_two_processes", words::ping_pong),
     ("a_dead_peers_word_is_written_by_the_host", words::released),
+    ("blocks_go_from_gpu_to_gpu", two_gpus::engine),
+    ("each_batch_form_copies_from_gpu_to_gpu", two_gpus::each_form),
+    ("host_memory_is_registered_once_for_all_gpus", two_gpus::registered_once),
     ("kernels_and_graphs_run", compute::kernels),
     ("matrix_products_are_right", compute::products),
     ("background_copies_leave_decoding_alone", interference::paced),
@@ -77,6 +81,10 @@ fn main() {
             return;
         }
     };
+    if arguments.iter().any(|argument| argument == "--free") {
+        let free = gpu.context.memory().map_or_else(|error| error.to_string(), |(free, _)| free.to_string());
+        return println!("{free}");
+    }
     let mut failed = 0;
     for (name, test) in chosen() {
         let started = Instant::now();

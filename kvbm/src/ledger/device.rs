@@ -1,6 +1,6 @@
 //! A device pool as the ledger sees it: whose it is, and what of it still has to go to host.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use kvbm_shm::PoolLayout;
 
@@ -80,6 +80,10 @@ pub struct DevicePool {
     pub(super) offloading: usize,
     /// Onboard batches in flight.
     pub(super) onboarding: usize,
+    /// The node of the machine's memory that its device is closest to.
+    pub(super) node: Option<u32>,
+    /// Pools between which and this one blocks can be copied directly.
+    pub(super) peers: BTreeSet<PoolId>,
 }
 
 impl DevicePool {

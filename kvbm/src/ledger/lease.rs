@@ -3,13 +3,14 @@
 //! A lease pins the deepest block only; the blocks before it cannot be evicted while it is there. Its deadline ends it
 //! only while nothing has started: once a copy begins, the copy holds the pin.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use kvbm_hash::SequenceHash;
 
-use super::device::Backlogged;
+use super::device::{Backlogged, DevicePool};
 use super::engine::EngineLease;
 use super::key::{Key, NamespaceId};
+use super::peers::{PeerAsk, PeerSource};
 use super::pools::Held;
 use super::segments::{Class, SegmentTier};
 use super::slots::SlotIndex;
@@ -27,9 +28,12 @@ pub struct Matched {
     pub device: Vec<BlockRef>,
     /// Blocks directly behind them in host memory.
     pub host_blocks: usize,
+    /// Blocks directly behind those of the device in another pool of this node, where host memory has fewer; then it counts
+    /// for nothing here.
+    pub peer_blocks: usize,
     /// Blocks directly behind those on disk: on their way to host memory, not pinned.
     pub disk_blocks: usize,
-    /// Pins the host blocks, if there are any.
+    /// Pins the host blocks, or those of the other pool, if there are any.
     pub lease: Option<LeaseId>,
 }
 
@@ -46,6 +50,8 @@ pub(super) struct Lease {
     pub expires: Option<Millis>,
     /// Of an engine: its ranks use it.
     pub engine: Option<EngineLease>,
+    /// Then `deepest` is a block of another pool.
+    pub peer: Option<PeerSource>,
 }
 
 /// All leases.
@@ -115,6 +121,15 @@ impl Leases {
         ids
     }
 
+    /// Those that are about blocks of a pool.
+    pub fn of_peer(&self, pool: PoolId) -> Vec<LeaseId> {
+        let theirs = |lease: &Lease| lease.peer.as_ref().is_some_and(|peer| peer.pool == pool);
+        let mut ids: Vec<_> =
+            self.leases.iter().filter(|(_, lease)| theirs(lease)).map(|(id, _)| *id).collect();
+        ids.sort();
+        ids
+    }
+
     pub fn expired(&self, now: Millis) -> Vec<LeaseId> {
         self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, id)| *id).collect()
     }
@@ -123,10 +138,15 @@ impl Leases {
         self.leases.len()
     }
 
-    pub fn check_integrity(&self, host: &SegmentTier) {
+    pub fn check_integrity(&self, host: &SegmentTier, pools: &BTreeMap<PoolId, DevicePool>) {
         let with_deadline = self.leases.values().filter(|lease| lease.expires.is_some()).count();
         assert_eq!(with_deadline, self.deadlines.len());
         for (id, lease) in &self.leases {
+            if let Some(peer) = &lease.peer {
+                let pool = pools.get(&peer.pool).expect("leases end before their pool does");
+                assert!(pool.slots.block(lease.deepest).is_some(), "{id:?} is about a resident block");
+                continue;
+            }
             let table = host.class(lease.class).expect("a lease is about a class that exists");
             assert!(table.slots.pins(lease.deepest) > 0, "{id:?} has its pin");
             assert!(table.slots.block(lease.deepest).is_some(), "{id:?} is about a resident block");
@@ -178,22 +198,36 @@ impl Ledger {
             }
             device.extend(chain.into_iter().map(|slot| pool.block_ref(slot)));
         }
-        let (in_host, on_disk, lease) = match self.host_class(session, &base) {
-            None => (0, 0, None),
+        let (in_host, in_peer, on_disk, lease) = match self.host_class(session, &base) {
+            None => (0, 0, 0, None),
             Some(class) => {
                 let asked = Asked { session, namespace, hashes, retention };
-                let (in_host, lease) = self.lease_host(asked, class, device.len(), now);
+                let (mut in_host, mut lease) = self.lease_host(asked, class, device.len(), now);
+                let in_device = device.len();
+                let further = pool.and_then(|into| {
+                    let ask =
+                        PeerAsk { session, namespace, class, hashes, retention, into, in_device, in_host };
+                    self.lease_peer(ask, now)
+                });
+                let in_peer = further.map_or(0, |(blocks, _)| blocks);
+                if let Some((_, further)) = further {
+                    if let Some(fewer) = lease.replace(further) {
+                        self.end_lease(fewer, now);
+                    }
+                    in_host = 0;
+                }
                 let on_disk = self.disk_prefix(class, namespace, hashes);
                 if let Some((deepest, _)) = on_disk {
                     let table = self.disk.tier.class_mut(class).expect("it was found there");
                     table.slots.reuse(deepest, retention, now);
                 }
-                (in_host, on_disk.map_or(0, |(_, blocks)| blocks), lease)
+                (in_host, in_peer, on_disk.map_or(0, |(_, blocks)| blocks), lease)
             }
         };
-        let faster = in_host.max(device.len());
-        let (host_blocks, disk_blocks) = (faster - device.len(), on_disk.saturating_sub(faster));
-        Ok(Matched { device, host_blocks, disk_blocks, lease })
+        let behind = |blocks: usize| blocks.saturating_sub(device.len());
+        let (host_blocks, peer_blocks) = (behind(in_host), behind(in_peer));
+        let disk_blocks = on_disk.saturating_sub(in_host.max(in_peer).max(device.len()));
+        Ok(Matched { device, host_blocks, peer_blocks, disk_blocks, lease })
     }
 
     fn lease_host(
@@ -218,7 +252,7 @@ impl Ledger {
         self.used_in_host(class, key(blocks - 1), priority);
         let expires = Some(Millis(now.0 + self.config.lease.as_millis() as u64));
         let count = blocks - in_device;
-        let lease = Lease { session, namespace, class, deepest, count, expires, engine: None };
+        let lease = Lease { session, namespace, class, deepest, count, expires, engine: None, peer: None };
         (blocks, Some(self.leases.add(lease)))
     }
 
@@ -231,6 +265,9 @@ impl Ledger {
 
     pub(super) fn end_lease(&mut self, id: LeaseId, now: Millis) {
         let Some(lease) = self.leases.remove(id) else { return };
+        if let Some(PeerSource { pool, hold }) = lease.peer {
+            return self.end_peer_holds(pool, std::iter::once(hold), now);
+        }
         let table = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
         table.slots.unpin(lease.deepest, 1, now);
         if let Some(engine) = &lease.engine {

@@ -20,6 +20,7 @@ mod key;
 mod lease;
 mod offload;
 mod onboard;
+mod peers;
 mod pins;
 mod policy;
 mod pools;
@@ -48,7 +49,8 @@ pub use key::{Key, KeyHasher, NamespaceId};
 pub use kvbm_hash::Retention;
 pub use lease::{LeaseId, Matched};
 pub use offload::OffloadBatch;
-pub use onboard::{OnboardBatch, OnboardPart};
+pub use onboard::{OnboardBatch, OnboardFrom, OnboardPart};
+pub use peers::{PEER_LEASE_MAX, PeerPool};
 pub use pins::{PinId, PinInfo, PinWhat, Pinned};
 pub use policy::{PolicyKind, UnknownPolicy};
 pub use pools::{Held, PoolEntry};
@@ -283,6 +285,19 @@ impl Ledger {
         self.host.add_segment(segment);
     }
 
+    /// As [`Ledger::add_segment`], of memory on a node of the machine's, if that is known.
+    pub fn add_segment_on(&mut self, segment: SegmentId, node: Option<u32>) {
+        if let Some(node) = node {
+            self.host.set_node(segment, node);
+        }
+        self.host.add_segment(segment);
+    }
+
+    /// On which node of the machine's memory a host segment is, if that is known.
+    pub fn segment_node(&self, segment: SegmentId) -> Option<u32> {
+        self.host.node_of(segment)
+    }
+
     /// As [`Ledger::add_segment`], of memory that an earlier life of the daemon may have given to processes of a domain.
     pub fn add_segment_of(&mut self, segment: SegmentId, domain: TrustDomain) {
         self.host.expose_earlier(segment, domain);
@@ -453,7 +468,7 @@ impl Ledger {
         for pool in self.pools.values() {
             pool.slots.check_integrity();
         }
-        self.leases.check_integrity(&self.host);
+        self.leases.check_integrity(&self.host, &self.pools);
         self.pins.check_integrity();
         self.check_engines();
         for (id, session) in self.registry.sessions() {

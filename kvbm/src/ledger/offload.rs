@@ -210,7 +210,7 @@ impl Ledger {
         };
         let Some(namespace) = digest else { return Planned::Never };
         batch.digest = Some((key.namespace, namespace));
-        let Some(table) = self.host.make_room(batch.class) else {
+        let Some(table) = self.host.make_room_near(batch.class, pool.node) else {
             self.tally.host_exhausted += 1;
             return Planned::Never;
         };

@@ -1,14 +1,31 @@
-//! Onboard: leased host blocks into granted device blocks.
+//! Onboard: leased blocks, of host memory or of another pool, into granted device blocks.
 
+use super::device::Backlogged;
 use super::lease::Lease;
+use super::peers::PeerPool;
 use super::segments::Place;
 use super::slots::{Committed, Copying, Incoming, SlotIndex};
 use super::{BlockRef, LeaseId, Ledger, Millis, NamespaceId, Owner, PoolId, SessionId};
 use crate::error::Refused;
 
+/// Where the bytes of a block are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnboardFrom {
+    /// In host memory.
+    Host(Place),
+    /// In this block of the pool that the batch names.
+    Peer(u32),
+}
+
+#[derive(Debug)]
+enum Source {
+    Host(Place),
+    Peer(Copying),
+}
+
 #[derive(Debug)]
 struct OnboardItem {
-    place: Place,
+    source: Source,
     block: Incoming,
     target: Copying,
     to: BlockRef,
@@ -22,6 +39,8 @@ pub struct OnboardBatch {
     pub pool: PoolId,
     /// The writer's epoch: if it has moved, the writer does not expect the bytes any more.
     pub epoch: u64,
+    /// Out of which pool; `None`: out of host memory.
+    pub peer: Option<PeerPool>,
     lease: Lease,
     items: Vec<OnboardItem>,
 }
@@ -31,6 +50,7 @@ pub struct OnboardBatch {
 #[derive(Debug)]
 pub struct OnboardPart {
     pool: PoolId,
+    peer: Option<PeerPool>,
     namespace: NamespaceId,
     stride: usize,
     items: Vec<OnboardItem>,
@@ -42,14 +62,20 @@ impl OnboardPart {
         self.stride
     }
 
-    /// What is to be copied: place in host memory, block of the pool.
-    pub fn copies(&self) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
+    /// What is to be copied: from where, to which block of the pool.
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (OnboardFrom, u32)> + '_ {
         copies(&self.items)
     }
 }
 
-fn copies(items: &[OnboardItem]) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
-    items.iter().map(|item| (item.place, item.to.block))
+fn copies(items: &[OnboardItem]) -> impl ExactSizeIterator<Item = (OnboardFrom, u32)> + '_ {
+    items.iter().map(|item| {
+        let from = match &item.source {
+            Source::Host(place) => OnboardFrom::Host(*place),
+            Source::Peer(hold) => OnboardFrom::Peer(hold.slot().0),
+        };
+        (from, item.to.block)
+    })
 }
 
 impl OnboardBatch {
@@ -62,11 +88,11 @@ impl OnboardBatch {
     pub fn take_part(&mut self, max: usize) -> OnboardPart {
         let items = self.items.drain(..max.min(self.items.len())).collect();
         let (namespace, stride) = (self.lease.namespace, self.stride());
-        OnboardPart { pool: self.pool, namespace, stride, items }
+        OnboardPart { pool: self.pool, peer: self.peer, namespace, stride, items }
     }
 
-    /// What is to be copied: place in host memory, block of the pool.
-    pub fn copies(&self) -> impl ExactSizeIterator<Item = (Place, u32)> + '_ {
+    /// What is to be copied: from where, to which block of the pool.
+    pub fn copies(&self) -> impl ExactSizeIterator<Item = (OnboardFrom, u32)> + '_ {
         copies(&self.items)
     }
 }
@@ -98,21 +124,46 @@ impl Ledger {
             let reason = format!("{} for a lease of {} blocks", targets.len(), lease.count);
             return Err(Refused::invalid("targets", reason));
         }
+        let source = lease.peer.as_ref().map(|peer| peer.pool);
+        if source.is_some_and(|source| !self.pools[&id].peers.contains(&source)) {
+            return Err(Refused::invalid("pool_id", "the leased blocks cannot be copied into this pool"));
+        }
+        let (peer, sources) = match source {
+            Some(source) => {
+                let (peer, holds) = self.begin_peer_copy(source, lease_id, targets.len())?;
+                (Some(peer), holds.into_iter().map(Source::Peer).collect())
+            }
+            None => (None, Vec::new()),
+        };
         let lease = self.leases.remove(lease_id).expect("it was just there");
-        let table = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
+        let mut table = None;
+        let slots = match peer {
+            Some(peer) => &mut self.pools.get_mut(&peer.pool).expect("it was just there").slots,
+            None => {
+                let host = self.host.class_mut(lease.class).expect("a lease is about a class that exists");
+                &mut table.insert(host).slots
+            }
+        };
+        let chain: Vec<SlotIndex> = slots.chain(lease.deepest, lease.count);
+        let block = |slot: &SlotIndex| {
+            let (key, parent) = slots.block(*slot).expect("leased blocks are resident");
+            let retention = slots.retention(*slot, now);
+            Incoming { key, parent, retention, group: slots.group_of(*slot) }
+        };
+        let blocks: Vec<Incoming> = chain.iter().take(targets.len()).map(block).collect();
+        let sources = match table {
+            Some(table) => chain.iter().map(|slot| Source::Host(table.place(*slot))).collect(),
+            None => sources,
+        };
         let pool = self.pools.get_mut(&id).expect("it was just there");
-        let chain = table.slots.chain(lease.deepest, lease.count);
-        let items = chain.into_iter().zip(targets).map(|(slot, to)| {
-            let (key, parent) = table.slots.block(slot).expect("leased blocks are resident");
-            let (place, retention) = (table.place(slot), table.slots.retention(slot, now));
+        let items = sources.into_iter().zip(blocks).zip(targets).map(|((source, block), to)| {
             let target = pool.slots.begin_copy(SlotIndex(to.block));
-            let block = Incoming { key, parent, retention, group: table.slots.group_of(slot) };
-            OnboardItem { place, block, target, to: *to }
+            OnboardItem { source, block, target, to: *to }
         });
         let items = items.collect();
         pool.batches += 1;
         pool.onboarding += 1;
-        Ok(OnboardBatch { pool: id, epoch, lease, items })
+        Ok(OnboardBatch { pool: id, epoch, peer, lease, items })
     }
 
     /// Copies ended. `copied`: all bytes arrived and the epoch did not move. The targets are committed under their keys;
@@ -121,13 +172,21 @@ impl Ledger {
         let allowances = self.device_allowances(part.pool);
         // It may have got its tenant since the copy began.
         let group = self.registry.group_of(part.namespace);
+        let offloads = self.host.is_on() && part.peer.is_some();
         let pool = self.pools.get_mut(&part.pool).expect("it is kept while a batch is in flight");
         let alive = self.registry.namespace(part.namespace).is_some() && pool.owner != Owner::Retired;
+        let mut holds = Vec::new();
         for item in part.items {
+            if let Source::Peer(hold) = item.source {
+                holds.push(hold);
+            }
             if copied && alive {
                 let slot = item.target.slot();
                 let block = Incoming { group, ..item.block };
                 match pool.slots.commit_granted(slot, item.to.generation, block, &allowances, now) {
+                    Committed::Resident if offloads => {
+                        pool.backlog.push_back(Backlogged { block: item.to, key: block.key });
+                    }
                     // It is in host already, or was when it was copied: nothing to offload.
                     Committed::Resident | Committed::OverQuota | Committed::Stale => {}
                     Committed::Duplicate => self.tally.duplicate_commits += 1,
@@ -135,6 +194,9 @@ impl Ledger {
                 }
             }
             pool.slots.end_copy(item.target, now);
+        }
+        if let Some(peer) = part.peer {
+            self.end_peer_holds(peer.pool, holds.into_iter(), now);
         }
         self.sweep();
     }
@@ -146,8 +208,17 @@ impl Ledger {
         let pool = self.pools.get_mut(&batch.pool).expect("it is kept while a batch is in flight");
         pool.batches -= 1;
         pool.onboarding -= 1;
-        let table = self.host.class_mut(batch.lease.class).expect("a lease is about a class that exists");
-        table.slots.unpin(batch.lease.deepest, 1, now);
+        match batch.lease.peer {
+            Some(source) => {
+                self.end_peer_holds(source.pool, std::iter::once(source.hold), now);
+                self.end_peer_copy(source.pool);
+            }
+            None => {
+                let table =
+                    self.host.class_mut(batch.lease.class).expect("a lease is about a class that exists");
+                table.slots.unpin(batch.lease.deepest, 1, now);
+            }
+        }
         self.collect_pool(batch.pool);
         self.sweep();
     }

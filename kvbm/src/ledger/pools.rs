@@ -63,9 +63,19 @@ impl Ledger {
             batches: 0,
             offloading: 0,
             onboarding: 0,
+            node: None,
+            peers: Default::default(),
         };
         self.pools.insert(id, pool);
         Ok(id)
+    }
+
+    /// Says which node of the machine's memory a pool's device is closest to: its blocks go there, as far as there is a choice.
+    pub fn set_pool_node(&mut self, id: PoolId, node: Option<u32>) {
+        if let Some(pool) = self.pools.get_mut(&id) {
+            pool.node = node;
+        }
+        self.set_engine_pool_node(id, node);
     }
 
     /// Gives a session the pool that a dead worker left, if one fits.
@@ -109,6 +119,7 @@ impl Ledger {
 
     /// Nobody uses the pool any more. It is gone when the last copy has ended: see [`Ledger::is_gone`].
     pub fn retire_pool(&mut self, id: PoolId) {
+        self.end_peer_leases(id);
         let Some(pool) = self.pools.get_mut(&id) else { return };
         pool.owner = Owner::Retired;
         pool.backlog.clear();
@@ -132,6 +143,7 @@ impl Ledger {
     pub(super) fn collect_pool(&mut self, id: PoolId) {
         if self.pools.get(&id).is_some_and(|pool| pool.owner == Owner::Retired && pool.batches == 0) {
             let gone = self.pools.remove(&id).expect("it was just there");
+            self.pools.values_mut().for_each(|pool| _ = pool.peers.remove(&id));
             self.evictions_of_gone_pools += gone.slots.evictions();
             self.tenants.pool_gone(&gone.slots);
         }

@@ -111,8 +111,11 @@ impl ClassTable {
         (0..self.segments.len()).filter(|position| self.segments[*position].is_some())
     }
 
-    fn bind(&mut self, segment: SegmentId) {
-        match self.segments.iter().position(Option::is_none) {
+    fn bind(&mut self, segment: SegmentId, node: Option<u32>) {
+        let vacant = self.segments.iter().position(Option::is_none);
+        let position = vacant.unwrap_or(self.segments.len());
+        self.slots.set_node(position, self.slots_per_segment, node);
+        match vacant {
             Some(position) => {
                 self.segments[position] = Some(segment);
                 self.slots.revive(self.range(position));
@@ -180,6 +183,8 @@ pub struct SegmentTier {
     /// `None`: there is no such tier.
     slots_in: Option<SlotsIn>,
     free: Vec<SegmentId>,
+    /// On which node of the machine's memory a segment is, where that is known.
+    nodes: BTreeMap<SegmentId, u32>,
     classes: BTreeMap<Class, ClassTable>,
     bound: Vec<(SegmentId, Class)>,
     /// Segments that processes of a domain have mapped, or may have: none of another domain's blocks are put there.
@@ -198,8 +203,8 @@ struct Exposed {
 impl SegmentTier {
     /// A tier without segments.
     pub fn new(slots_in: Option<SlotsIn>, rules: TableRules) -> Self {
-        let (free, classes, bound, exposed) = Default::default();
-        Self { slots_in, free, classes, bound, exposed, rules }
+        let (free, nodes, classes, bound, exposed) = Default::default();
+        Self { slots_in, free, nodes, classes, bound, exposed, rules }
     }
 
     /// False if there will never be a segment.
@@ -260,6 +265,16 @@ impl SegmentTier {
         if segments == 0.0 { 0.0 } else { used / segments }
     }
 
+    /// Says, before a segment joins, on which node of the machine's memory it is.
+    pub fn set_node(&mut self, segment: SegmentId, node: u32) {
+        self.nodes.insert(segment, node);
+    }
+
+    /// On which node of the machine's memory a segment is, if that is known.
+    pub fn node_of(&self, segment: SegmentId) -> Option<u32> {
+        self.nodes.get(&segment).copied()
+    }
+
     /// A segment joins the free set.
     pub fn add_segment(&mut self, segment: SegmentId) {
         self.free.push(segment);
@@ -293,6 +308,11 @@ impl SegmentTier {
     /// The table of a class, with a free segment bound to it if it has no free slot. Its slots may be none. `None` if
     /// blocks of this size do not fit a segment.
     pub fn make_room(&mut self, class: Class) -> Option<&mut ClassTable> {
+        self.make_room_near(class, None)
+    }
+
+    /// As [`SegmentTier::make_room`]; the next slots are wanted on a node of the machine's memory, if that is known.
+    pub fn make_room_near(&mut self, class: Class, node: Option<u32>) -> Option<&mut ClassTable> {
         let slots_per_segment = Some(self.slots_in(class.stride)).filter(|slots| *slots > 0)?;
         let table = self.classes.entry(class).or_insert_with(|| ClassTable {
             class,
@@ -302,11 +322,14 @@ impl SegmentTier {
         });
         let exposed = &self.exposed;
         let may_have = |segment: &SegmentId| exposed.get(segment).is_none_or(|e| e.to == class.domain);
-        if table.slots.counts().free == 0
-            && let Some(at) = self.free.iter().rposition(may_have)
-        {
+        table.slots.want_near(node);
+        let (full, nodes) = (table.slots.would_evict(), &self.nodes);
+        let is_near = |segment: &SegmentId| node.is_some() && nodes.get(segment).copied() == node;
+        let near = self.free.iter().rposition(|segment| is_near(segment) && may_have(segment));
+        let any = || self.free.iter().rposition(|segment| full && may_have(segment));
+        if let Some(at) = near.filter(|_| full || !table.slots.has_near()).or_else(any) {
             let segment = self.free.remove(at);
-            table.bind(segment);
+            table.bind(segment, nodes.get(&segment).copied());
             self.bound.push((segment, class));
         }
         Some(table)
@@ -320,7 +343,8 @@ impl SegmentTier {
         };
         let owned = table.owned().count();
         if let Some(segment) = self.take_segment(class, owned, rights) {
-            self.classes.get_mut(&class).expect("it was just there").bind(segment);
+            let node = self.node_of(segment);
+            self.classes.get_mut(&class).expect("it was just there").bind(segment, node);
             self.bound.push((segment, class));
         }
     }

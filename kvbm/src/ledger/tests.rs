@@ -7,6 +7,7 @@ mod cases;
 mod disk_walk;
 mod engines;
 mod node;
+mod nodes;
 mod pins;
 mod pressure;
 mod quotas;
@@ -79,6 +80,8 @@ struct World {
     may_lose_pinned: bool,
     resident: HashSet<(Tier, Option<PoolId>, NamespaceId, SequenceHash)>,
     segments: u32,
+    /// Pools can be copied into each other.
+    peers: bool,
 }
 
 fn quotas() -> Quotas {
@@ -142,6 +145,7 @@ impl World {
             may_lose_pinned: false,
             resident: HashSet::new(),
             segments: 0,
+            peers: false,
         }
     }
 
@@ -193,6 +197,7 @@ impl World {
                 .add_pool(session, Self::identity(model, domain, uuid), 1)
                 .expect("same size as before")
         });
+        self.connect(pool);
         for entry in self.ledger.entries(pool) {
             assert!(!entry.held, "nothing of a dead worker is held");
             self.check_device(pool, entry.block.block, entry.namespace, entry.hash);
@@ -240,7 +245,8 @@ impl World {
             assert_eq!(self.device[&(pool, block.block)], Some((digest, *n)), "a match is what it says");
             *self.workers[i].pins.entry(*block).or_default() += 1;
         }
-        assert_eq!(matched.lease.is_some(), matched.host_blocks > 0);
+        assert_eq!(matched.lease.is_some(), matched.host_blocks + matched.peer_blocks > 0);
+        assert!(matched.host_blocks == 0 || matched.peer_blocks == 0);
         if let Some(lease) = matched.lease {
             let first = matched.device.len();
             self.workers[i].leases.push((lease, namespace, keys, first));
@@ -255,10 +261,7 @@ impl World {
         let (session, pool, digest) = (worker.session, worker.pool, worker.namespaces[namespace].0);
         match self.ledger.begin_onboard(session, lease, pool, &targets, Millis(self.now)) {
             Ok(batch) => {
-                let bytes: Vec<Bytes> = batch
-                    .copies()
-                    .map(|(place, _)| self.host[&(place.segment.0, place.offset(batch.stride()))])
-                    .collect();
+                let bytes: Vec<Bytes> = batch.copies().map(|(from, _)| self.source(&batch, from)).collect();
                 let expected: Vec<Bytes> =
                     keys[first..].iter().take(count).map(|n| Some((digest, *n))).collect();
                 assert_eq!(bytes, expected, "a lease is about the blocks that were matched");
@@ -267,6 +270,21 @@ impl World {
             }
             Err(_) => self.workers[i].granted.extend(targets),
         }
+    }
+
+    /// The bytes that an onboard is about to copy.
+    fn source(&self, batch: &OnboardBatch, from: OnboardFrom) -> Bytes {
+        match (from, batch.peer) {
+            (OnboardFrom::Host(place), None) => self.host[&(place.segment.0, place.offset(batch.stride()))],
+            (OnboardFrom::Peer(block), Some(peer)) => self.device[&(peer.pool, block)],
+            (from, peer) => panic!("{from:?} of {peer:?}"),
+        }
+    }
+
+    /// If pools of this world can be copied into each other.
+    fn connect(&mut self, pool: PoolId) {
+        let others: Vec<PoolId> = self.ledger.pools().map(|(id, _)| id).filter(|id| *id != pool).collect();
+        others.into_iter().filter(|_| self.peers).for_each(|other| self.ledger.connect_pools(pool, other));
     }
 
     fn plan(&mut self, max: usize) {
@@ -304,8 +322,8 @@ impl World {
             return;
         }
         let (batch, planned, session, targets) = self.onboards.remove(i % self.onboards.len());
-        for ((place, block), planned) in batch.copies().zip(&planned) {
-            let now = self.host[&(place.segment.0, place.offset(batch.stride()))];
+        for ((from, block), planned) in batch.copies().zip(&planned) {
+            let now = self.source(&batch, from);
             assert_eq!(now, *planned, "a leased block changed");
             if ok {
                 self.device.insert((batch.pool, block), now);
@@ -340,6 +358,12 @@ impl World {
             let _ = at;
             self.end_offload(0, false);
         }
+        let reads = |(batch, ..): &(OnboardBatch, Vec<Bytes>, SessionId, Vec<BlockRef>)| {
+            batch.peer.is_some_and(|peer| peer.pool == old_pool)
+        };
+        while let Some(at) = self.onboards.iter().position(reads) {
+            self.end_onboard(at, false);
+        }
         let identity = self.ledger.pool(old_pool).expect("its worker lives").identity.clone();
         let entries = self.ledger.entries(old_pool);
         let held = self.workers[i].granted.clone();
@@ -352,6 +376,7 @@ impl World {
         let session = self.ledger.open_session(identity.domain);
         let namespaces = self.namespaces(session, model);
         let pool = self.ledger.add_pool(session, identity, 2).expect("same size as before");
+        self.connect(pool);
         for block in 0..layout(model).block_count {
             let bytes = self.device.get(&(old_pool, block)).copied().unwrap_or(None);
             self.device.insert((pool, block), bytes);

@@ -124,6 +124,7 @@ impl Shared {
     fn adopt_now(&self, session: SessionId, adopt: Adopted) -> Result<OpenedPool, Refused> {
         let Adopted { pool, epoch, base, tokens_per_block, device, entries, held } = adopt;
         let memory = Arc::clone(&pool.memory);
+        let node = self.config.exports.node_of(&device);
         let pool_id = self.with_ledger(|ledger, now| {
             let identity = PoolIdentity {
                 uuid: memory.uuid(),
@@ -134,6 +135,7 @@ impl Shared {
                 device,
             };
             let id = ledger.add_pool(session, identity, epoch)?;
+            ledger.set_pool_node(id, node);
             self.pools.insert(id, Arc::clone(&pool));
             match ledger.adopt_entries(session, id, &entries, &held, now) {
                 Ok(()) => Ok(id),
@@ -143,6 +145,7 @@ impl Shared {
                 }
             }
         })?;
+        self.connect_pool(pool_id, &pool);
         Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
     }
 }

@@ -11,7 +11,7 @@ use kvbm_shm::{Copies, PoolMemory};
 
 use super::{Done, Outcome, PIECE_BLOCKS, Shared};
 use crate::error::Refused;
-use crate::ledger::{OffloadBatch, OnboardBatch, OnboardPart};
+use crate::ledger::{OffloadBatch, OnboardBatch, OnboardFrom, OnboardPart};
 use crate::store::OwnedPool;
 use crate::tier::Route;
 
@@ -25,6 +25,8 @@ pub(super) struct OffloadJob {
 pub(super) struct OnboardJob {
     pub batch: OnboardBatch,
     pub pool: Arc<OwnedPool>,
+    /// Where the blocks are, if that is not host memory.
+    pub peer: Option<Arc<OwnedPool>>,
     pub tokens_per_block: u32,
     pub done: Done,
 }
@@ -104,6 +106,7 @@ pub(super) struct OnboardEnd {
 
 struct LastOnboard {
     batch: OnboardBatch,
+    route: Route,
     blocks: usize,
     bytes: u64,
     took: Duration,
@@ -113,14 +116,14 @@ struct LastOnboard {
 
 /// Copies, part by part. Each part is settled by [`settle_onboards`] while the next is under way.
 pub(super) fn run_onboards(shared: &Shared, ends: &SyncSender<OnboardEnd>) {
-    while let Some(OnboardJob { mut batch, pool, tokens_per_block, done }) = shared.onboards.next() {
+    while let Some(OnboardJob { mut batch, pool, peer, tokens_per_block, done }) = shared.onboards.next() {
         let started = Instant::now();
         let block_bytes = pool.memory.layout().block_bytes as u64;
         let blocks = batch.copies().len();
         let mut copied = match &pool.gpu {
             None => true,
             // As a whole: settling takes little beside that.
-            Some(on_gpu) => gpu::onboard(shared, &pool.memory, on_gpu, &batch),
+            Some(on_gpu) => gpu::onboard(shared, &pool, on_gpu, peer.as_deref(), &batch),
         };
         let settle = |end| ends.send(end).expect("the thread that settles ends after this one");
         loop {
@@ -132,7 +135,8 @@ pub(super) fn run_onboards(shared: &Shared, ends: &SyncSender<OnboardEnd>) {
             if last {
                 shared.gate.leave();
                 let (bytes, took) = (blocks as u64 * block_bytes, started.elapsed());
-                let last = LastOnboard { batch, blocks, bytes, took, tokens_per_block, done };
+                let route = if peer.is_some() { Route::DeviceToDevice } else { Route::HostToDevice };
+                let last = LastOnboard { batch, route, blocks, bytes, took, tokens_per_block, done };
                 break settle(OnboardEnd { part, copied, last: Some(last) });
             }
             settle(OnboardEnd { part, copied, last: None });
@@ -143,12 +147,15 @@ pub(super) fn run_onboards(shared: &Shared, ends: &SyncSender<OnboardEnd>) {
 fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPart) -> bool {
     let (layout, segments) = (memory.layout(), shared.host.segments());
     let copies = Copies::default();
-    for (place, block) in part.copies() {
+    for (from, block) in part.copies() {
         // The writer quarantines targets whose copy it did not see ending, so writing late does no harm; not writing
         // is still better.
         if memory.epoch() != epoch {
             return false;
         }
+        let OnboardFrom::Host(place) = from else {
+            unreachable!("pools in memory of the host are not connected to others")
+        };
         let from = &segments[place.segment.0 as usize];
         let to = (&**memory.memory(), layout.offset(block));
         from.copy_in(&copies, place.offset(part.stride()), to, layout.block_bytes, None);
@@ -157,17 +164,25 @@ fn copy_part(shared: &Shared, memory: &PoolMemory, epoch: u64, part: &OnboardPar
     true
 }
 
+/// What was copied out of another pool counts only if its writer has not gone its own way meanwhile.
+fn still_as_planned(peer: Option<&OwnedPool>, batch: &OnboardBatch) -> bool {
+    let source = peer.zip(batch.peer);
+    source.is_none_or(|(pool, planned)| pool.memory.epoch() == planned.epoch)
+}
+
 pub(super) fn settle_onboards(shared: &Shared, ends: &Receiver<OnboardEnd>) {
     while let Ok(OnboardEnd { part, copied, last }) = ends.recv() {
         shared.with_ledger(|ledger, now| ledger.finish_onboard_part(part, copied, now));
-        let Some(LastOnboard { batch, blocks, bytes, took, tokens_per_block, done }) = last else { continue };
+        let Some(LastOnboard { batch, route, blocks, bytes, took, tokens_per_block, done }) = last else {
+            continue;
+        };
         shared.with_ledger(|ledger, now| {
             ledger.finish_onboard(batch, copied, now);
             if copied {
-                shared.counters.moved(Route::HostToDevice, blocks, bytes, took);
+                shared.counters.moved(route, blocks, bytes, took);
                 shared.counters.matched(blocks as u64 * u64::from(tokens_per_block));
             } else {
-                shared.counters.failed(Route::HostToDevice);
+                shared.counters.failed(route);
             }
         });
         shared.onboards.finished();

@@ -67,6 +67,9 @@ pub const PIN_BUDGET_BYTES: u64 = 1_000_000_000;
 /// Blocks that one acquisition of the ledger's lock deals with, at most, where a request may have many.
 const PIECE_BLOCKS: usize = 256;
 
+/// Loads of engines' pools that are under way at a time: those of an engine's ranks go side by side.
+const LOAD_THREADS: usize = 8;
+
 /// How often what was asked for is looked at for [`Manager::what_if`].
 const WHAT_IF_EVERY: Duration = Duration::from_millis(250);
 
@@ -330,7 +333,9 @@ impl Manager {
         manager.spawn("kvbm-onboard", move |shared| copy::run_onboards(&shared, &ended))?;
         manager.spawn("kvbm-onboarded", move |shared| copy::settle_onboards(&shared, &ends))?;
         manager.spawn("kvbm-store", move |shared| engine::run_stores(&shared))?;
-        manager.spawn("kvbm-load", move |shared| engine::run_loads(&shared))?;
+        for _ in 0..LOAD_THREADS {
+            manager.spawn("kvbm-load", move |shared| engine::run_loads(&shared))?;
+        }
         manager.spawn("kvbm-fences", move |shared| shared.watch_fences())?;
         if let HostCapacity::Bytes(bytes) = manager.shared.config.host {
             manager.size_host(bytes)?;

@@ -29,9 +29,13 @@ impl Manager {
             Ok((matched, ledger.block_bytes(namespace)))
         })?;
         let wanted = keys.len() - matched.device.len();
-        self.shared.counters.looked_up(matched.host_blocks, matched.disk_blocks, wanted);
+        self.shared.counters.looked_up(
+            matched.host_blocks,
+            matched.disk_blocks,
+            wanted - matched.peer_blocks,
+        );
         if let Some(block_bytes) = block_bytes {
-            let in_host = matched.device.len() + matched.host_blocks;
+            let in_host = matched.device.len() + matched.peer_blocks + matched.host_blocks;
             let on_disk = in_host + matched.disk_blocks;
             let asked = Asked { session, namespace, keys, block_bytes, in_host, on_disk };
             self.shared.what_if.asked(&asked, self.shared.now());
@@ -63,8 +67,11 @@ impl Manager {
             }
             let batch = ledger.begin_onboard(session, lease, pool, targets, now)?;
             let tokens_per_block = ledger.pool(pool).map_or(0, |pool| pool.identity.tokens_per_block);
+            let peer = batch.peer.map(|peer| {
+                self.shared.pools.get(peer.pool).expect("pools are connected when they are mapped")
+            });
             self.shared.gate.enter();
-            let job = OnboardJob { batch, pool: mapped, tokens_per_block, done };
+            let job = OnboardJob { batch, pool: mapped, peer, tokens_per_block, done };
             if let Err(job) = self.shared.onboards.push(job) {
                 self.shared.gate.leave();
                 ledger.cancel_onboard(job.batch, now);

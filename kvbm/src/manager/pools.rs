@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::adopt::Adopted;
-use super::{AdoptPool, HostCapacity, Manager, OpenPool, OpenedPool, PIECE_BLOCKS, domain_of, populate};
+use super::{
+    AdoptPool, HostCapacity, Manager, OpenPool, OpenedPool, PIECE_BLOCKS, Shared, domain_of, populate,
+};
 use crate::error::{Error, Refused};
 use crate::ledger::{BlockRef, CommitBlock, Held, NamespaceId, PoolId, PoolIdentity, SessionId};
 use crate::store::OwnedPool;
@@ -50,6 +52,7 @@ impl Manager {
         self.size_host_for(open.layout.stride())?;
         let memory = Arc::clone(&pool.memory);
         let epoch = memory.epoch();
+        let node = self.shared.config.exports.node_of(&open.device);
         let pool_id = self.shared.with_ledger(|ledger, _| {
             let domain = domain_of(ledger, session)?;
             let identity = PoolIdentity {
@@ -60,9 +63,12 @@ impl Manager {
                 tokens_per_block: open.tokens_per_block,
                 device: open.device,
             };
-            ledger.add_pool(session, identity, epoch)
+            let id = ledger.add_pool(session, identity, epoch)?;
+            ledger.set_pool_node(id, node);
+            Ok::<_, Refused>(id)
         })?;
         self.shared.pools.insert(pool_id, Arc::clone(&pool));
+        self.shared.connect_pool(pool_id, &pool);
         self.prepare_pool(pool);
         Ok(OpenedPool { pool_id, memory, epoch, entries: Vec::new(), inherited: false })
     }
@@ -163,5 +169,27 @@ impl Manager {
     /// Gives back pins.
     pub fn release(&self, session: SessionId, pool: PoolId, blocks: &[Held]) -> Result<(), Refused> {
         self.shared.with_ledger(|ledger, now| ledger.release(session, pool, blocks, now))
+    }
+}
+
+impl Shared {
+    /// Finds the pools between which and a new one blocks can be copied directly.
+    pub(super) fn connect_pool(&self, id: PoolId, pool: &OwnedPool) {
+        let alike: Vec<PoolId> = {
+            let ledger = self.ledger.lock();
+            let Some(new) = ledger.pool(id).map(|pool| &pool.identity) else { return };
+            let fits = |identity: &PoolIdentity| {
+                (identity.domain, identity.base, identity.layout.stride())
+                    == (new.domain, new.base, new.layout.stride())
+            };
+            let others = ledger.pools().filter(|(other, pool)| *other != id && fits(&pool.identity));
+            others.map(|(other, _)| other).collect()
+        };
+        for other in alike {
+            // Not under the lock: the driver takes its time.
+            if self.pools.get(other).is_some_and(|other| pool.connect(&other)) {
+                self.ledger.lock().connect_pools(id, other);
+            }
+        }
     }
 }

@@ -76,7 +76,7 @@ fn add_segment(shared: &Shared, bytes: usize, node: Option<u32>) -> bool {
             }
             shared.pools.all().iter().for_each(|pool| pool.prepare(&memory));
             shared.engines.prepare(&memory);
-            shared.with_ledger(|ledger, _| ledger.add_segment(segment));
+            shared.with_ledger(|ledger, _| ledger.add_segment_on(segment, node));
             true
         }
         Ok(None) => false,

@@ -10,6 +10,7 @@ use crate::ledger::{BlockRef, CommitBlock, Held, LeaseId, NamespaceId, Owner, Re
 use crate::tier::{Route, Tier};
 
 mod gpu;
+mod peers;
 
 const LAYOUT: PoolLayout = PoolLayout { block_bytes: 8192, block_count: 16 };
 
@@ -451,7 +452,7 @@ fn concurrent_engines(manager: Manager, device_of: fn(u32) -> &'static str) {
                         }
                         continue;
                     };
-                    let targets = engine.granted(matched.host_blocks);
+                    let targets = engine.granted(matched.host_blocks + matched.peer_blocks);
                     let outcome = engine.onboard(lease, &targets).unwrap();
                     assert_eq!(outcome.blocks_done, targets.len());
                     engine.check(&targets, &keys[matched.device.len()..]);

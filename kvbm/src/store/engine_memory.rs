@@ -5,9 +5,11 @@
 
 use std::fmt::Debug;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use kvbm_cuda::copy_engine::CopyMemory;
 use kvbm_shm::{Copies, DeviceMemory, PoolWords, SharedMemory};
+use parking_lot::Mutex;
 
 /// Memory that an engine lets the daemon map.
 #[derive(Debug)]
@@ -64,6 +66,21 @@ pub struct RangeCopy<'a> {
     pub bytes: usize,
 }
 
+/// One range of an export of another memory, and where it goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerCopy {
+    /// Which export of the other.
+    pub from_export: usize,
+    /// Its first byte.
+    pub from_offset: usize,
+    /// Which export of this one.
+    pub export: usize,
+    /// The first byte there.
+    pub offset: usize,
+    /// How many.
+    pub bytes: usize,
+}
+
 /// How fast copies out of an engine's memory go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pace {
@@ -96,6 +113,17 @@ pub trait EngineMemory: Debug + Send + Sync {
     /// Into the engine's memory.
     fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
 
+    /// An export as copy engines take it, and where it begins there; `None`: there is no such export, or no way to it.
+    fn piece(&self, _export: usize) -> Option<(CopyMemory, usize)> {
+        None
+    }
+
+    /// Makes sure that copies from another memory can reach it, or says why they cannot.
+    fn connect(&self, from: &dyn EngineMemory) -> Result<(), String>;
+
+    /// Out of another memory to which this one is connected.
+    fn copy_from(&self, from: &dyn EngineMemory, copies: &[PeerCopy]) -> Result<(), String>;
+
     /// Host memory will be copied from and to: what has to be done about it first, and takes long, is done now.
     fn prepare(&self, _host: &Arc<SharedMemory>) {}
 
@@ -107,6 +135,11 @@ pub trait EngineMemory: Debug + Send + Sync {
 pub trait MapExports: Debug + Send + Sync {
     /// All exports of one pool, or why that cannot be.
     fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String>;
+
+    /// The node of the machine's memory that a device is closest to; `None`: there is only one, or it is not known.
+    fn node_of(&self, _device: &str) -> Option<u32> {
+        None
+    }
 
     /// New memory of a GPU, zeroed, of at least so many bytes; and what others need to map it too.
     fn allocate(
@@ -123,7 +156,7 @@ pub struct MapShared;
 impl MapExports for MapShared {
     fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
         let map = |export| match export {
-            Export::Shared(fd) => SharedMemory::from_fd(fd).map_err(|error| error.to_string()),
+            Export::Shared(fd) => SharedMemory::from_fd(fd).map(Arc::new).map_err(|error| error.to_string()),
             Export::CudaIpc { .. } | Export::CudaVmm { .. } => {
                 Err("this daemon has no CUDA: open the pool as staged".to_owned())
             }
@@ -138,11 +171,11 @@ impl MapExports for MapShared {
 }
 
 #[derive(Debug)]
-struct SharedExports(Vec<SharedMemory>);
+struct SharedExports(Vec<Arc<SharedMemory>>);
 
 impl EngineMemory for SharedExports {
     fn bytes(&self, export: usize) -> Option<usize> {
-        self.0.get(export).map(SharedMemory::bytes)
+        self.0.get(export).map(|memory| memory.bytes())
     }
 
     fn blocks_at_once(&self) -> usize {
@@ -161,8 +194,31 @@ impl EngineMemory for SharedExports {
     fn copy_in(&self, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
         let copies = Copies::default();
         for range in ranges {
-            let to = (&self.0[range.export], range.offset);
+            let to = (&*self.0[range.export], range.offset);
             range.host.copy_in(&copies, range.host_offset, to, range.bytes, None);
+        }
+        Ok(())
+    }
+
+    fn piece(&self, export: usize) -> Option<(CopyMemory, usize)> {
+        self.0.get(export).map(|memory| (CopyMemory::Shared(Arc::clone(memory)), 0))
+    }
+
+    fn connect(&self, from: &dyn EngineMemory) -> Result<(), String> {
+        match from.piece(0) {
+            Some((CopyMemory::Shared(_), _)) => Ok(()),
+            Some(_) | None => Err("it is in memory of a GPU".into()),
+        }
+    }
+
+    fn copy_from(&self, from: &dyn EngineMemory, ranges: &[PeerCopy]) -> Result<(), String> {
+        let copies = Copies::default();
+        for range in ranges {
+            let Some((CopyMemory::Shared(memory), start)) = from.piece(range.from_export) else {
+                return Err("it is in memory of a GPU".into());
+            };
+            let to = (&*self.0[range.export], range.offset);
+            memory.copy_in(&copies, start + range.from_offset, to, range.bytes, None);
         }
         Ok(())
     }
@@ -217,6 +273,28 @@ impl MappedBlocks {
     }
 }
 
+impl MappedBlocks {
+    /// Whether the pieces of a block are of the same lengths, one after the other.
+    pub fn is_cut_like(&self, other: &Self) -> bool {
+        self.fragments.iter().map(|fragment| fragment.bytes).eq(other.fragments.iter().map(|f| f.bytes))
+    }
+
+    /// Copies blocks of another pool that is cut alike: (block there, block here).
+    pub fn copy_from(&self, from: &Self, blocks: impl Iterator<Item = (u32, u32)>) -> Result<(), String> {
+        let at = |fragment: &Fragment, block: u32| fragment.offset + block as usize * fragment.stride;
+        let ranges = blocks.flat_map(|(there, here)| {
+            self.fragments.iter().zip(&from.fragments).map(move |(to, from)| PeerCopy {
+                from_export: from.export,
+                from_offset: at(from, there),
+                export: to.export,
+                offset: at(to, here),
+                bytes: to.bytes,
+            })
+        });
+        self.memory.copy_from(&*from.memory, &ranges.collect::<Vec<_>>())
+    }
+}
+
 /// All that is known of a pool of an engine outside the ledger.
 #[derive(Debug)]
 pub(crate) struct EnginePoolMemory {
@@ -228,9 +306,37 @@ pub(crate) struct EnginePoolMemory {
     pub tokens_per_block: u32,
     /// Under which number the words are kept for the next daemon.
     pub kept_words: Option<u32>,
+    /// Pools of other ranks that were looked at, and whether the same bytes can be copied out of them.
+    pub connected: Mutex<Vec<(Weak<Self>, bool)>>,
 }
 
 impl EnginePoolMemory {
+    /// Bytes of so many blocks of this rank.
+    pub fn bytes_of(&self, blocks: usize) -> u64 {
+        (blocks * self.block_bytes) as u64
+    }
+
+    /// Whether another pool has the same shard of each block, and it can be copied from there. Found out once.
+    pub fn connect(&self, from: &Arc<Self>) -> bool {
+        let (Some(here), Some(there)) = (&self.blocks, &from.blocks) else { return false };
+        let shard = |memory: &Self| (memory.shard_offset, memory.block_bytes);
+        if shard(self) != shard(from) || !here.is_cut_like(there) {
+            return false;
+        }
+        let mut connected = self.connected.lock();
+        connected.retain(|(other, _)| other.strong_count() > 0);
+        let known = connected.iter().find(|(other, _)| other.as_ptr() == Arc::as_ptr(from));
+        if let Some((_, can)) = known {
+            return *can;
+        }
+        let made = here.memory.connect(&*there.memory);
+        if let Err(reason) = &made {
+            tracing::info!(reason, "ranks with the same bytes load them separately");
+        }
+        connected.push((Arc::downgrade(from), made.is_ok()));
+        made.is_ok()
+    }
+
     /// Host memory will be copied from and to, if the daemon copies.
     pub fn prepare(&self, host: &Arc<SharedMemory>) {
         if let Some(blocks) = &self.blocks {

@@ -8,7 +8,7 @@ use kvbm_cuda::copy_engine::{CopyMemory, Direction, Gpu, Gpus, LaneId, Urgency};
 use kvbm_cuda::{DeviceName, DeviceRange, IpcHandle, IpcMemory, VmmMemory};
 use kvbm_shm::{DeviceMemory, SharedMemory};
 
-use super::{EngineMemory, Export, MapExports, MapShared, NoDeviceMemory, Pace, RangeCopy};
+use super::{EngineMemory, Export, MapExports, MapShared, NoDeviceMemory, Pace, PeerCopy, RangeCopy};
 
 /// Blocks in one batch: enough that the copy engines are never idle between two.
 const BLOCKS_AT_ONCE: usize = 256;
@@ -65,6 +65,11 @@ fn create(gpu: &Gpu, bytes: usize) -> Result<VmmMemory, NoDeviceMemory> {
 }
 
 impl MapExports for MapGpus {
+    fn node_of(&self, device: &str) -> Option<u32> {
+        let devices = self.gpus.devices().ok()?;
+        devices.into_iter().find(|found| found.uuid == device)?.numa_node
+    }
+
     fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
         let uuid = exports.iter().find_map(|export| match export {
             Export::Shared(_) => None,
@@ -157,6 +162,36 @@ impl EngineMemory for GpuExports {
 
     fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
         self.copy(Direction::Onboard, Urgency::Demanded, copies)
+    }
+
+    fn piece(&self, export: usize) -> Option<(CopyMemory, usize)> {
+        self.mapped.get(export).map(|mapped| (mapped.memory.clone(), mapped.start))
+    }
+
+    fn connect(&self, from: &dyn EngineMemory) -> Result<(), String> {
+        let pieces = (0..).map_while(|export| from.piece(export));
+        for (memory, _) in pieces {
+            match (memory, self.gpu.context()) {
+                (CopyMemory::Device(memory), Some(gpu)) => {
+                    memory.let_in(gpu).map_err(|error| error.to_string())?;
+                }
+                (CopyMemory::Shared(_), None) => {}
+                (CopyMemory::Device(_), None) => return Err("it is in memory of a GPU".into()),
+                (CopyMemory::Shared(_), Some(_)) | (CopyMemory::Registered(_), _) => {
+                    return Err("it is in memory of the host".into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_from(&self, from: &dyn EngineMemory, ranges: &[PeerCopy]) -> Result<(), String> {
+        let pieces: Vec<_> = (0..).map_while(|export| from.piece(export)).collect();
+        let copies = ranges.iter().map(|range| {
+            let ((from, start), to) = (&pieces[range.from_export], &self.mapped[range.export]);
+            ((from, start + range.from_offset), (&to.memory, to.start + range.offset), range.bytes)
+        });
+        self.gpu.copy(Direction::Onboard, self.lane, Urgency::Demanded, copies).map(|_| ())
     }
 
     fn prepare(&self, host: &Arc<SharedMemory>) {

@@ -12,7 +12,7 @@ pub(crate) mod wall_time;
 mod warm;
 
 pub use engine_memory::{
-    EngineMemory, Export, Fragment, MapExports, MapShared, NoDeviceMemory, Pace, RangeCopy,
+    EngineMemory, Export, Fragment, MapExports, MapShared, NoDeviceMemory, Pace, PeerCopy, RangeCopy,
 };
 pub(crate) use engine_memory::{EnginePoolMemory, MappedBlocks};
 pub use gpu_memory::MapGpus;

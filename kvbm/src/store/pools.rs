@@ -68,6 +68,22 @@ impl OwnedPool {
         Ok(Self { memory: Arc::new(memory), gpu: Some(gpu) })
     }
 
+    /// Whether blocks can be copied between this pool and another without a detour over host memory, both ways. Only on GPUs:
+    /// out of another pool in memory of the host nothing comes sooner than out of the host tier.
+    pub fn connect(&self, other: &Self) -> bool {
+        let made = match (&self.gpu, &other.gpu) {
+            (Some(here), Some(there)) => {
+                let back = || there.memory.connect(&*here.memory);
+                here.memory.connect(&*there.memory).and_then(|()| back())
+            }
+            (Some(_), None) | (None, _) => return false,
+        };
+        if let Err(reason) = &made {
+            tracing::info!(reason, "blocks go from GPU to GPU by way of host memory only");
+        }
+        made.is_ok()
+    }
+
     /// Makes host memory known to the GPU, if there is one.
     pub fn prepare(&self, host: &Arc<SharedMemory>) {
         if let Some(gpu) = &self.gpu {

@@ -98,7 +98,8 @@ impl Recorder {
         found: &Matched,
     ) {
         let count = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
-        let hits = [count(found.device.len()), count(found.host_blocks), count(found.disk_blocks)];
+        let behind = found.host_blocks + found.peer_blocks;
+        let hits = [count(found.device.len()), count(behind), count(found.disk_blocks)];
         let (at_ms, weight) = (self.now(), keys.len());
         self.tell(manager, namespace, weight, Entry::Match { at_ms, ns: namespace.0, keys, hits });
     }

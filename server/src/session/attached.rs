@@ -241,14 +241,20 @@ impl Attached {
         }
         span.record("keys", message.keys.len() / 16);
         span.record("device_blocks", matched.device.len());
-        span.record("host_blocks", matched.host_blocks);
+        let behind = matched.host_blocks + matched.peer_blocks;
+        let mut lease_ms = self.core.config.lease_ms;
+        if matched.peer_blocks > 0 {
+            lease_ms = lease_ms.min(kvbm::PEER_LEASE_MAX.as_millis() as u64);
+        }
+        span.record("host_blocks", behind);
         span.record("disk_blocks", matched.disk_blocks);
         Ok(Body::Match(v1::MatchReply {
             device: matched.device.into_iter().map(wire::block_out).collect(),
-            host_blocks: wire::count(matched.host_blocks),
+            host_blocks: wire::count(behind),
+            peer_blocks: wire::count(matched.peer_blocks),
             disk_blocks: wire::count(matched.disk_blocks),
             lease_id: matched.lease.map_or(0, |lease| lease.0),
-            lease_ms: u32::try_from(self.core.config.lease_ms).unwrap_or(u32::MAX),
+            lease_ms: u32::try_from(lease_ms).unwrap_or(u32::MAX),
             ..Default::default()
         }))
     }

@@ -82,6 +82,7 @@ fn sample() -> Status {
             pci_bus_id: "0000:17:00.0".into(),
             numa_node: Some(1),
             memory_bytes: 150_000_000_000,
+            memory_free_bytes: Some(90_000_000_000),
             state: "on".into(),
             reason: String::new(),
             onboard_bytes: 1_000_000,

@@ -77,7 +77,8 @@ impl Ledger {
         let EngineAsks { hashes, skip, hold, retention } = asks;
         let base = self.registry.base_of(session, namespace)?;
         let engine = self.engines.of(session, &base).ok_or(Refused::Unknown { what: "engine" })?;
-        let matched = Matched { device: Vec::new(), host_blocks: 0, disk_blocks: 0, lease: None };
+        let matched =
+            Matched { device: Vec::new(), host_blocks: 0, peer_blocks: 0, disk_blocks: 0, lease: None };
         let mut found = EngineMatch { matched, slots: Vec::new(), pin: None };
         let Some(class) = self.host_class(session, &base) else { return Ok(found) };
         let key = |i: usize| Key { namespace, hash: hashes[i] };
@@ -128,7 +129,8 @@ impl Ledger {
         table.slots.pin(deepest);
         let expires = (!hold).then(|| Millis(now.0 + self.config.lease.as_millis() as u64));
         let of_engine = EngineLease { engine, ranks: ranks.iter().copied().collect(), pin };
-        let lease = Lease { session, namespace, class, deepest, count, expires, engine: Some(of_engine) };
+        let lease =
+            Lease { session, namespace, class, deepest, count, expires, engine: Some(of_engine), peer: None };
         let lease = self.leases.add(lease);
         found.matched.host_blocks = count;
         found.matched.lease = Some(lease);

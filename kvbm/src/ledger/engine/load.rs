@@ -14,6 +14,10 @@ use crate::ledger::{BlockRef, LeaseId, Ledger, Millis, PoolId, SessionId};
 pub struct LoadBatch {
     /// Into which pool.
     pub pool: PoolId,
+    /// Of which lease.
+    pub lease: LeaseId,
+    /// From which of its blocks on.
+    pub first: usize,
     class: Class,
     deepest: SlotIndex,
     items: Vec<(Place, BlockRef)>,
@@ -65,7 +69,7 @@ impl Ledger {
         let items = places.zip(targets.iter().copied()).collect();
         table.slots.pin(deepest);
         self.engines.pools.get_mut(&id).expect("it was just there").batches += 1;
-        Ok(LoadBatch { pool: id, class, deepest, items })
+        Ok(LoadBatch { pool: id, lease: lease_id, first, class, deepest, items })
     }
 
     /// The copies of a batch ended, well or not.

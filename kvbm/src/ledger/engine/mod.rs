@@ -154,6 +154,8 @@ pub struct EnginePool {
     pub identity: EnginePoolIdentity,
     /// Whose.
     pub owner: EngineOwner,
+    /// The node of the machine's memory that its device is closest to.
+    pub(super) node: Option<u32>,
     /// Host segments that its process has mapped.
     mapped: HashSet<SegmentId>,
     /// Complete blocks, by block. Each block at most once.

@@ -60,6 +60,13 @@ impl Ledger {
         Ok(former.iter().any(touched))
     }
 
+    /// As [`Ledger::set_pool_node`].
+    pub(in crate::ledger) fn set_engine_pool_node(&mut self, id: PoolId, node: Option<u32>) {
+        if let Some(pool) = self.engines.pools.get_mut(&id) {
+            pool.node = node;
+        }
+    }
+
     /// A new pool of an engine.
     pub fn add_engine_pool(
         &mut self,
@@ -105,6 +112,7 @@ impl Ledger {
         let pool = EnginePool {
             identity,
             owner: EngineOwner::Session(session),
+            node: None,
             mapped: HashSet::new(),
             registered: HashMap::new(),
             by_key: HashMap::new(),

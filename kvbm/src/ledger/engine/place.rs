@@ -81,7 +81,8 @@ impl Ledger {
         let namespace = self.registry.namespace(key.namespace).map(|namespace| namespace.digest);
         let Some(namespace) = namespace else { return Err(NotBegun::Verdict(Verdict::Failed)) };
         let is_on = self.host.is_on();
-        let Some(table) = self.host.make_room(class) else {
+        let node = self.engines.pools[&id].node;
+        let Some(table) = self.host.make_room_near(class, node) else {
             return Err(NotBegun::Verdict(Verdict::Exhausted));
         };
         let target = match table.slots.reserve(block, need, allowances, now) {

@@ -95,6 +95,7 @@ impl SlotTable {
             self.lose_child(parent, Millis(0), now);
             return Err(refused);
         }
+        self.make_place_near(block.group, allowances, now);
         let slot = self.take_free(block.group).expect("a place was made");
         self.place(slot, block.key, parent);
         self.set_state(slot, State::Filling);

@@ -32,6 +32,7 @@ mod condemn;
 mod evict;
 mod expiry;
 mod filling;
+mod free;
 mod groups;
 mod holding;
 mod index;
@@ -49,6 +50,7 @@ use super::Millis;
 use super::key::{Key, KeyHasher};
 use super::policy::{Policy, PolicyKind};
 use expiry::Expiry;
+use free::FreeSlots;
 use groups::Groups;
 use index::Index;
 use queues::Queues;
@@ -140,7 +142,7 @@ impl TableRules {
 #[derive(Debug)]
 pub struct SlotTable {
     slots: Vec<Slot>,
-    free: Vec<SlotIndex>,
+    free: FreeSlots,
     index: Index,
     policy: Box<dyn Policy>,
     queues: Queues,
@@ -164,7 +166,7 @@ impl SlotTable {
     pub fn new(slots: u32, rules: TableRules) -> Self {
         let mut table = Self {
             slots: Vec::new(),
-            free: Vec::new(),
+            free: FreeSlots::default(),
             index: Index::new(rules.hasher),
             policy: rules.policy.build(slots),
             queues: Queues::default(),

@@ -268,8 +268,12 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
     #[test]
-    fn random_walks_never_serve_other_bytes_and_lose_no_slot(ops in prop::collection::vec(op(), 1..300)) {
+    fn random_walks_never_serve_other_bytes_and_lose_no_slot(
+        ops in prop::collection::vec(op(), 1..300),
+        peers in any::<bool>(),
+    ) {
         let mut world = World::new(quotas());
+        world.peers = peers;
         world.retention = mixed_retention;
         world.apply(&Op::Segment);
         world.apply(&Op::NewWorker { model: 0, domain: 1, inherit: false });

@@ -2,6 +2,7 @@
 //!
 //! Lock order: ledger, then the maps in here; no callback runs under any of them.
 
+mod fan_out;
 mod fences;
 mod flights;
 mod moves;
@@ -26,6 +27,7 @@ use kvbm_shm::{PinState, PinnedSlot, SharedMemory};
 pub use fences::Fence;
 pub use open::{OpenEnginePool, OpenedEnginePool};
 
+pub(super) use fan_out::FanOut;
 pub(super) use fences::Fences;
 pub(super) use flights::Flights;
 pub(super) use moves::{LoadJob, StoreJob, run_loads, run_stores};
@@ -43,6 +45,7 @@ pub(super) struct EngineState {
     openings: Mutex<Vec<open::Opening>>,
     pub fences: Fences,
     pub flights: Flights,
+    fan_out: FanOut,
     /// Called when host memory was given to a class: engines may have to map it.
     segments_changed: Mutex<Option<Box<dyn Fn() + Send>>>,
 }

@@ -3,15 +3,17 @@
 //! The rule of generations: bytes that were copied out of a block count only if its word was what it was registered with
 //! before the copy, and still is after it. Nothing is written into a block whose word has moved.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::fan_out::{Leader, Role};
 use super::flights::Question;
 use super::{Manager, Shared};
 use crate::error::Refused;
 use crate::ledger::{
-    BlockRef, Copied, LeaseId, Ledger, LoadBatch, Millis, PoolId, SessionId, StoreBatch, StoreCopy,
+    BlockRef, Copied, LeaseId, Ledger, LoadBatch, Millis, Place, PoolId, SessionId, StoreBatch, StoreCopy,
 };
 use crate::manager::{Done, Outcome};
 use crate::store::{EnginePoolMemory, MappedBlocks, Pace, RangeCopy};
@@ -100,22 +102,22 @@ pub(in crate::manager) fn run_loads(shared: &Shared) {
     while let Some(LoadJob { batch, memory, question, cancelled, done }) = shared.loads.next() {
         let started = Instant::now();
         let blocks = batch.copies().len();
-        let loaded = load_all(shared, &batch, &memory, &cancelled);
+        let loaded = Load { shared, batch: &batch, memory: &memory, cancelled: &cancelled }.run();
         shared.gate.leave();
-        let bytes = (blocks * memory.block_bytes) as u64;
         shared.with_ledger(|ledger, now| {
             ledger.finish_load(batch, now);
-            match &loaded {
-                Ok(()) => {
-                    shared.counters.moved(Route::HostToDevice, blocks, bytes, started.elapsed());
-                    shared.counters.matched(blocks as u64 * u64::from(memory.tokens_per_block));
-                }
-                Err(_) => shared.counters.failed(Route::HostToDevice),
+            let Ok(from_peers) = loaded else { return shared.counters.failed(Route::HostToDevice) };
+            let routes = [(Route::HostToDevice, blocks - from_peers), (Route::DeviceToDevice, from_peers)];
+            for (route, blocks) in routes.into_iter().filter(|(_, blocks)| *blocks > 0) {
+                shared.counters.moved(route, blocks, memory.bytes_of(blocks), started.elapsed());
             }
+            shared.counters.matched(blocks as u64 * u64::from(memory.tokens_per_block));
         });
         shared.loads.finished();
         done(match loaded {
-            Ok(()) => Outcome { blocks_done: blocks, blocks_failed: 0, bytes, error: None },
+            Ok(_) => {
+                Outcome { blocks_done: blocks, blocks_failed: 0, bytes: memory.bytes_of(blocks), error: None }
+            }
             Err(error) => Outcome { blocks_done: 0, blocks_failed: blocks, bytes: 0, error: Some(error) },
         });
         shared.engines.flights.end(question);
@@ -124,38 +126,86 @@ pub(in crate::manager) fn run_loads(shared: &Shared) {
     }
 }
 
-/// All bytes arrived in blocks that were the request's before and after.
-fn load_all(
-    shared: &Shared,
-    batch: &LoadBatch,
-    memory: &EnginePoolMemory,
-    cancelled: &AtomicBool,
-) -> Result<(), Refused> {
-    let segments = shared.host.segments();
-    let blocks = mapped(memory);
-    let stale = || Refused::Stale { what: "target block" };
-    for piece in batch.copies().chunks(blocks.memory.blocks_at_once().max(1)) {
-        if cancelled.load(Ordering::SeqCst) || shared.is_stopping() {
-            return Err(Refused::Stale { what: "a cancelled load" });
+/// One load under way.
+struct Load<'a> {
+    shared: &'a Shared,
+    batch: &'a LoadBatch,
+    memory: &'a Arc<EnginePoolMemory>,
+    cancelled: &'a AtomicBool,
+}
+
+type Piece = [(Place, BlockRef)];
+
+impl Load<'_> {
+    /// All bytes arrived in blocks that were the request's before and after; so many of these blocks came from another rank.
+    fn run(&self) -> Result<usize, Refused> {
+        let blocks = mapped(self.memory);
+        let role = self.shared.engines.fan_out.begin(self.batch, self.memory);
+        let (mut at, mut from_peers) = (0, 0);
+        for piece in self.batch.copies().chunks(blocks.memory.blocks_at_once().max(1)) {
+            if self.cancelled.load(Ordering::SeqCst) || self.shared.is_stopping() {
+                return Err(Refused::Stale { what: "a cancelled load" });
+            }
+            self.check(piece)?;
+            let range = at..at + piece.len();
+            at = range.end;
+            match &role {
+                Role::Follows(leader, source) if self.follow(leader, source, range, piece) => {
+                    from_peers += piece.len();
+                }
+                Role::Follows(..) => self.load_from_host(blocks, piece)?,
+                Role::Leads(leading) => {
+                    self.load_from_host(blocks, piece)?;
+                    leading.advance(piece.len());
+                }
+            }
+            self.shared.copy_delay(piece.len());
         }
-        if !piece.iter().all(|(_, to)| shared.is_current(memory, *to)) {
-            return Err(stale());
-        }
+        self.check(self.batch.copies())?;
+        Ok(from_peers)
+    }
+
+    /// The blocks are still those of the request.
+    fn check(&self, piece: &Piece) -> Result<(), Refused> {
+        let current = piece.iter().all(|(_, to)| self.shared.is_current(self.memory, *to));
+        if current { Ok(()) } else { Err(Refused::Stale { what: "target block" }) }
+    }
+
+    fn load_from_host(&self, blocks: &MappedBlocks, piece: &Piece) -> Result<(), Refused> {
+        let segments = self.shared.host.segments();
         let ranges: Vec<RangeCopy<'_>> = piece
             .iter()
             .flat_map(|(from, to)| {
-                let host_offset = from.offset(batch.stride()) + memory.shard_offset;
+                let host_offset = from.offset(self.batch.stride()) + self.memory.shard_offset;
                 blocks.ranges(to.block, &segments[from.segment.0 as usize], host_offset)
             })
             .collect();
-        if let Err(reason) = blocks.memory.copy_in(&ranges) {
-            tracing::warn!(pool = batch.pool.0, reason, "blocks cannot be copied into an engine's memory");
-            return Err(Refused::invalid("targets", reason));
-        }
-        shared.copy_delay(piece.len());
+        blocks.memory.copy_in(&ranges).map_err(|reason| {
+            let pool = self.batch.pool.0;
+            tracing::warn!(pool, reason, "blocks cannot be copied into an engine's memory");
+            Refused::invalid("targets", reason)
+        })
     }
-    let current = batch.copies().iter().all(|(_, to)| shared.is_current(memory, *to));
-    if current { Ok(()) } else { Err(stale()) }
+
+    /// Out of the blocks of the rank that leads. False: that does not count, if it came to anything at all.
+    fn follow(&self, leader: &Leader, source: &EnginePoolMemory, range: Range<usize>, piece: &Piece) -> bool {
+        if !leader.wait_for(range.end) {
+            return false;
+        }
+        let from = &leader.targets()[range];
+        let holds = || from.iter().all(|block| self.shared.is_current(source, *block));
+        if !holds() {
+            return false;
+        }
+        let pairs = from.iter().zip(piece).map(|(from, (_, to))| (from.block, to.block));
+        match mapped(self.memory).copy_from(mapped(source), pairs) {
+            Ok(()) => holds(),
+            Err(reason) => {
+                tracing::warn!(reason, "blocks cannot be copied from rank to rank");
+                false
+            }
+        }
+    }
 }
 
 impl Shared {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvbm_shm::{PoolWords, ProcessWatch};
+use parking_lot::Mutex;
 
 use super::{Manager, Shared};
 use crate::error::{Error, Refused};
@@ -137,6 +138,7 @@ impl Shared {
             block_bytes: identity.block_bytes,
             shard_offset,
             tokens_per_block: identity.tokens_per_block,
+            connected: Mutex::default(),
             kept_words: self
                 .warm
                 .as_ref()
@@ -144,9 +146,11 @@ impl Shared {
                 .map(|(warm, process)| warm.keep_words(&words, &process)),
         });
         let kept = memory.kept_words;
+        let node = self.config.exports.node_of(&identity.device);
         let pool_id = self.with_ledger(|ledger, _| {
             identity.domain = domain_of(ledger, session)?;
             let id = ledger.add_engine_pool(session, identity)?;
+            ledger.set_pool_node(id, node);
             self.engines.pools.write().insert(id, memory);
             self.bind_segments(ledger);
             Ok::<_, Refused>(id)

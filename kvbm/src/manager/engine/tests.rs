@@ -38,12 +38,15 @@ fn content(key: SequenceHash, rank: u32) -> Vec<u8> {
     (0..BLOCK as u32).map(|i| (i.wrapping_mul(n * 2 + 1 + rank * 64) >> 3) as u8).collect()
 }
 
+mod fan_out;
+
 /// One rank: its memory is two layers, one behind the other in each of two memfds.
 struct Rank {
     manager: Manager,
     session: SessionId,
     namespace: NamespaceId,
     pool: PoolId,
+    /// Which shard it has.
     rank: u32,
     words: PoolWords,
     layers: Vec<SharedMemory>,
@@ -52,6 +55,16 @@ struct Rank {
 
 impl Rank {
     fn open(manager: &Manager, engine: u8, mode: EnginePoolMode, (rank, ranks): (u32, u32)) -> Self {
+        Self::open_shard(manager, engine, mode, (rank, ranks), (rank, ranks))
+    }
+
+    fn open_shard(
+        manager: &Manager,
+        engine: u8,
+        mode: EnginePoolMode,
+        (rank, ranks): (u32, u32),
+        (shard, shards): (u32, u32),
+    ) -> Self {
         let session = manager.open_session(TrustDomain(1));
         let namespace = manager.register_namespace(session, [5; 32], [6; 32], "", "m").unwrap();
         let bytes = (LAYER * BLOCKS as usize).next_multiple_of(4096);
@@ -68,8 +81,8 @@ impl Rank {
                 domain: TrustDomain(1),
                 block_bytes: BLOCK,
                 block_count: BLOCKS,
-                shard: rank,
-                shard_count: ranks,
+                shard,
+                shard_count: shards,
                 rank,
                 rank_count: ranks,
                 tokens_per_block: 4,
@@ -84,6 +97,7 @@ impl Rank {
         let opened = opened.recv().unwrap().unwrap();
         let words = PoolWords::from_fd(opened.words.fd().try_clone_to_owned().unwrap()).unwrap();
         let pool = opened.pool_id;
+        let rank = shard;
         let opened = Self { manager: manager.clone(), session, namespace, pool, rank, words, layers, opened };
         opened.map();
         opened

@@ -36,6 +36,11 @@ impl StandInGpus {
 }
 
 impl MapExports for StandInGpus {
+    /// Each GPU has a node of its own.
+    fn node_of(&self, device: &str) -> Option<u32> {
+        device.strip_prefix("GPU-")?.parse().ok()
+    }
+
     fn map(&self, mut exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
         match exports.pop() {
             Some(Export::CudaVmm { descriptor, gpu_uuid, .. }) if gpu_uuid.starts_with("GPU-") => {

@@ -228,6 +228,7 @@ impl Attached {
             },
             slots,
             pin: found.pin.map_or(0, |pin| pin.pin),
+            peer_blocks: 0,
         }))
     }
 
