@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 import shutil
 import sys
@@ -25,6 +26,9 @@ from .scenarios import ONLY, REGISTRY, Options
 
 def main() -> None:
     arguments = _parser().parse_args()
+    if getattr(arguments, "device", "cpu").startswith("cuda"):
+        # Once, instead of in each rank: they are forked. CUDA itself begins in the ranks.
+        importlib.import_module("torch")
     raise SystemExit(arguments.command(arguments))
 
 
@@ -37,9 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run scenarios with a connector")
     connector_arguments(run)
     run.add_argument("--scenario", default="all", help="a name, several with commas, or all (see `list`)")
-    run.add_argument("--seeds", type=int, default=20, help="seeds 0 to N-1 [default: 20]")
+    run.add_argument("--seeds", type=int, default=20, help="so many seeds [default: 20]")
+    run.add_argument("--first-seed", type=int, default=0, help="the first of them [default: 0]")
     run.add_argument("--seed", type=int, help="this seed only")
     run.add_argument("--workers", type=int, default=os.cpu_count(), help="scenarios at a time")
+    run.add_argument("--seconds", type=float, help="begin no more after so long, and say how many were left out")
     run.add_argument("--timings", action="store_true", help="print percentiles of each callback")
     run.add_argument("--daemon-command", help="start this daemon first; {socket}, {state} and {python} are filled in")
     run.set_defaults(command=_run)
@@ -122,20 +128,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_with(options: Options, arguments: argparse.Namespace) -> int:
-    seeds = [arguments.seed] if arguments.seed is not None else list(range(arguments.seeds))
+    first = arguments.first_seed
+    seeds = [arguments.seed] if arguments.seed is not None else list(range(first, first + arguments.seeds))
     chosen = names(arguments.scenario, arguments.api)
-    begin, failed = time.monotonic(), 0
+    begin, failed, ended = time.monotonic(), 0, 0
     seconds: dict[str, list[float]] = {}
-    for outcome in run_many(options, [(name, seed) for name in chosen for seed in seeds], arguments.workers):
+    jobs = [(name, seed) for seed in seeds for name in chosen]
+    for outcome in run_many(options, jobs, arguments.workers, arguments.seconds):
+        ended += 1
         for callback, values in outcome.seconds.items():
             seconds.setdefault(callback, []).extend(values)
         if outcome.violations:
             failed += 1
             print(f"FAILED {outcome.name} --seed {outcome.seed}: {_told(outcome.violations)}", flush=True)
-    count = len(chosen) * len(seeds)
     if arguments.timings:
         print_timings(seconds)
-    print(f"{count - failed} of {count} passed, {len(chosen)} scenarios, {time.monotonic() - begin:.1f} s")
+    left_out = f", {len(jobs) - ended} not begun" if ended < len(jobs) else ""
+    print(f"{ended - failed} of {ended} passed{left_out}, {len(chosen)} scenarios, {time.monotonic() - begin:.1f} s")
     return 1 if failed else 0
 
 

@@ -49,6 +49,8 @@ class EngineConfig:
     """Binds None and empty bytes before the real metadata."""
     free_order: str = "lifo"
     seed: int = 0
+    watched: bool = False
+    """Threads of the rank's process read the figures of connectors that have some, all the while."""
     verify: bool = True
     patience_s: float = 20.0
     """How long a request may take."""

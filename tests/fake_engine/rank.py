@@ -6,6 +6,7 @@ import atexit
 import importlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -113,7 +114,16 @@ def bring_up(config: EngineConfig, comm: Comm, callbacks: Callbacks) -> Executor
     manager = ConnectorManager(vintage, args, config.tokens_per_block, scheduler, worker, comm, callbacks)
     memory = KvMemory(config.geometry(), comm.rank, config.device)
     manager.register(memory)
+    if config.watched:
+        for half in (manager.scheduler, manager.worker):
+            threading.Thread(target=_watch, args=(getattr(half, "figures", None),), daemon=True).start()
     return Executor(config, memory, manager, callbacks)
+
+
+def _watch(figures: Callable[[], object] | None) -> None:
+    while figures is not None:
+        figures()
+        time.sleep(0.0002)
 
 
 def serve(executor: Executor, callbacks: Callbacks, control: Connection) -> None:

@@ -68,17 +68,22 @@ class Job:
     run: Callable[[], Outcome]
 
 
-def run_many(options: Options, jobs: Iterable[tuple[str, int]], workers: int) -> Iterable[Outcome]:
+def run_many(
+    options: Options, jobs: Iterable[tuple[str, int]], workers: int, seconds: float | None = None
+) -> Iterable[Outcome]:
     """Scenarios with their seeds."""
-    return run_jobs([Job(name, seed, partial(run_one, options, name, seed)) for name, seed in jobs], workers)
+    return run_jobs([Job(name, seed, partial(run_one, options, name, seed)) for name, seed in jobs], workers, seconds)
 
 
-def run_jobs(jobs: Iterable[Job], workers: int) -> Iterable[Outcome]:
-    """Each job in a forked process, `workers` at a time, as they end."""
+def run_jobs(jobs: Iterable[Job], workers: int, seconds: float | None = None) -> Iterable[Outcome]:
+    """Each job in a forked process, `workers` at a time, as they end. After so many seconds no more are begun."""
     context = multiprocessing.get_context("fork")
     waiting = list(jobs)[::-1]
     running: dict[Connection, tuple[Any, Job, float]] = {}
+    end = None if seconds is None else time.monotonic() + seconds
     while waiting or running:
+        if end is not None and time.monotonic() > end:
+            waiting.clear()
         while waiting and len(running) < workers:
             job = waiting.pop()
             mine, theirs = context.Pipe(duplex=False)

@@ -214,8 +214,8 @@ def feature(identity: str | None, offset: int = 1, length: int = 2, modality: st
 
 
 def test_requests_are_translated_with_what_is_in_their_key() -> None:
-    tokens, lora, salt, items, cacheable = requests.prompt_of(request(tokens=2, cache_salt="s"))
-    assert (tokens, lora, salt, items, cacheable) == (b"\0\0\0\0\1\0\0\0", None, "s", [], True)
+    asked = requests.prompt_of(request(tokens=2, cache_salt="s"))
+    assert asked == (b"\0\0\0\0\1\0\0\0", None, "s", [])
     one, other = (requests.prompt_of(request(mm_features=[feature(identity)]))[3][0] for identity in ("x", "y"))
     assert len(one[0]) == 32 and one[0] != other[0] and one[1:] == (1, 2)
     for opaque in (
@@ -224,7 +224,7 @@ def test_requests_are_translated_with_what_is_in_their_key() -> None:
         {"skip_reading_prefix_cache": True},
         {"mm_features": [feature(None)]},
     ):
-        assert not requests.prompt_of(request(**opaque))[4], opaque
+        assert requests.prompt_of(request(**opaque))[0] is None, opaque
     adapter = Record(lora_name="poet", lora_int_id=1, lora_path="no/folder")
     named = requests.prompt_of(request(lora_request=adapter))[1]
     again = requests.prompt_of(request(lora_request=adapter))[1]
@@ -283,19 +283,19 @@ def test_a_request_is_reported_when_it_begins_takes_blocks_or_completes_one() ->
     begun = half.build(output([Record(req_id="a", block_ids=([5, 6, 7],), num_computed_tokens=4)], a=5))
     assert begun.loading == {} and not begun.idle
     number, known, tokens, pages, computed, scheduled, _ = told.calls[-1][1][0]
-    assert (number, known, tokens, pages, computed, scheduled) == (1, 9, b"", [[5, 6, 7]], 4, 5), "tokens are told once"
+    assert (number, known, tokens, pages, computed, scheduled) == (1, 9, [], [[5, 6, 7]], 4, 5), "tokens are told once"
     # Two tokens that complete nothing are not worth a word; the third completes the block, and the next needs another.
     for tokens_now, pages_now, reported in ((10, None, False), (11, None, False), (12, None, True), (13, ([8],), True)):
         one.all_token_ids, one.num_tokens = list(range(tokens_now)), tokens_now
         half.build(output(running=[("a", pages_now, tokens_now - 1)], a=1))
         cached = told.calls[-1][2]
         assert bool(cached) == reported, (tokens_now, cached)
-    assert cached[0][3] == [[8]] and len(cached[0][2]) == 4
+    assert cached[0][3] == [[8]] and len(cached[0][2]) == 1
     # Its blocks were taken from it: it begins again with others.
     half.look_up(one, 0)
     one.all_token_ids, one.num_tokens = list(range(14)), 14
     half.build(output(running=[("a", ([1, 2, 3, 4],), 0)], resumed={"a"}, a=13))
-    assert told.calls[-1][1][0][1:4] == (13, b"\r\0\0\0", [[1, 2, 3, 4]])
+    assert told.calls[-1][1][0][1:4] == (13, [13], [[1, 2, 3, 4]])
     half.finished(one)
     assert told.calls[-1] == ("request_finished", 1)
     # Of a request that nobody asked about only the blocks are told: they have changed hands.

@@ -1,12 +1,15 @@
+from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
 def socket_of(address: str | None = None) -> str: ...
 def model_fingerprint(folder: str | PathLike[str]) -> str: ...
 
+# 32-bit words, little endian; None: something among the tokens is no such word.
+def pack_tokens(tokens: list[int]) -> bytes | None: ...
+
 # (id, leading tokens known, other tokens, pages by layer group, computed, scheduled, priorities)
-# Tokens are 32-bit words, little endian; None: they are no such words.
-_Report = tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]
+_Report = tuple[int, int, list[int] | None, list[list[int]], int, int | None, list[int] | None]
 
 class Engine:
     def __init__(
@@ -42,11 +45,10 @@ class Engine:
     def look_up(
         self,
         id: int,
-        tokens: bytes,
+        tokens: bytes | None,
         lora_name: str | None,
         salt: str | None,
         items: list[tuple[bytes, int, int]],
-        cacheable: bool,
         local_tokens: int,
         others: int,
     ) -> tuple[int | None, bool]: ...
@@ -82,11 +84,10 @@ class Engine:
     def query(
         self,
         id: int,
-        tokens: bytes,
+        get_tokens: Callable[[int], list[int]] | None,
         lora: int | None,
         salt: str | None,
         items: list[tuple[bytes, int, int]],
-        cacheable: bool,
         local_tokens: int,
     ) -> tuple[int, bool]: ...
     def allocated(self, id: int, pages: list[list[int]]) -> None: ...

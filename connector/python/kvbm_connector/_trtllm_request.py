@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import struct
-import sys
-from array import array
+from collections.abc import Callable
 from typing import Any
 
 # Inputs that are in no key: with them a request is served without the cache.
 _OPAQUE = ("prompt_embedding_table", "multimodal_embedding", "mrope_rotary_cos_sin", "encoder_tokens")
 
 
-def prompt_of(request: Any) -> tuple[int, bytes, int | None, str | None, list[tuple[bytes, int, int]], bool]:
-    """`(id, tokens, LoRA number, salt, multimodal items, whether all of it is in the key)`"""
+_Prompt = tuple[int, Callable[[int], list[int]] | None, int | None, str | None, list[tuple[bytes, int, int]]]
+
+
+def prompt_of(request: Any) -> _Prompt:
+    """`(id, what gives the tokens or None: not all is in the key, LoRA number, salt, multimodal items)`"""
     items = _items(request)
-    tokens = None
-    if items is not None and not _is_opaque(request, bool(items)):
-        tokens = _words(request.get_tokens(0))
+    opaque = items is None or _is_opaque(request, bool(items))
     lora = getattr(request, "lora_task_id", None)
     return (
         request.request_id,
-        tokens or b"",
+        None if opaque else request.get_tokens,
         None if lora is None else int(lora),
         _salt(request),
         items or [],
-        tokens is not None,
     )
 
 
-def report_of(data: Any) -> tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]:
+def report_of(data: Any) -> tuple[int, int, list[int], list[list[int]], int, int | None, list[int] | None]:
     """`(id, 0, tokens, pages by layer group, computed, scheduled, priorities)`: all tokens are told."""
     groups = getattr(data, "new_block_ids_by_layer_group", None)
     if isinstance(groups, dict):
@@ -36,23 +35,12 @@ def report_of(data: Any) -> tuple[int, int, bytes | None, list[list[int]], int, 
     return (
         data.request_id,
         0,
-        _words(data.new_tokens),
+        data.new_tokens,
         groups or [data.new_block_ids],
         data.computed_position,
         getattr(data, "num_scheduled_tokens", None),
         getattr(data, "priorities", None),
     )
-
-
-def _words(tokens: list[int]) -> bytes | None:
-    """32-bit words, little endian; None if something among them stands for no token. No way to read a list is faster."""
-    try:
-        words = array("I", tokens)
-    except (OverflowError, TypeError):
-        return None
-    if sys.byteorder != "little":
-        words.byteswap()
-    return words.tobytes()
 
 
 def _salt(request: Any) -> str | None:

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import uuid
-from array import array
 from collections.abc import Iterable
 from typing import Any
 
-from ._native import model_fingerprint
+from ._native import model_fingerprint, pack_tokens
 
-# (tokens, name of the adapter, salt, items, whether all of it is in the key)
-Prompt = tuple[bytes, str | None, str | None, list[tuple[bytes, int, int]], bool]
+# (tokens, or None: not all of it is in the key; name of the adapter, salt, items)
+Prompt = tuple[bytes | None, str | None, str | None, list[tuple[bytes, int, int]]]
 
 # Adapters that have no files here mean something to this engine only.
 _SCOPE = uuid.uuid4().hex
 _adapters: dict[str, str] = {}
-
-
-def words(tokens: Iterable[int]) -> bytes | None:
-    """32-bit words, little endian; None if a number is none of those that stand for tokens."""
-    try:
-        packed = array("I", tokens)
-    except (OverflowError, TypeError):
-        return None
-    if sys.byteorder != "little":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 def prompt_of(request: Any) -> Prompt:
@@ -39,14 +26,8 @@ def prompt_of(request: Any) -> Prompt:
     opaque = getattr(request, "prompt_embeds", None) is not None or any(
         getattr(request, name, False) for name in ("resumable", "skip_reading_prefix_cache")
     )
-    tokens = None if opaque or items is None else words(list(request.all_token_ids))
-    return (
-        tokens or b"",
-        _adapter(getattr(request, "lora_request", None)),
-        request.cache_salt,
-        items or [],
-        tokens is not None,
-    )
+    tokens = None if opaque or items is None else pack_tokens(list(request.all_token_ids))
+    return tokens, _adapter(getattr(request, "lora_request", None)), request.cache_salt, items or []
 
 
 def _items(features: Iterable[Any]) -> list[tuple[bytes, int, int]] | None:

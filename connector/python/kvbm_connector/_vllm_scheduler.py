@@ -6,10 +6,10 @@ from typing import Any
 
 from ._native import Engine
 from ._vllm_metadata import KvbmMetadata
-from ._vllm_request import Prompt, prompt_of, words
+from ._vllm_request import Prompt, prompt_of
 
 # As the native module's: tokens that it was asked about are not told again.
-_Report = tuple[int, int, bytes | None, list[list[int]], int, int | None, list[int] | None]
+_Report = tuple[int, int, list[int] | None, list[list[int]], int, int | None, list[int] | None]
 
 
 class _Known:
@@ -38,7 +38,7 @@ class SchedulerHalf:
         if known is None:
             self._numbers += 1
             known = self._known[request.request_id] = _Known(self._numbers, request)
-        if known.prompt is None or known.asked != request.num_tokens or not known.prompt[-1]:
+        if known.prompt is None or known.asked != request.num_tokens or known.prompt[0] is None:
             known.prompt, known.asked = prompt_of(request), request.num_tokens
         return self.engine.look_up(known.number, *known.prompt, local_tokens, len(self._known) - 1)
 
@@ -79,10 +79,10 @@ class SchedulerHalf:
         known = self._known.get(name)
         if known is None:
             return 0, 0, None, lists, computed, scheduled, None
-        more = known.request.all_token_ids[known.asked :]
+        more = list(known.request.all_token_ids[known.asked :])
         known.prompt, known.tokens = None, known.asked + len(more)
         known.complete = min(computed + scheduled, known.tokens) // self._size
-        return known.number, known.asked, words(more), lists, computed, scheduled, None
+        return known.number, known.asked, more, lists, computed, scheduled, None
 
     def _next(self, name: str, pages: Any, computed: int, scheduled: int) -> _Report | None:
         """A request that goes on; nothing if that completes no block and takes none."""
@@ -93,10 +93,10 @@ class SchedulerHalf:
         complete = min(computed + scheduled, known.request.num_tokens) // self._size
         if complete <= known.complete and not any(lists):
             return None
-        tokens = known.request.all_token_ids[known.tokens :]
+        tokens = list(known.request.all_token_ids[known.tokens :])
         known.tokens += len(tokens)
         known.complete = max(complete, known.complete)
-        return known.number, 0, words(tokens), lists, computed, scheduled, None
+        return known.number, 0, tokens, lists, computed, scheduled, None
 
     def told(self, output: Any) -> None:
         """What the workers have to say after a pass."""

@@ -15,16 +15,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::cuda::CudaMover;
+use crate::numbers::{Pages, Tokens};
 use crate::options::Options;
-
-/// `(id, tokens known, other tokens, pages by layer group, computed, scheduled or None, priorities or None)`
-type ReportTuple<'a> = (u64, usize, Option<Tokens<'a>>, Vec<Vec<i32>>, usize, Option<usize>, Option<Vec<u8>>);
-
-/// Tokens as 32-bit words, little endian: a list of as many numbers takes twice as long to cross over.
-type Tokens<'a> = Bound<'a, PyBytes>;
-
-/// `(digest, start, tokens)` of an input that is not tokens.
-type ItemTuple = ([u8; 32], u32, u32);
+use crate::requests::{ItemTuple, ReportTuple, prompt_of, report_of, words};
 
 /// `(address, bytes, stride, pages)` of memory of a layer group.
 type RegionTuple = (usize, usize, usize, u32);
@@ -138,25 +131,22 @@ impl Engine {
         self.guard(py, |process| process.join(&facts))
     }
 
-    /// `(tokens found behind the local ones, or None: ask again; whether the request is to be parked)`. `others`: how many
-    /// requests the engine has besides this one.
+    /// `(tokens found behind the local ones, or None: ask again; whether the request is to be parked)`. `tokens` are
+    /// packed, for they are asked about again and again. `others`: how many requests the engine has besides this one.
     #[allow(clippy::too_many_arguments)]
     fn look_up(
         &self,
         py: Python<'_>,
         id: u64,
-        tokens: Tokens<'_>,
+        tokens: Option<&[u8]>,
         lora_name: Option<String>,
         salt: Option<String>,
         items: Vec<ItemTuple>,
-        cacheable: bool,
         local_tokens: usize,
         others: usize,
     ) -> PyResult<(Option<usize>, bool)> {
-        let items =
-            items.into_iter().map(|(digest, start, tokens)| core::PlacedItem { digest, start, tokens });
-        let (tokens, items) = (words(&tokens)?, items.collect());
-        let prompt = core::Prompt { id, tokens, lora: None, lora_name, salt, items, cacheable };
+        let tokens = tokens.map(words).transpose()?;
+        let prompt = core::Prompt { lora_name, ..prompt_of(id, tokens, salt, items) };
         self.guard(py, |process| {
             Ok(match process.look_up(prompt, local_tokens, others) {
                 core::Found::Tokens(tokens, parked) => (Some(tokens), parked),
@@ -278,36 +268,34 @@ impl Engine {
         self.process.is_attached()
     }
 
-    /// `(tokens found behind the local ones, whether the request is to be parked)`
-    #[pyo3(signature = (id, tokens, lora, salt, items, cacheable, local_tokens))]
+    /// `(tokens found behind the local ones, whether the request is to be parked)`. `get_tokens` gives the request's
+    /// tokens when it is called with 0; `None`: something about the request is not in its key.
+    #[pyo3(signature = (id, get_tokens, lora, salt, items, local_tokens))]
     #[allow(clippy::too_many_arguments)]
     fn query(
         &self,
         py: Python<'_>,
         id: u64,
-        tokens: Tokens<'_>,
+        get_tokens: Option<Bound<'_, PyAny>>,
         lora: Option<u64>,
         salt: Option<String>,
         items: Vec<ItemTuple>,
-        cacheable: bool,
         local_tokens: usize,
     ) -> PyResult<(usize, bool)> {
-        let items =
-            items.into_iter().map(|(digest, start, tokens)| core::PlacedItem { digest, start, tokens });
-        let prompt = core::Prompt {
-            id,
-            tokens: words(&tokens)?,
-            lora,
-            salt,
-            items: items.collect(),
-            cacheable,
-            ..Default::default()
-        };
-        self.guard(py, |process| Ok(process.query(prompt, local_tokens)))
+        let list = get_tokens.map(|get| get.call1((0,))).transpose()?;
+        let tokens = list.as_ref().map(|list| list.extract::<Tokens>()).transpose()?;
+        let prompt = prompt_of(id, tokens.and_then(|tokens| tokens.0), salt, items);
+        // So many numbers take a while to be given back. The engine's thread does that while it waits for the daemon.
+        let mut list = list.map(Bound::unbind);
+        let mut meanwhile = || Python::attach(|_| drop(list.take()));
+        self.guard(py, |process| {
+            Ok(process.query(core::Prompt { lora, ..prompt }, local_tokens, &mut meanwhile))
+        })
     }
 
     /// The engine says where a request's blocks are.
-    fn allocated(&self, py: Python<'_>, id: u64, pages: Vec<Vec<i32>>) -> PyResult<()> {
+    fn allocated(&self, py: Python<'_>, id: u64, pages: Vec<Pages>) -> PyResult<()> {
+        let pages: Vec<Vec<i32>> = pages.into_iter().map(|group| group.0).collect();
         self.guard(py, |process| process.allocated(id, &pages))
     }
 
@@ -315,12 +303,11 @@ impl Engine {
     fn build<'py>(
         &self,
         py: Python<'py>,
-        new: Vec<ReportTuple<'py>>,
-        cached: Vec<ReportTuple<'py>>,
+        new: Vec<ReportTuple>,
+        cached: Vec<ReportTuple>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let reports =
-            |tuples: Vec<ReportTuple<'py>>| tuples.into_iter().map(report_of).collect::<PyResult<_>>();
-        let (new, cached) = (reports(new)?, reports(cached)?);
+        let reports = |tuples: Vec<ReportTuple>| tuples.into_iter().map(report_of).collect();
+        let (new, cached) = (reports(new), reports(cached));
         let metadata = self.guard(py, |process| Ok(process.build(new, cached)))?;
         Ok(PyBytes::new(py, &metadata))
     }
@@ -352,7 +339,7 @@ impl Engine {
 
     /// Totals since the start; `disabled` says why nothing is cached.
     fn figures<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (figures, disabled) = self.process.figures();
+        let (figures, disabled) = self.guard(py, |process| Ok(process.figures()))?;
         let named = PyDict::new(py);
         for (name, figure) in figures {
             named.set_item(name, figure)?;
@@ -370,6 +357,8 @@ impl Engine {
 
 impl Engine {
     /// Runs without the interpreter's lock. Errors and panics become exceptions.
+    ///
+    /// Whatever waits for the scheduler half has to: a query has the scheduler half when it takes the interpreter's lock.
     fn guard<T: Send>(
         &self,
         py: Python<'_>,
@@ -421,21 +410,6 @@ fn exported(shape: &core::PoolShape, memfds: Option<Vec<(RawFd, u64)>>) -> Resul
         regions.push(core::ExportedRegion { export, offset });
     }
     Ok(core::Exported { exports, regions })
-}
-
-fn report_of(
-    (id, known, tokens, pages, computed, scheduled, priorities): ReportTuple<'_>,
-) -> PyResult<core::Report> {
-    let (opaque, tokens) = (tokens.is_none(), tokens.as_ref().map(words).transpose()?.unwrap_or_default());
-    Ok(core::Report { id, known, tokens, opaque, pages, computed, scheduled, priorities })
-}
-
-fn words(tokens: &Tokens<'_>) -> PyResult<Vec<u32>> {
-    let (words, rest) = tokens.as_bytes().as_chunks::<4>();
-    if !rest.is_empty() {
-        return Err(PyValueError::new_err("tokens are words of 4 bytes"));
-    }
-    Ok(words.iter().map(|word| u32::from_le_bytes(*word)).collect())
 }
 
 pub(crate) fn variable(name: &str) -> Option<String> {

@@ -5,7 +5,9 @@
 mod cuda;
 mod engine;
 mod model;
+mod numbers;
 mod options;
+mod requests;
 mod serving;
 
 /// The engine's side of the daemon, for Python.
@@ -17,6 +19,8 @@ mod _native {
     use crate::engine::socket_of;
     #[pymodule_export]
     use crate::model::model_fingerprint;
+    #[pymodule_export]
+    use crate::requests::pack_tokens;
     #[pymodule_export]
     use crate::serving::Worker;
 }

@@ -237,6 +237,7 @@ impl EngineLink {
         namespace: Namespace,
         keys: &[SequenceHash],
         skip: usize,
+        meanwhile: &mut dyn FnMut(),
     ) -> Option<(Option<Promised>, usize)> {
         let inner = &self.0;
         let begun = Instant::now();
@@ -249,7 +250,7 @@ impl EngineLink {
         let asked = attachment.clone();
         let mut answer = Box::pin(async move { asking.look_up(&asked, namespace, &keys, skip).await });
         let _entered = inner.handle.enter();
-        match wait::until(&mut answer, begun + patience) {
+        match wait::until(&mut answer, begun + patience, meanwhile) {
             Some(found) => {
                 let now = Instant::now();
                 inner.breaker.answered(now, now - begun);
@@ -295,12 +296,20 @@ impl EngineLink {
 }
 
 impl Directory for EngineLink {
-    fn look_up(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Option<Promised> {
-        self.found(self.ask(namespace, keys, skip)?.0)
+    fn look_up(
+        &self,
+        namespace: Namespace,
+        keys: &[SequenceHash],
+        skip: usize,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Option<Promised> {
+        self.found(self.ask(namespace, keys, skip, meanwhile)?.0)
     }
 
     fn look_up_patiently(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Look {
-        let Some((promised, on_disk)) = self.ask(namespace, keys, skip) else { return Look::Now(None) };
+        let Some((promised, on_disk)) = self.ask(namespace, keys, skip, &mut || {}) else {
+            return Look::Now(None);
+        };
         if on_disk > 0 {
             let in_host = promised.as_ref().map_or(0, |promised| promised.slots.len());
             let end = keys.len().min(skip + in_host + on_disk);

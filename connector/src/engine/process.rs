@@ -157,12 +157,13 @@ impl EngineProcess {
     }
 
     /// Tokens behind the first `local_tokens` that will be there without being computed, and whether the engine is to
-    /// park the request until they are.
-    pub fn query(&self, prompt: Prompt, local_tokens: usize) -> (usize, bool) {
+    /// park the request until they are. `meanwhile` is run at most once, while the daemon is waited for.
+    pub fn query(&self, prompt: Prompt, local_tokens: usize, meanwhile: &mut dyn FnMut()) -> (usize, bool) {
         let Some(base) = self.parts.lock().as_ref().map(|parts| parts.base) else { return (0, false) };
         let new = self.request_of(base, prompt);
         let now = self.now();
-        let found = self.scheduler.lock().as_mut().map_or(0, |half| half.query(new, local_tokens, now));
+        let mut scheduler = self.scheduler.lock();
+        let found = scheduler.as_mut().map_or(0, |half| half.query(new, local_tokens, now, meanwhile));
         (found, found > 0 && self.settings.load_mode == LoadMode::Parked)
     }
 

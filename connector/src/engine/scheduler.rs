@@ -62,12 +62,19 @@ const REQUESTS_MAX: usize = 65_536;
 /// Where the scheduler half finds blocks.
 pub(crate) trait Directory: Send + Sync {
     /// The longest prefix of `keys` in host memory, if it reaches beyond the first `skip`: the slots of the blocks
-    /// behind those, which stay as they are until they are released. Nothing when in doubt, or too slow.
-    fn look_up(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Option<Promised>;
+    /// behind those, which stay as they are until they are released. Nothing when in doubt, or too slow. Where there is
+    /// something to wait for, `meanwhile` is run once while it is waited for.
+    fn look_up(
+        &self,
+        namespace: Namespace,
+        keys: &[SequenceHash],
+        skip: usize,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Option<Promised>;
 
     /// The same for an engine that asks again: what is on disk may be worth waiting for. Nothing is held meanwhile.
     fn look_up_patiently(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Look {
-        Look::Now(self.look_up(namespace, keys, skip))
+        Look::Now(self.look_up(namespace, keys, skip, &mut || {}))
     }
 
     /// No rank has heard of these slots, and none will.
@@ -263,13 +270,20 @@ impl SchedulerHalf {
     }
 
     /// How many tokens behind the first `local_tokens` will be there without being computed. Whole blocks only, and at
-    /// least one token is left to compute.
-    pub fn query(&mut self, new: NewRequest, local_tokens: usize, now: Duration) -> usize {
+    /// least one token is left to compute. `meanwhile`: of [`Directory::look_up`].
+    pub fn query(
+        &mut self,
+        new: NewRequest,
+        local_tokens: usize,
+        now: Duration,
+        meanwhile: &mut dyn FnMut(),
+    ) -> usize {
         self.counts.queries += 1;
         self.forget(new.id);
         let Some((keys, asked)) = self.keys_of(&new, local_tokens) else { return 0 };
-        let promised = asked
-            .and_then(|Asked { skip, end }| self.directory.look_up(new.namespace, &keys.keys()[..end], skip));
+        let promised = asked.and_then(|Asked { skip, end }| {
+            self.directory.look_up(new.namespace, &keys.keys()[..end], skip, meanwhile)
+        });
         self.offer(new, keys, promised, local_tokens, now)
     }
 

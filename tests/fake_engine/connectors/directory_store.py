@@ -43,8 +43,11 @@ class DirectoryStore:
         return lease
 
     def release(self, lease: str) -> None:
-        for pin in self.path.glob(f"*.pin.{lease}"):
-            pin.unlink(missing_ok=True)
+        """What there was no room for while it was held goes at once."""
+        with self._locked():
+            for pin in self.path.glob(f"*.pin.{lease}"):
+                pin.unlink(missing_ok=True)
+            self._evict()
 
     def get(self, key: str, group: int, rank: int) -> bytes | None:
         try:

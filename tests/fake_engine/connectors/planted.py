@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,32 @@ class FirstRankWorker(ReferenceWorker):
     def get_finished(self, finished: list[int], started: list[int]) -> tuple[list[int], list[int]]:
         saved, loaded = super().get_finished(finished, started)
         return saved, loaded if self.rank == 0 else []
+
+
+class SlowRankWorker(ReferenceWorker):
+    """Nothing is wrong with it: rank 1 begins a load when one of its blocks has gone, or after a while."""
+
+    HOLDS_S = 0.5
+
+    def _load(self, job: LoadJob) -> None:
+        end = time.monotonic() + self.HOLDS_S
+        while self.rank == 1 and time.monotonic() < end and self._all_there(job):
+            time.sleep(0.002)
+        super()._load(job)
+
+    def _all_there(self, job: LoadJob) -> bool:
+        return all(self.store.has(key, 0) for key, _, _ in job.load.blocks)
+
+
+class HastyRankWorker(SlowRankWorker):
+    """Rank 0 lets the lease go for all ranks when its own load is over."""
+
+    HOLDS_S = 10.0
+
+    def _load(self, job: LoadJob) -> None:
+        super()._load(job)
+        if self.rank == 0:
+            self.store.release(job.load.lease)
 
 
 class AtOnceWorker(ReferenceWorker):
@@ -262,6 +289,9 @@ PLANTED: dict[str, Bug] = {
     "last token has no KV yet": Bug("conversation", "bad load", worker="BeforePassWorker"),
     "drafts saved before they are accepted": Bug("speculative", "bad load", "DraftsScheduler"),
     "lease ignored": Bug("pressure", "bad load", "NoLeaseScheduler"),
+    "lease let go by the rank that is done first": Bug(
+        "pressure", "bad load", worker="HastyRankWorker", options={"ranks": 2, "patience_s": 20.0}
+    ),
     "generation not raised": Bug(
         "finish_and_reuse", "bad load", "ReleasingScheduler", "NoGenerationWorker"
     ),
@@ -284,6 +314,13 @@ PLANTED: dict[str, Bug] = {
     "never a hit": Bug("cold_warm", "expectation", "ColdScheduler"),
     "block size believed": Bug("block_size_mismatch", "bad load", "MistrustlessScheduler"),
 }
+
+NOT_WRONG: dict[str, Bug] = {
+    "lease held until the slower rank is done": Bug(
+        "pressure", "nothing", worker="SlowRankWorker", options={"ranks": 2, "patience_s": 20.0}
+    ),
+}
+"""What makes a planted bug show is no fault by itself."""
 
 PLANTED_FOR_DRILLS: dict[str, Bug] = {
     "waits for a stopped daemon": Bug("stop", "too slow", "PatientScheduler", "Worker", {"callbacks": [0, 67]}),

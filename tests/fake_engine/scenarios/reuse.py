@@ -92,6 +92,15 @@ def concurrent_prefix(ctx: Context) -> None:
 
 
 @scenario
+def watched(ctx: Context) -> None:
+    """Somebody reads the connector's figures all the while: no callback waits for that for ever."""
+    engine = ctx.engine(watched=True, pages=64)
+    prompts = [ctx.tokens(ctx.random.randrange(20, 50)) for _ in range(5)]
+    for prompt in prompts * 2:
+        ctx.warm(engine, prompt)
+
+
+@scenario
 def partial_reuse(ctx: Context) -> None:
     """The engine itself finds a prefix that ends inside a block, copies the block or takes it over."""
     engine = ctx.engine(partial_reuse=True)

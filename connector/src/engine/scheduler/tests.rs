@@ -18,7 +18,13 @@ struct Shelf {
 }
 
 impl Directory for Shelf {
-    fn look_up(&self, _: Namespace, keys: &[SequenceHash], skip: usize) -> Option<Promised> {
+    fn look_up(
+        &self,
+        _: Namespace,
+        keys: &[SequenceHash],
+        skip: usize,
+        _: &mut dyn FnMut(),
+    ) -> Option<Promised> {
         let found = (*self.blocks.lock()).min(keys.len()).saturating_sub(skip);
         let mut next = self.next.lock();
         *next += 1;
@@ -70,7 +76,7 @@ fn report(id: u64, tokens: Vec<u32>, pages: Vec<i32>, computed: usize, scheduled
 
 impl Engine {
     fn query(&mut self, id: u64, count: usize, local: usize) -> usize {
-        self.half.query(request(id, count), local, Duration::ZERO)
+        self.half.query(request(id, count), local, Duration::ZERO, &mut || {})
     }
 
     fn allocated(&mut self, id: u64, pages: &[i32]) {
@@ -317,7 +323,7 @@ fn requests_that_vanish_are_forgotten() {
 fn what_is_not_in_the_key_is_neither_looked_up_nor_saved() {
     let mut engine = engine(LoadMode::Parked, 9);
     let opaque = NewRequest { cacheable: false, ..request(1, 9) };
-    assert_eq!(engine.half.query(opaque, 0, Duration::ZERO), 0);
+    assert_eq!(engine.half.query(opaque, 0, Duration::ZERO, &mut || {}), 0);
     engine.allocated(1, &[0, 1, 2]);
     let metadata = engine.build(vec![report(1, tokens(9), vec![0, 1, 2], 0, 9)], vec![]);
     assert_eq!((metadata.saves.len(), metadata.loads.len()), (0, 0));
@@ -371,7 +377,7 @@ fn blocks_that_did_not_arrive_are_given_again_but_not_all_the_time() {
 #[test]
 fn blocks_of_another_size_than_said_are_not_cached() {
     let served = |half: &mut SchedulerHalf, id: u64, tokens_count: usize, blocks: usize| {
-        half.query(request(id, tokens_count), 0, Duration::ZERO);
+        half.query(request(id, tokens_count), 0, Duration::ZERO, &mut || {});
         let pages: Vec<i32> = (0..blocks as i32).collect();
         assert!(half.allocated(id, std::slice::from_ref(&pages), Duration::ZERO));
         let reported = report(id, tokens(tokens_count), pages, 0, tokens_count);
@@ -423,7 +429,13 @@ fn absent_pages_are_loaded_around_and_not_saved() {
 fn pages_of_a_window_are_not_saved_later_than_their_pass() {
     struct Away;
     impl Directory for Away {
-        fn look_up(&self, _: Namespace, _: &[SequenceHash], _: usize) -> Option<Promised> {
+        fn look_up(
+            &self,
+            _: Namespace,
+            _: &[SequenceHash],
+            _: usize,
+            _: &mut dyn FnMut(),
+        ) -> Option<Promised> {
             None
         }
         fn take_back(&self, _: Lease) {}
@@ -432,7 +444,7 @@ fn pages_of_a_window_are_not_saved_later_than_their_pass() {
         }
     }
     let mut half = SchedulerHalf::new(ENGINE, SIZE as u32, LoadMode::Parked, Arc::new(Away)).windowed();
-    half.query(request(1, 8), 0, Duration::ZERO);
+    half.query(request(1, 8), 0, Duration::ZERO, &mut || {});
     assert!(half.allocated(1, &[vec![0, 1]], Duration::ZERO));
     half.build(vec![report(1, tokens(8), vec![0, 1], 0, 8)], vec![], Duration::ZERO);
     half.directory = Arc::new(Shelf::default());

@@ -24,7 +24,13 @@ struct Shelf {
 }
 
 impl Directory for Shelf {
-    fn look_up(&self, _: Namespace, keys: &[SequenceHash], skip: usize) -> Option<Promised> {
+    fn look_up(
+        &self,
+        _: Namespace,
+        keys: &[SequenceHash],
+        skip: usize,
+        _: &mut dyn FnMut(),
+    ) -> Option<Promised> {
         let found = (*self.in_host.lock()).min(keys.len()).saturating_sub(skip);
         if found == 0 {
             return None;
@@ -40,7 +46,7 @@ impl Directory for Shelf {
         if *self.on_disk.lock() > 0 {
             return Look::Later(Arrival { ended: self.arrived.clone(), patience: Duration::from_secs(3) });
         }
-        Look::Now(self.look_up(namespace, keys, skip))
+        Look::Now(self.look_up(namespace, keys, skip, &mut || {}))
     }
 
     fn take_back(&self, lease: Lease) {
