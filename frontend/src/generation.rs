@@ -98,7 +98,7 @@ pub struct Progress {
 impl Generation {
     /// Of an opened stream.
     pub fn new(opened: Opened, dispatch: Arc<Dispatch>, frame: Frame) -> Self {
-        let Opened { events, cached, first, route, connection, burden, hand_over } = opened;
+        let Opened { events, cached, first, route, connection, burden, hand_over, onboard: _ } = opened;
         let config = dispatch.router.config();
         let request = &dispatch.request;
         let prompt = &request.prompt;
@@ -227,7 +227,8 @@ impl Generation {
         }
         self.moves_left -= 1;
         tracing::info!(reason, tokens = self.generated.len(), "a worker is lost, another is to go on");
-        let resumed = self.dispatch.clone().resume(self.generated.clone(), self.connection);
+        let (generated, last) = (self.generated.clone(), self.silence.since());
+        let resumed = self.dispatch.clone().resume(generated, self.connection, last);
         self.source = Tokens::Moving(resumed.boxed());
         Ok(())
     }

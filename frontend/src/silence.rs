@@ -21,6 +21,11 @@ impl Silence {
         Self { longest, last: Instant::now(), timer: None }
     }
 
+    /// Since when it lasts.
+    pub fn since(&self) -> Instant {
+        self.last
+    }
+
     /// Something was said.
     pub fn broken(&mut self) {
         self.last = Instant::now();

@@ -104,10 +104,11 @@ pub(crate) fn status(refusal: &Refusal) -> Status {
 
 fn message(event: Event) -> Result<GenerateEvent, Status> {
     let body = match event {
-        Event::Started(cached) => Body::Started(v1::Started {
+        Event::Started { cached, onboard } => Body::Started(v1::Started {
             device_tokens: count(cached.device),
             host_tokens: count(cached.host),
             disk_tokens: count(cached.disk),
+            onboard_us: u64::try_from(onboard.as_micros()).unwrap_or(u64::MAX),
         }),
         Event::Tokens(ids) => Body::Tokens(v1::Tokens { ids, ..v1::Tokens::default() }),
         Event::Scored(tokens) => {

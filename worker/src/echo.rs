@@ -43,7 +43,8 @@ impl Echo {
                 self.replies.send(id, Event::Refused(refusal));
             }
             Ok(max_tokens) => {
-                if self.replies.send(id, Event::Started(CachedTokens::default())) == Delivery::Sent {
+                let started = Event::Started { cached: CachedTokens::default(), onboard: Duration::ZERO };
+                if self.replies.send(id, started) == Delivery::Sent {
                     self.active.insert(id, Speech { said: request.generated.len(), request, max_tokens });
                 }
             }

@@ -1,5 +1,7 @@
 //! What is asked of the engine, and what it reports back.
 
+use std::time::Duration;
+
 use kvbm_hash::{Namespace, RetentionConfig};
 use tracing::Span;
 
@@ -49,8 +51,13 @@ pub enum Eos {
 /// `Refused` (first and only) or `Failed` (last).
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// It left the queue; so many tokens of the prompt did not have to be computed.
-    Started(CachedTokens),
+    /// It left the queue.
+    Started {
+        /// Tokens of the prompt that did not have to be computed.
+        cached: CachedTokens,
+        /// How long it took to copy what of them was not in the pool, waiting for the copy included.
+        onboard: Duration,
+    },
     /// Tokens were generated, a stop token included.
     Tokens(Vec<u32>),
     /// As `Tokens`, with what the model thought of them, if the request asks for that.

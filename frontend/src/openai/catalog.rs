@@ -178,5 +178,10 @@ pub const PARAMETERS: &[Parameter] = &[
         OBJECT,
         "What the blocks of the request are to be kept like. Also in `nvext`.",
     ),
-    of(Both, "nvext", OBJECT, "The parameters that say so above, and `tenant`."),
+    of(
+        Both,
+        "nvext",
+        OBJECT,
+        "The parameters that say so above, `tenant`, and `lora`, an adapter by its name at the worker.",
+    ),
 ];

@@ -11,6 +11,7 @@ use crate::metrics::Api;
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 4096;
 const SALT_BYTES_MAX: usize = 4096;
+const LORA_BYTES_MAX: usize = 256;
 /// Most choices of one prompt.
 const CHOICES_MAX: u32 = 128;
 
@@ -37,6 +38,8 @@ pub struct Options {
     pub retention: Option<RetentionConfig>,
     /// As the body names it.
     pub tenant: Option<String>,
+    /// The adapter, by its name at the worker; empty: none.
+    pub lora: String,
 }
 
 impl Options {
@@ -76,6 +79,7 @@ impl Options {
                 extension(&p.nvext, "kv_cache_retention_config")?,
             )?,
             tenant: tenant::in_body(extension(&p.nvext, "tenant")?)?,
+            lora: lora(extension(&p.nvext, "lora")?)?,
         };
         options.check()?;
         Ok(options)
@@ -142,6 +146,17 @@ fn stop_token_ids(value: &Value) -> Result<Vec<u32>, ApiError> {
         _ => return Err(wrong()),
     };
     ids.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(wrong)).collect()
+}
+
+fn lora(value: &Value) -> Result<String, ApiError> {
+    match value {
+        Value::Null => Ok(String::new()),
+        Value::String(lora) if (1..=LORA_BYTES_MAX).contains(&lora.len()) => Ok(lora.clone()),
+        _ => Err(ApiError::parameter(
+            "nvext.lora",
+            format!("'nvext.lora' must be the name of an adapter, of 1 to {LORA_BYTES_MAX} bytes."),
+        )),
+    }
 }
 
 fn salt(name: &'static str, value: &Value) -> Result<Option<String>, ApiError> {

@@ -111,6 +111,8 @@ fn anything_else_is_refused_by_name() {
     for (fields, param) in [
         (json!({ "min_tokens": 5, "max_tokens": 4 }), "min_tokens"),
         (json!({ "top_k": 5, "nvext": { "top_k": 6 } }), "nvext.top_k"),
+        (json!({ "nvext": { "lora": "" } }), "nvext.lora"),
+        (json!({ "nvext": { "lora": 5 } }), "nvext.lora"),
         (json!({ "guided_regex": "a", "guided_choice": ["a"] }), "guided_choice"),
         (json!({ "guided_regex": "a", "response_format": { "type": "json_object" } }), "guided_regex"),
         (json!({ "tools": [tool("f")] }), "tools"),
@@ -143,13 +145,13 @@ fn anything_else_is_refused_by_name() {
 fn options_are_read() {
     let read = options(json!({
         "max_tokens": 7, "max_completion_tokens": 9, "temperature": 0, "seed": -1, "stop": "x",
-        "nvext": { "cache_salt": "pepper", "ignore_eos": true, "top_k": 5 }, "stream": true, "n": 2, "logprobs": 3,
+        "nvext": { "cache_salt": "pepper", "ignore_eos": true, "top_k": 5, "lora": "terse" }, "stream": true, "n": 2, "logprobs": 3,
         "logit_bias": { "5": -100, "7": 0.5 }, "top_p": 0.5, "top_k": 5, "min_p": 0.25, "repetition_penalty": 1.5,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 2,
     }))
     .unwrap();
     assert_eq!((read.max_tokens, read.choices, read.stop.as_slice()), (Some(9), 2, &["x".to_owned()][..]));
-    assert_eq!(read.cache_salt, "pepper");
+    assert_eq!((read.cache_salt.as_str(), read.lora.as_str()), ("pepper", "terse"));
     assert!(read.ignore_eos && read.stream && !read.include_usage);
     let sampling = Sampling {
         temperature: Some(0.0),

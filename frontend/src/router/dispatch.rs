@@ -3,6 +3,7 @@
 
 use std::error::Error as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvbm_proto::v1::generate_event::Body;
 use kvbm_proto::v1::{GenerateEvent, GenerateRequest, Started};
@@ -32,6 +33,8 @@ pub struct Dispatch {
 pub struct Opened {
     pub events: Streaming<GenerateEvent>,
     pub cached: CachedTokens,
+    /// How long the worker took to copy what of that was not in its pool.
+    pub onboard: Duration,
     /// `Tokens` or `Finished`.
     pub first: Body,
     pub route: Route,
@@ -106,8 +109,14 @@ impl Dispatch {
         }
     }
 
-    /// Goes on with an answer whose worker was lost: not over `lost`, and behind the tokens `generated`.
-    pub async fn resume(self: Arc<Self>, generated: Vec<u32>, lost: u64) -> Result<Opened, ApiError> {
+    /// Goes on with an answer whose worker was lost: not over `lost`, and behind the tokens `generated`, the last of which
+    /// came at `last`.
+    pub async fn resume(
+        self: Arc<Self>,
+        generated: Vec<u32>,
+        lost: u64,
+        last: Instant,
+    ) -> Result<Opened, ApiError> {
         let started = std::time::Instant::now();
         let request = GenerateRequest { generated, ..self.request.clone() };
         let tokens = request.prompt.len() + request.generated.len();
@@ -119,6 +128,7 @@ impl Dispatch {
             metrics.migration_seconds.observe(started.elapsed().as_secs_f64());
             // Else the answer was complete but for the word of its end.
             if matches!(opened.first, Body::Tokens(_)) {
+                metrics.gap(last.elapsed(), opened.onboard);
                 metrics.recomputed(Recomputed::of(tokens, opened.cached.total() as usize, &opened.route));
             }
         }
@@ -204,16 +214,26 @@ async fn first_token(
     mut burden: Burden,
 ) -> Result<Opened, Failure> {
     let mut events = worker.connection.worker().generate(request).await.map_err(failure)?.into_inner();
-    let mut cached = CachedTokens::default();
+    let (mut cached, mut onboard) = Default::default();
     loop {
         match events.message().await.map_err(failure)?.and_then(|event| event.body) {
-            Some(Body::Started(Started { device_tokens, host_tokens, disk_tokens })) => {
+            Some(Body::Started(Started { device_tokens, host_tokens, disk_tokens, onboard_us })) => {
                 cached = CachedTokens { device: device_tokens, host: host_tokens, disk: disk_tokens };
+                onboard = Duration::from_micros(onboard_us);
             }
             Some(first @ (Body::Tokens(_) | Body::Finished(_))) => {
                 burden.prefilled();
                 let connection = worker.connection.id();
-                return Ok(Opened { events, cached, first, route, connection, burden, hand_over: None });
+                return Ok(Opened {
+                    events,
+                    cached,
+                    onboard,
+                    first,
+                    route,
+                    connection,
+                    burden,
+                    hand_over: None,
+                });
             }
             None => return Err(Failure::Unreachable("the worker's stream ended early".to_owned())),
         }

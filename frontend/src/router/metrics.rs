@@ -1,7 +1,9 @@
 //! What `/metrics` says about routing and migration.
 
+use std::time::Duration;
+
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
 use super::cost::Overlap;
@@ -10,7 +12,7 @@ use super::recomputed::Recomputed;
 /// Microseconds to milliseconds.
 const DECISION: &[f64] = &[1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2];
 const SHARE: &[f64] = &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
-const MIGRATION: &[f64] = &[0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0];
+const MIGRATION: &[f64] = &[0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0];
 
 /// Series of the router.
 pub struct RouterMetrics {
@@ -28,6 +30,8 @@ pub struct RouterMetrics {
     pub migrations: IntCounterVec,
     /// Seconds from the loss of a worker to the next token.
     pub migration_seconds: Histogram,
+    /// Seconds from a token to the next one over a move, by part.
+    gap_seconds: HistogramVec,
     /// Tokens that the next worker did not find and computed again, by reason.
     recomputed_tokens: IntCounterVec,
     /// Requests by how prefill was done.
@@ -65,6 +69,13 @@ impl RouterMetrics {
         };
         let index_blocks = IntGauge::new("router_index_blocks", "Blocks that the router knows of")?;
         registry.register(Box::new(index_blocks.clone()))?;
+        let gap = HistogramOpts::new(
+            "model_migration_gap_seconds",
+            "Seconds from the last token before a move to the first one behind it: in which the next worker copied KV into \
+             its pool (onboard), and all others (rest)",
+        );
+        let gap_seconds = HistogramVec::new(gap.buckets(MIGRATION.to_vec()), &["part"])?;
+        registry.register(Box::new(gap_seconds.clone()))?;
         Ok(Self {
             decision_seconds: histogram("router_decision_seconds", "Seconds to choose a worker", DECISION)?,
             events: counters("router_events_total", "KV events taken in", &["from"])?,
@@ -86,6 +97,7 @@ impl RouterMetrics {
                 "Seconds from the loss of a worker to the next token",
                 MIGRATION,
             )?,
+            gap_seconds,
             recomputed_tokens: counters(
                 "model_migration_recomputed_tokens_total",
                 "Tokens that the next worker of a migrated request did not find in any tier: of the block being filled, \
@@ -121,6 +133,14 @@ impl RouterMetrics {
                 "Tokens of prompts still to be computed, as far as this frontend sent them",
             )?,
         })
+    }
+
+    /// An answer went on, so long after its last token; for `onboard` of that KV was copied.
+    pub fn gap(&self, gap: Duration, onboard: Duration) {
+        let rest = gap.saturating_sub(onboard);
+        for (part, time) in [("onboard", onboard), ("rest", rest)] {
+            self.gap_seconds.with_label_values(&[part]).observe(time.as_secs_f64());
+        }
     }
 
     /// An answer went on at another worker.

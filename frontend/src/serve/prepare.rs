@@ -103,6 +103,7 @@ fn template(
         ignore_eos: options.ignore_eos,
         stop_token_ids: stop_token_ids(options, model),
         cache_salt: std::mem::take(&mut options.cache_salt),
+        lora: std::mem::take(&mut options.lora),
         tenant,
         retention: options.retention.as_ref().map(Into::into),
         trace,

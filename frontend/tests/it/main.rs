@@ -5,6 +5,7 @@ mod answers;
 mod bad_input;
 mod bodies;
 mod client;
+mod disagg;
 mod discovery;
 mod failures;
 mod frontend;

@@ -46,6 +46,10 @@ async fn another_worker_goes_on_behind_the_last_token() {
         assert_eq!((&second.prompt, second.max_tokens), (&first.prompt, first.max_tokens));
         let metric = "dynamo_frontend_model_migration_total{migration_type=\"ongoing_request\",model=\"tiny\",outcome=\"success\"} 1";
         frontend.until_metric(metric).await;
+        // As long as the mock says that it copied.
+        frontend
+            .until_metric("dynamo_frontend_model_migration_gap_seconds_sum{part=\"onboard\"} 0.007")
+            .await;
     }
 }
 

@@ -189,6 +189,7 @@ impl Worker for Served {
             device_tokens: 96,
             host_tokens: 64,
             disk_tokens: 32,
+            onboard_us: 7000,
         })))]);
         let mut push = |ids: Vec<u32>| {
             events.push_back(Ok(event(Body::Tokens(Tokens { ids, ..Tokens::default() }))));

@@ -129,20 +129,24 @@ async fn missed_events_are_made_good_by_a_snapshot() {
 }
 
 #[tokio::test]
-async fn blocks_of_another_salt_or_tenant_draw_nobody() {
+async fn blocks_of_another_salt_tenant_or_adapter_draw_nobody() {
     let pair = Pair::new();
     let prompt = prompt(0, 8);
     pair.daemon.blocks.set_snapshot(8, stored(0, Tier::Device, 2, &keys(&prompt, Some("s"))));
     let frontend = pair.frontend().await;
-    let overlap = async |headers: &[(&str, &str)], salt: &str| {
-        let body = json!({ "model": "tiny", "prompt": prompt, "cache_salt": salt });
+    let overlap = async |headers: &[(&str, &str)], salt: &str, lora: Value| {
+        let nvext = json!({ "lora": lora });
+        let body = json!({ "model": "tiny", "prompt": prompt, "cache_salt": salt, "nvext": nvext });
         let answer = ask_with(&frontend, headers, body).await;
         let route = answer.header("x-kvbm-route").to_owned();
         route.split("device=").nth(1).unwrap().split(';').next().unwrap().to_owned()
     };
-    assert_eq!(overlap(&[], "s").await, "256");
-    assert_eq!(overlap(&[], "other").await, "0");
-    assert_eq!(overlap(&[("x-kvbm-tenant", "t")], "s").await, "0");
+    assert_eq!(overlap(&[], "s", Value::Null).await, "256");
+    assert_eq!(overlap(&[], "other", Value::Null).await, "0");
+    assert_eq!(overlap(&[("x-kvbm-tenant", "t")], "s", Value::Null).await, "0");
+    assert_eq!(overlap(&[], "s", json!("terse")).await, "0");
+    let asked = [pair.a.requests(), pair.b.requests()].concat();
+    assert_eq!(asked.iter().filter(|request| request.lora == "terse").count(), 1, "the worker is told which");
 }
 
 #[tokio::test]
@@ -198,6 +202,19 @@ async fn a_busy_worker_is_passed_over() {
         }
         assert_eq!(workers.each_ref().map(|worker| worker.requests().len()), [3, 3], "{mode:?}");
     }
+}
+
+#[tokio::test]
+async fn by_chance_each_has_a_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let workers = ["a", "b"].map(|name| MockWorker::start(folder.path(), name, "tiny", say(" x")));
+    let router = RouterConfig { mode: RouterMode::Random, ..RouterConfig::default() };
+    let frontend = Frontend::routed(&[&workers[0], &workers[1]], router).await;
+    for number in 0..64 {
+        ask(&frontend, &prompt(number * 40, 1)).await;
+    }
+    // Fewer come once in many millions of times.
+    assert!(workers.iter().all(|worker| worker.requests().len() >= 10));
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! What the scheduler needs of a cache.
 
+use std::time::Duration;
+
 use kvbm_hash::{Namespace, Retention, SequenceHash};
 
 use crate::BlockId;
@@ -108,8 +110,8 @@ pub enum CacheEvent {
 /// How an onboard ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Onboard {
-    /// All targets hold what was promised.
-    Done,
+    /// All targets hold what was promised, so long after it was asked for.
+    Done(Duration),
     /// The targets are gone.
     Failed,
 }

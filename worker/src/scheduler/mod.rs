@@ -325,8 +325,9 @@ impl Scheduler {
             unreachable!("the phase was compared just now");
         };
         match outcome {
-            Onboard::Done => {
+            Onboard::Done(took) => {
                 if sequence.start == Start::Unreported {
+                    sequence.onboard = took;
                     let per_block = self.options.limits.tokens_per_block;
                     sequence.cached.disk = promoted_blocks * per_block;
                     sequence.cached.host = (targets.len() - promoted_blocks) * per_block;
@@ -354,7 +355,10 @@ impl Scheduler {
         span.record("device_tokens", device);
         span.record("host_tokens", host);
         span.record("disk_tokens", disk);
-        events.push((sequence.request.id, Event::Started(sequence.cached)));
+        events.push((
+            sequence.request.id,
+            Event::Started { cached: sequence.cached, onboard: sequence.onboard },
+        ));
     }
 
     /// Gives a sequence up.

@@ -1,6 +1,7 @@
 //! One request on its way.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use kvbm_hash::{Chain, Retention, RetentionConfig, SequenceHash};
 
@@ -81,6 +82,8 @@ pub(super) struct Sequence {
     pub(super) starved_turns: usize,
     /// What was found in the cache the first time.
     pub(super) cached: CachedTokens,
+    /// How long it took to copy what of that was not in the pool.
+    pub(super) onboard: Duration,
     pub(super) start: Start,
     keys: Vec<SequenceHash>,
     chain: Chain,
@@ -121,6 +124,7 @@ impl Sequence {
             skipped: 0,
             starved_turns: 0,
             cached: CachedTokens::default(),
+            onboard: Duration::ZERO,
             start: Start::Unreported,
             keys: Vec::new(),
             chain: Chain::new(request.namespace),

@@ -61,7 +61,7 @@ impl Rig {
 
     fn started(&self, id: u64) -> Option<CachedTokens> {
         self.events.iter().find_map(|(of, event)| match event {
-            Event::Started(cached) if of.0 == id => Some(*cached),
+            Event::Started { cached, .. } if of.0 == id => Some(*cached),
             _ => None,
         })
     }

@@ -108,7 +108,7 @@ fn collect(outcomes: &mut BTreeMap<RequestId, Outcome>, scheduler: &mut Schedule
         let outcome = outcomes.entry(id).or_default();
         assert_eq!(outcome.end, None, "nothing after the end");
         match event {
-            Event::Started(cached) => {
+            Event::Started { cached, .. } => {
                 outcome.started += 1;
                 outcome.cached = cached.device + cached.host + cached.disk;
             }
@@ -417,7 +417,7 @@ fn what_is_committed_is_found_again_and_decode_blocks_too() {
             .iter()
             .flat_map(|(_, e)| if let Event::Tokens(t) = e { t.clone() } else { vec![] })
             .collect();
-        let Some((_, Event::Started(cached))) = events.into_iter().next() else { panic!("starts") };
+        let Some((_, Event::Started { cached, .. })) = events.into_iter().next() else { panic!("starts") };
         (cached.device, tokens)
     };
     let prompt: Vec<u32> = (0..32).collect();

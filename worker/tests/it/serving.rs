@@ -143,7 +143,7 @@ async fn text_is_that_of_the_engine_alone_and_a_repetition_is_found_in_the_pool(
     let prompt = prompt(1, 100);
     let first = generate(&served, request(prompt.clone(), 40)).await.unwrap();
     assert_eq!(first.tokens, solo(&prompt, 40));
-    assert_eq!(first.started, [Started { device_tokens: 0, host_tokens: 0, disk_tokens: 0 }]);
+    assert_eq!(first.started, [Started::default()]);
     let end = Finished { reason: FinishReason::Length.into(), prompt_tokens: 100, completion_tokens: 40 };
     assert_eq!(first.finished, Some(end));
     let second = generate(&served, request(prompt.clone(), 40)).await.unwrap();

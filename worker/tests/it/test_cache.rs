@@ -6,6 +6,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
+use std::time::Duration;
 
 use kvbm_hash::{Namespace, Retention, SequenceHash};
 use kvbm_worker::{Allocate, BlockId, Cache, CacheEvent, Chunk, LeaseId, Logits, Model, Onboard, Ticket};
@@ -247,7 +248,7 @@ impl TestCache {
             self.contents.borrow_mut()[target.0 as usize] = content;
             self.register(*target, key);
         }
-        CacheEvent::Onboarded { ticket, outcome: Onboard::Done }
+        CacheEvent::Onboarded { ticket, outcome: Onboard::Done(Duration::ZERO) }
     }
 
     fn register(&mut self, block: BlockId, key: Key) {
@@ -265,7 +266,7 @@ impl TestCache {
                     self.abandon_lease(lease);
                 }
             }
-            CacheEvent::Onboarded { outcome: Onboard::Done, .. } => self.release(targets),
+            CacheEvent::Onboarded { outcome: Onboard::Done(_), .. } => self.release(targets),
             CacheEvent::Onboarded { outcome: Onboard::Failed, .. } => {}
             CacheEvent::Promoting { .. } | CacheEvent::Granted => {}
         }

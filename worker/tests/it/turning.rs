@@ -1,5 +1,7 @@
 //! The loop and the echo engine behind their handles.
 
+use std::time::Duration;
+
 use kvbm_hash::Namespace;
 use kvbm_worker::{
     CachedTokens, Echo, Eos, Event, FinishReason, Handle, Limits, Loop, Progress, Refusal, Request, Sampling,
@@ -64,7 +66,8 @@ fn a_request_comes_back_as_events() {
     let mut events = handle.submit(request(&handle, prompt.clone(), 30)).unwrap();
     turn_until_idle(&mut turns);
     let events = drain(&mut events);
-    assert_eq!(events[0], Event::Started(CachedTokens::default()));
+    let started = Event::Started { cached: CachedTokens::default(), onboard: Duration::ZERO };
+    assert_eq!(events[0], started);
     let mut tokens = prompt;
     for event in &events[1..31] {
         let next = Sampling::greedy().choose(&expected(&tokens), tokens.len());
@@ -100,7 +103,7 @@ fn a_lookup_that_answers_late_still_lets_a_short_prompt_overtake() {
     }
     let mut short = handle.submit(request(&handle, vec![2; 100], 4)).unwrap();
     turns.turn();
-    assert!(matches!(drain(&mut short)[..], [Event::Started(_), Event::Tokens(_)]), "in the next step");
+    assert!(matches!(drain(&mut short)[..], [Event::Started { .. }, Event::Tokens(_)]), "in the next step");
     assert_eq!(drain(&mut long), vec![], "the long prompt is still being computed");
 }
 
