@@ -94,6 +94,17 @@ impl Frontend {
         (status, serde_json::from_str(&text).unwrap_or(Value::Null))
     }
 
+    /// Tokens of a completion's prompt that were found in the worker's pool, and in all tiers, as the worker says.
+    pub fn found(&self, body: &Value) -> (u64, u64) {
+        let response = self.send("/v1/completions", body).unwrap();
+        assert_eq!(response.status(), 200, "{response:?}");
+        let header = response.headers()["x-kvbm-cached-tokens"].to_str().unwrap();
+        let tiers = header.split(',').map(|tier| tier.split_once('=').unwrap());
+        let tokens: Vec<(&str, u64)> = tiers.map(|(name, tokens)| (name, tokens.parse().unwrap())).collect();
+        let device = tokens.iter().find(|(name, _)| *name == "device").unwrap().1;
+        (device, tokens.iter().map(|(_, tokens)| tokens).sum())
+    }
+
     /// A completion, event by event; `body` asks for a stream.
     pub fn stream(&self, body: &Value) -> Streamed {
         let started = Instant::now();

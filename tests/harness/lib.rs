@@ -42,13 +42,16 @@ pub fn on_gpu() -> bool {
     std::env::var_os("KVBM_TEST_DEVICE").is_some()
 }
 
-/// Number of seeds of each drill: `KVBM_DRILL_SEEDS`, else few.
+/// Seeds of each drill: `KVBM_DRILL_SEEDS` of them, else few, from `KVBM_DRILL_FIRST` on, else 0.
 pub fn drill_seeds(default: u64) -> std::ops::Range<u64> {
     let first = std::env::var("KVBM_SEED").ok().map(|seed| seed.parse().expect("KVBM_SEED is a number"));
     if let Some(seed) = first {
         return seed..seed + 1;
     }
-    let count =
-        std::env::var("KVBM_DRILL_SEEDS").ok().map(|n| n.parse().expect("KVBM_DRILL_SEEDS is a number"));
-    0..count.unwrap_or(default)
+    let number = |name: &str| {
+        let value = std::env::var(name).ok();
+        value.map(|n| n.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+    };
+    let first = number("KVBM_DRILL_FIRST").unwrap_or(0);
+    first..first + number("KVBM_DRILL_SEEDS").unwrap_or(default)
 }

@@ -63,16 +63,22 @@ pub struct WorkerOptions {
     pub tokens_per_block: usize,
     /// Without a daemon.
     pub alone: bool,
+    /// On the device that `KVBM_TEST_SECOND_DEVICE` names, where the tests have two.
+    pub second_device: bool,
     /// It waits for the daemon no longer than workers usually do.
     pub hasty: bool,
+    /// It notes what bytes its blocks have, and compares what the cache gives back: see [`Node::assert_kv_right`].
+    pub witness: bool,
     /// Further arguments.
     pub arguments: Vec<String>,
 }
 
 impl WorkerOptions {
-    fn environment(&self) -> Vec<(String, String)> {
+    fn environment(&self, notes: &Path) -> Vec<(String, String)> {
         let patience = PATIENCE.iter().filter(|_| !self.hasty);
-        patience.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        let patience = patience.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let witness = self.witness.then(|| ("KVBM_TEST_KV_WITNESS".to_owned(), notes.display().to_string()));
+        patience.chain(witness).collect()
     }
 }
 
@@ -84,7 +90,9 @@ impl Default for WorkerOptions {
             pool_blocks,
             tokens_per_block,
             alone: false,
+            second_device: false,
             hasty: false,
+            witness: false,
             arguments: vec![],
         }
     }
@@ -179,11 +187,13 @@ impl Node {
             arguments.extend(["--socket".into(), self.socket().display().to_string()]);
         }
         // The same tests on a GPU.
-        if let Ok(device) = std::env::var("KVBM_TEST_DEVICE") {
+        let second = std::env::var("KVBM_TEST_SECOND_DEVICE").ok().filter(|_| options.second_device);
+        if let Some(device) = second.or_else(|| std::env::var("KVBM_TEST_DEVICE").ok()) {
             arguments.extend(["--device".into(), device]);
         }
         arguments.extend(options.arguments.clone());
-        let mut process = Process::start(self.dir.path(), name, &arguments, &options.environment());
+        let mut process =
+            Process::start(self.dir.path(), name, &arguments, &options.environment(&self.notes()));
         process.wait_ready();
         (process, WorkerClient::connect(&endpoint))
     }
@@ -196,7 +206,8 @@ impl Node {
         arguments.extend(["--device-cache-blocks".into(), options.pool_blocks.to_string()]);
         arguments.extend(["--socket".into(), self.socket().display().to_string()]);
         arguments.extend(options.arguments.clone());
-        let mut process = Process::start(self.dir.path(), name, &arguments, &options.environment());
+        let mut process =
+            Process::start(self.dir.path(), name, &arguments, &options.environment(&self.notes()));
         process.wait_ready();
         process
     }
@@ -243,6 +254,34 @@ impl Node {
             }
         }
         panic!("no host segment of the daemon holds a block");
+    }
+
+    fn notes(&self) -> PathBuf {
+        self.dir.path().join("kv-witness")
+    }
+
+    /// Fails if any block that the cache gave to a worker had bytes that no worker computed under its key. Returns how
+    /// many blocks were compared: those found in a pool, and those that were loaded.
+    pub fn assert_kv_right(&self) -> (u64, u64) {
+        let notes = std::fs::read_to_string(self.notes()).unwrap_or_default();
+        let wrong: Vec<&str> = notes.lines().filter(|line| line.starts_with("WRONG")).collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        let sum = |start: &str| {
+            notes.lines().filter_map(|line| line.strip_prefix(start)?.parse::<u64>().ok()).sum()
+        };
+        (sum("right device "), sum("right loaded "))
+    }
+
+    /// What the daemon holds: open files, mappings of shared memory and of GPUs, and bytes of GPUs that are in use.
+    pub fn daemon_holds(&mut self) -> (usize, usize, u64) {
+        let proc = PathBuf::from(format!("/proc/{}", self.daemon().pid()));
+        let files = std::fs::read_dir(proc.join("fd")).unwrap().count();
+        let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
+        let shared =
+            maps.lines().filter(|line| line.contains("/memfd:") || line.contains("/dev/nvidia")).count();
+        let used =
+            self.status().gpus.iter().filter_map(|gpu| Some(gpu.memory_bytes - gpu.memory_free_bytes?)).sum();
+        (files, shared, used)
     }
 
     /// Fails unless nothing is held: no lease, pin, quarantine, slot of host or disk being filled, transfer.

@@ -136,15 +136,18 @@ fn one_flipped_byte_in_host_memory_is_noticed() {
     let mut random = Random::new(3);
     let prompt = random.tokens(400);
     let mut node = Node::start(DaemonOptions { host_mb: 16.0, ..DaemonOptions::default() });
-    let (mut first, client) = node.worker("first", &small_pool(32));
+    let (mut first, client) = node.worker("first", &WorkerOptions { witness: true, ..small_pool(32) });
     let expected = client.generate(&prompt, 24);
     node.assert_offloaded(12);
     first.kill();
     node.flip_host_byte();
     let arguments = vec!["--fresh-device-pool".into()];
-    let (_second, client) = node.worker("second", &WorkerOptions { arguments, ..small_pool(32) });
+    let (_second, client) =
+        node.worker("second", &WorkerOptions { arguments, witness: true, ..small_pool(32) });
     let answer = client.generate(&prompt, 24);
     assert_eq!(answer.host, 384, "everything came from host");
+    let compared = std::panic::catch_unwind(|| node.assert_kv_right());
+    assert!(compared.is_err(), "a byte was flipped, and the drills' witness does not see it: {compared:?}");
     assert_ne!(answer.tokens, expected.tokens, "a byte was flipped, and the answer is the same");
 }
 

@@ -163,7 +163,7 @@ impl Engine {
         self.next_id += 1;
         let prompt = Prompt { id, tokens: tokens.to_vec(), cacheable: true, ..Prompt::default() };
         let Some(apart) = &self.apart else {
-            let (found, parked) = self.scheduler().query(prompt, 0);
+            let (found, parked) = self.scheduler().query(prompt, 0, &mut || {});
             return (id, found, parked);
         };
         match apart.look_up(prompt, 0, 0) {
@@ -342,4 +342,30 @@ fn a_rank_that_is_missing_is_promised_nothing() {
     engine.serve_until_found(&prompt(1));
     engine.ranks[1].process.close();
     eventually("nothing is found while a rank is away", || (engine.query(&prompt(1)).1 == 0).then_some(()));
+}
+
+#[test]
+fn blocks_on_disk_are_a_miss_and_in_host_memory_the_next_time() {
+    let mut node = Node::start(DaemonOptions::with_disk(32.0, 32.0));
+    let mut engine = Engine::start(&node, 1, LoadMode::Parked).wait_attached();
+    engine.serve(&prompt(1));
+    eventually("all blocks are on disk", || {
+        (node.metric("kvbm_offload_blocks_h2d", "") >= 10.0).then_some(())
+    });
+    // A daemon whose host memory has nothing; the engine's own does not count, for it is not asked.
+    node.kill_daemon();
+    node.start_daemon();
+    let mut engine = engine.wait_attached();
+    let mut asked = || {
+        let (id, found, _) = engine.query(&prompt(1));
+        // It is not taken up.
+        engine.scheduler().request_finished(id);
+        found
+    };
+    let first = asked();
+    eventually("what is on disk has come to host memory", || (asked() == 10 * TOKENS).then_some(()));
+    assert_eq!(first, 0, "the engine was not made to wait for a drive");
+    assert!(node.metric("kvbm_onboard_blocks_d2d", "") >= 10.0);
+    assert_eq!(engine.serve(&prompt(1)), 10 * TOKENS);
+    assert_eq!(engine.broken_promises(), 0);
 }

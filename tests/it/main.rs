@@ -7,6 +7,7 @@ mod drills;
 mod engine_process;
 mod fleet;
 mod keys;
+mod peers;
 mod pins;
 mod quotas;
 mod replay;

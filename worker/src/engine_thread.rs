@@ -19,6 +19,7 @@ use crate::base;
 use crate::pool_cache::{Listing, PoolCache};
 use crate::scheduler::SCORED_TOKENS_MAX;
 use crate::settings::Settings;
+use crate::witness::{ReadBlock, Witness, Witnessed};
 use crate::{
     BatchLimits, Bell, Cache, Counters, CudaEngine, CudaLlama, DevicePool, Echo, Engine, EngineKind,
     EngineOptions, Error, Inbox, KvLayout, KvMemory, Limits, Llama, Loop, Model, Progress, Scheduler,
@@ -127,7 +128,7 @@ impl EnginePlan {
         }
     }
 
-    fn llama(self) -> Result<(Loop<PoolCache, Llama>, Loaded), WorkerError> {
+    fn llama(self) -> Result<(Loop<Witnessed<PoolCache>, Llama>, Loaded), WorkerError> {
         let begin = Instant::now();
         let engine =
             Engine::load(&self.settings.model, &self.options()).map_err(|source| self.not_loaded(source))?;
@@ -135,12 +136,16 @@ impl EnginePlan {
         tracing::info!(threads = engine.threads(), isa = ?engine.isa(), seconds, "model loaded");
         let base = self.base(engine.revision(), KvLayout::NAME);
         let cache = self.open_pool(self.pool, base)?;
-        let kv = KvMemory::of_pool(cache.memory(), self.kv);
-        Ok(self.join(base, cache, Llama { engine, kv }))
+        let [kv, again] = [(); 2].map(|()| KvMemory::of_pool(cache.memory(), self.kv));
+        let witness = self.witness(Box::new(move |block| Ok(again.read_block(block))))?;
+        Ok(self.join(base, cache, Llama { engine, kv }, witness))
     }
 
     /// The engine on a GPU, with blocks in memory of that GPU which the daemon made, or it itself for want of a daemon.
-    fn cuda(self, device: &DeviceName) -> Result<(Loop<PoolCache, CudaLlama>, Loaded), WorkerError> {
+    fn cuda(
+        self,
+        device: &DeviceName,
+    ) -> Result<(Loop<Witnessed<PoolCache>, CudaLlama>, Loaded), WorkerError> {
         let begin = Instant::now();
         let settings = &self.settings;
         let limits = BatchLimits {
@@ -155,7 +160,9 @@ impl EnginePlan {
         let base = self.base(engine.revision(), KvLayout::CUDA_NAME);
         let (cache, pool) = self.open_gpu_pool(&engine, base)?;
         engine.publish_steps(StepWords::new(cache.memory().memory().clone(), POOL_STEPS_OFFSET));
-        Ok(self.join(base, cache, CudaLlama { engine, pool }))
+        let blocks = pool.clone();
+        let witness = self.witness(Box::new(move |block| blocks.read_block(block)))?;
+        Ok(self.join(base, cache, CudaLlama { engine, pool }, witness))
     }
 
     fn open_gpu_pool(
@@ -200,6 +207,21 @@ impl EnginePlan {
         }
     }
 
+    /// Who looks at the blocks, in a drill.
+    fn witness(&self, read: ReadBlock) -> Result<Option<Witness>, WorkerError> {
+        let path = self.settings.kv_witness.as_deref();
+        let opened = path.map(|path| Witness::open(path, read)).transpose();
+        let invalid = |error: std::io::Error| {
+            let path = self.settings.kv_witness.as_deref().unwrap_or_else(|| "".as_ref());
+            WorkerError::invalid(
+                "KVBM_TEST_KV_WITNESS",
+                path.display(),
+                format!("a file that can be written ({error})"),
+            )
+        };
+        opened.map_err(invalid)
+    }
+
     fn not_loaded(&self, source: Error) -> WorkerError {
         WorkerError::Model { folder: self.settings.model.clone(), source }
     }
@@ -209,7 +231,8 @@ impl EnginePlan {
         base: BaseNamespace,
         cache: DeviceCache,
         model: M,
-    ) -> (Loop<PoolCache, M>, Loaded) {
+        witness: Option<Witness>,
+    ) -> (Loop<Witnessed<PoolCache>, M>, Loaded) {
         let Self { settings, limits, eos_token_ids, listing, inbox, .. } = self;
         let scheduler = Scheduler::new(SchedulerOptions {
             max_batch_tokens: settings.max_batch_tokens,
@@ -220,7 +243,8 @@ impl EnginePlan {
             ..SchedulerOptions::new(limits, eos_token_ids)
         });
         let cache_counters = cache.counters();
-        let turns = Loop::new(scheduler, PoolCache::new(cache, listing), model, inbox);
+        let turns =
+            Loop::new(scheduler, Witnessed::new(PoolCache::new(cache, listing), witness), model, inbox);
         let facts = Loaded { base, counters: turns.counters(), cache: cache_counters };
         (turns, facts)
     }
@@ -259,8 +283,8 @@ impl EnginePlan {
 
 /// What is turned.
 enum Turns {
-    Llama(Box<Loop<PoolCache, Llama>>),
-    Cuda(Box<Loop<PoolCache, CudaLlama>>),
+    Llama(Box<Loop<Witnessed<PoolCache>, Llama>>),
+    Cuda(Box<Loop<Witnessed<PoolCache>, CudaLlama>>),
     Echo(Box<ListedEcho>),
 }
 

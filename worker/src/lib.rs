@@ -37,6 +37,7 @@ mod service;
 mod settings;
 mod system;
 mod turns;
+mod witness;
 mod worker;
 mod worker_error;
 

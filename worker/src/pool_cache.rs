@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvbm_connector::{
     Allocate as Given, CacheEvent as Reported, DeviceCache, LeaseId as DaemonLease, WorkerRegistration,
@@ -29,11 +30,13 @@ pub(crate) struct PoolCache {
     inner: DeviceCache,
     listing: Listing,
     leases: Leases,
+    /// When each onboard was asked for that has not ended.
+    onboards: HashMap<u64, Instant>,
 }
 
 impl PoolCache {
     pub fn new(inner: DeviceCache, listing: Listing) -> Self {
-        Self { inner, listing, leases: Leases::default() }
+        Self { inner, listing, leases: Leases::default(), onboards: HashMap::new() }
     }
 }
 
@@ -58,6 +61,7 @@ impl Cache for PoolCache {
 
     fn onboard(&mut self, ticket: Ticket, lease: LeaseId, targets: Vec<BlockId>) {
         let lease = self.leases.take(lease);
+        self.onboards.insert(ticket.0, Instant::now());
         self.inner.onboard(ticket.0, lease, indices(&targets));
     }
 
@@ -82,6 +86,7 @@ impl Cache for PoolCache {
     }
 
     fn abandon(&mut self, ticket: Ticket) {
+        self.onboards.remove(&ticket.0);
         self.inner.abandon(ticket.0);
     }
 
@@ -109,7 +114,8 @@ impl PoolCache {
             Reported::Promoting { ticket } => Some(CacheEvent::Promoting { ticket: Ticket(ticket) }),
             Reported::Granted => Some(CacheEvent::Granted),
             Reported::Onboarded { ticket, ok } => {
-                let outcome = if ok { Onboard::Done } else { Onboard::Failed };
+                let took = self.onboards.remove(&ticket).map_or(Duration::ZERO, |begin| begin.elapsed());
+                let outcome = if ok { Onboard::Done(took) } else { Onboard::Failed };
                 Some(CacheEvent::Onboarded { ticket: Ticket(ticket), outcome })
             }
             Reported::Attached { pool_id } => {

@@ -31,6 +31,8 @@ pub(crate) struct Settings {
     pub model: PathBuf,
     /// `None`: the processor.
     pub device: Option<DeviceName>,
+    /// For drills: a file in which it is noted what bytes blocks have.
+    pub kv_witness: Option<PathBuf>,
     pub random_weights: Option<Shape>,
     pub served_name: String,
     pub revision: Option<String>,
@@ -138,6 +140,7 @@ impl Settings {
             system: system(&args)?,
             retention: args.retention.over(args.config.as_deref())?,
             processors: test_processors(&model, &variable)?,
+            kv_witness: variable(KV_WITNESS).map(PathBuf::from),
             lora: if args.ignore_lora { Lora::CountsForKeysOnly } else { Lora::Refused },
             role: args.role,
             model,
@@ -187,6 +190,9 @@ impl Settings {
 
 /// The switches of a test that a worker's processors are run: the present name, and an older one.
 const TEST_PROCESSOR: [&str; 2] = ["DYN_ENABLE_TEST_LOGITS_PROCESSOR", "DYNAMO_ENABLE_TEST_LOGITS_PROCESSOR"];
+
+/// For drills: see `witness`.
+const KV_WITNESS: &str = "KVBM_TEST_KV_WITNESS";
 
 /// One that says "Hello world!", if that is asked for.
 fn test_processors(

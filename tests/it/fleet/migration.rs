@@ -84,9 +84,53 @@ fn expect_whole(streamed: &Streamed, expected: &str) {
     assert_eq!(streamed.text, expected);
 }
 
+/// Bounds of the histogram of gaps, in seconds.
+const BOUNDS: [&str; 8] = ["0.003", "0.01", "0.02", "0.03", "0.05", "0.1", "0.3", "0.5"];
+
+/// Gaps between tokens over a move: what of them was spent copying KV into the next worker's pool, or the rest.
+struct Gaps {
+    part: &'static str,
+    moves: f64,
+    mean_ms: f64,
+    /// Moves that took no longer than each bound.
+    within: [f64; 8],
+}
+
+impl Gaps {
+    fn of(frontend: &Frontend, part: &'static str) -> Self {
+        let metric = |what: &str, more: &str| {
+            let label = format!("part=\"{part}\"{more}");
+            frontend.metric(&format!("dynamo_frontend_model_migration_gap_seconds_{what}"), &label)
+        };
+        let moves = metric("count", "");
+        let within = BOUNDS.map(|bound| metric("bucket", &format!(",le=\"{bound}\"")));
+        Self { part, moves, mean_ms: 1000.0 * metric("sum", "") / moves.max(1.0), within }
+    }
+
+    /// The first bound that half of them keep to, as seconds.
+    fn median_below(&self) -> f64 {
+        let at = self.within.iter().position(|count| 2.0 * count >= self.moves);
+        at.map_or(f64::INFINITY, |at| BOUNDS[at].parse().unwrap())
+    }
+
+    fn print(&self) {
+        let shares: Vec<String> =
+            BOUNDS.iter().zip(self.within).map(|(bound, count)| format!("{count} in {bound} s")).collect();
+        println!(
+            "gap, {}: mean {:.1} ms, half of {} within {} s; {}",
+            self.part,
+            self.mean_ms,
+            self.moves,
+            self.median_below(),
+            shares.join(", ")
+        );
+    }
+}
+
 #[test]
 fn drill_migration() {
-    let streams = std::env::var("KVBM_DRILL_STREAMS").map_or(STREAMS, |count| count.parse().unwrap());
+    let at_length = std::env::var("KVBM_DRILL_STREAMS").ok().map(|count| count.parse::<usize>().unwrap());
+    let streams = at_length.unwrap_or(STREAMS);
     let node = Node::start(DaemonOptions::default());
     let mut processes: Vec<Process> = (0..WORKERS).map(|number| start(&node, number)).collect();
     let arguments = ["--router-mode", "kv", "--migration-limit", "1000"];
@@ -152,8 +196,15 @@ fn drill_migration() {
         1000.0 * seconds / resumed.max(1.0),
         gaps[gaps.len() / 2],
     );
-    assert_eq!(recomputed, open_block + not_offloaded + missed);
+    let [onboard, rest] = ["onboard", "rest"].map(|part| Gaps::of(&frontend, part));
+    onboard.print();
+    rest.print();
+    // No more than the block that was being filled, and what had not been offloaded.
+    assert_eq!(recomputed, open_block + not_offloaded);
     assert!(open_block <= BLOCK as f64 * resumed, "{open_block} tokens of {resumed} blocks");
+    // In a few moves, or beside other tests, time says nothing.
+    let is_soon = at_length.is_none() || rest.median_below() <= 0.05;
+    assert!(is_soon, "half of the moves took longer than 50 ms beyond the copy");
     assert!(ongoing > 0.0, "nothing was disturbed");
 }
 

@@ -4,11 +4,13 @@ mod disagg;
 mod discovery;
 mod events;
 mod migration;
+mod models;
 mod moves;
 mod nats_accounts;
 mod outage;
 mod routing;
 mod servers;
+mod trace;
 mod whole;
 
 use kvbm_tests::{Node, Process, WorkerOptions};

@@ -11,7 +11,8 @@ use super::device::allocate_exportable;
 use super::kernels::KvPlace;
 use crate::{BlockId, Error, KvLayout, Result};
 
-/// The device pool on a GPU. Other processes may copy from and to blocks that the engine does not use.
+/// The device pool on a GPU. Clones share the memory. Other processes may copy from and to blocks that the engine does not use.
+#[derive(Clone)]
 pub struct DevicePool {
     memory: Arc<VmmMemory>,
     stride: usize,
