@@ -69,7 +69,8 @@ fn a_request_is_followed_to_the_daemons_copies() {
         .header("content-type", "application/json")
         .send(body.to_string())
         .unwrap();
-    assert!(traced.headers()["x-kvbm-cached-tokens"].to_str().unwrap().contains("host=32"));
+    let cached = traced.headers()["x-kvbm-cached-tokens"].to_str().unwrap();
+    assert!(cached.contains("host=32"), "{cached}");
 
     let spans = eventually_within(Duration::from_secs(20), "all spans have come", || {
         let all = collector.0.lock().unwrap();

@@ -4,6 +4,7 @@
 //! pause.
 
 mod args;
+mod fleet;
 mod part;
 mod state_dir;
 
@@ -33,6 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const PORTS_TRIED: usize = 100;
 /// How long the parts may take until they serve: a large model is read and hashed first.
 const START_MAX: Duration = Duration::from_secs(1800);
+/// How long the frontend may then take to connect to the workers before that is no reason to wait any more.
+const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// How long the daemon's start waits for the holder's. It looks for the holder for a while itself.
 const HOLDER_START_MAX: Duration = Duration::from_secs(5);
 /// A part that ends this often before everything was ready once is not started again.
@@ -183,12 +186,15 @@ impl Fleet {
             }
         }
         let deadline = Instant::now() + START_MAX;
-        let mut ready = false;
+        let (mut served, mut ready) = (None, false);
         let mut early_ends = 0;
         loop {
             if !ready && self.parts.iter().all(|part| part.ready().is_some()) {
-                ready = true;
-                self.announce(args, model, state);
+                let since = *served.get_or_insert_with(Instant::now);
+                if self.is_one_fleet().await || since.elapsed() > CONNECT_MAX {
+                    ready = true;
+                    self.announce(args, model, state);
+                }
             }
             for part in &mut self.parts {
                 if let Some((how, code)) = part.ended() {
@@ -219,6 +225,13 @@ impl Fleet {
                 () = signals.stop() => return Ok(()),
             }
         }
+    }
+
+    /// Whether the frontend uses every worker: a first request that comes before has fewer to choose from.
+    async fn is_one_fleet(&self) -> bool {
+        let workers = self.parts.iter().filter(|part| part.name.starts_with("worker")).count();
+        let Some(frontend) = self.part("frontend").ready() else { return false };
+        fleet::usable_workers(&frontend.address).await.is_some_and(|usable| usable >= workers)
     }
 
     /// Tells people or scripts where everything is, and keeps the ports for later starts.
