@@ -88,7 +88,8 @@ impl WholePath {
             let disk = path.manager.disk().map(|disk| disk.state);
             planned == there && disk == Some(DiskState::On)
         })?;
-        for _ in 0..(SETS_ON_DISK as usize + 1).div_ceil(SETS_PER_TURN) {
+        // Every byte of the file: parts that were never written are read as zeros, without the drive.
+        for _ in 0..(bytes.div_ceil(set_bytes) as usize).div_ceil(SETS_PER_TURN) {
             path.write()?;
         }
         Ok(path)
