@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::nearest::nearest;
-use super::settings::{Default, SETTINGS, Setting};
+use super::setting::{Default, Setting};
+use super::settings::SETTINGS;
 use super::{Config, foreign, memory, quotas};
 use crate::DaemonArgs;
 use crate::remote::{Credentials, Misfit, Token};

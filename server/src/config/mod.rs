@@ -9,6 +9,7 @@ mod load;
 pub(crate) mod memory;
 mod nearest;
 mod quotas;
+mod setting;
 mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -23,7 +24,8 @@ use kvbm::{
 };
 
 pub use load::{ConfigError, Environment, Loaded, Source, load};
-pub use settings::{SETTINGS, Setting};
+pub use setting::Setting;
+pub use settings::SETTINGS;
 
 /// The checked settings. See [`SETTINGS`] for names, ranges and defaults.
 #[derive(Debug, Clone, PartialEq)]
