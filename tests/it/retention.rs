@@ -109,10 +109,13 @@ fn a_worker_without_a_daemon_keeps_what_is_dear_until_its_time_is_over() {
     assert_eq!(served.ask(&dear, &json!({})), [0; 3]);
 }
 
+/// Which of two blocks of equal right goes first is not asked here.
+const POLICY: [&str; 2] = ["--eviction-policy", "lru"];
+
 /// 80 blocks of host memory; another worker with an empty pool says what is in it.
 #[test]
 fn a_dear_prompt_survives_a_flood_in_host_until_its_time_is_over() {
-    let node = Node::start(DaemonOptions { host_mb: 8.0, ..DaemonOptions::default() });
+    let node = Node::start(DaemonOptions { host_mb: 8.0, ..DaemonOptions::default() }.and(&POLICY));
     let served = Served::start(&node, "a", &small());
     let mut random = Random::new(32);
     let (dear, plain) = (random.tokens(PROMPT_TOKENS), random.tokens(PROMPT_TOKENS));
@@ -134,7 +137,7 @@ fn a_dear_prompt_survives_a_flood_in_host_until_its_time_is_over() {
 #[test]
 fn a_dear_prompt_survives_a_flood_on_disk_until_its_time_is_over() {
     for (duration_ms, survives) in [(600_000, true), (1000, false)] {
-        let mut node = Node::start(DaemonOptions::with_disk(8.0, 16.0));
+        let mut node = Node::start(DaemonOptions::with_disk(8.0, 16.0).and(&POLICY));
         let mut random = Random::new(33);
         let (dear, plain) = (random.tokens(PROMPT_TOKENS), random.tokens(PROMPT_TOKENS));
         {
@@ -157,7 +160,7 @@ fn a_dear_prompt_survives_a_flood_on_disk_until_its_time_is_over() {
 #[tokio::test]
 async fn an_engines_pool_is_kept_as_tensorrt_llm_keeps_it() {
     let options = DaemonOptions { host_mb: 0.0, ..DaemonOptions::default() };
-    let node = Node::start(options.and(&["--eviction-policy", "lru"]));
+    let node = Node::start(options.and(&POLICY));
     let keep = |priority, ms: Option<u64>| Retention { priority, duration: ms.map(Duration::from_millis) };
     let default = Retention::default();
     let engine = |number, pool_blocks| {
