@@ -3,7 +3,9 @@
 //! When the other process dies, the memory stays mapped and right here until it is closed, which then frees it (measured).
 
 use std::ptr;
+use std::sync::Arc;
 
+use crate::memory::check_way;
 use crate::sys::{call, cu};
 use crate::{Context, DeviceAddress, DeviceMemory, DeviceRange, Error};
 
@@ -43,6 +45,7 @@ pub struct IpcMemory {
     context: Context,
     address: DeviceAddress,
     bytes: usize,
+    handle: IpcHandle,
 }
 
 impl IpcMemory {
@@ -50,11 +53,11 @@ impl IpcMemory {
     pub fn open(context: &Context, handle: IpcHandle, bytes: usize) -> Result<Self, Error> {
         context.bind()?;
         let mut address = 0;
-        let handle = cu::CUipcMemHandle { reserved: handle.0.map(|byte| byte as std::ffi::c_char) };
+        let name = cu::CUipcMemHandle { reserved: handle.0.map(|byte| byte as std::ffi::c_char) };
         let flags = cu::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         // SAFETY: writes one address, which `self` closes; the driver refuses handles that it did not make.
-        unsafe { call!(cuIpcOpenMemHandle_v2(&mut address, handle, flags)) }?;
-        let opened = Self { context: context.clone(), address: DeviceAddress(address), bytes };
+        unsafe { call!(cuIpcOpenMemHandle_v2(&mut address, name, flags)) }?;
+        let opened = Self { context: context.clone(), address: DeviceAddress(address), bytes, handle };
         let there = opened.bytes_there()?;
         if bytes == 0 || bytes > there {
             let reason = format!("{bytes} bytes were announced, {there} are there");
@@ -73,6 +76,15 @@ impl IpcMemory {
 }
 
 impl DeviceRange for IpcMemory {
+    /// Opened there as well: through the mapping of the memory's own GPU copies took a detour (`kvbm bench fan-out`).
+    fn seen_by(&self, other: &Context) -> Result<Option<Arc<dyn DeviceRange>>, Error> {
+        if other.device().uuid == self.context.device().uuid {
+            return Ok(None);
+        }
+        check_way(other, &self.context)?;
+        Ok(Some(Arc::new(Self::open(other, self.handle, self.bytes)?)))
+    }
+
     fn context(&self) -> &Context {
         &self.context
     }

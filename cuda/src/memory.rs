@@ -1,6 +1,7 @@
 //! Memory of a GPU that CUDA allocated for this process.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::sys::call;
 use crate::{Context, Error};
@@ -48,6 +49,12 @@ pub trait DeviceRange: sealed::Sealed + fmt::Debug + Send + Sync + 'static {
         }
         check_way(other, self.context())?;
         other.reach(self.context())
+    }
+
+    /// This memory as another GPU of this process is to copy out of it, which it lets in. `None`: as it is here. Else it is
+    /// mapped there in its own right.
+    fn seen_by(&self, other: &Context) -> Result<Option<Arc<dyn DeviceRange>>, Error> {
+        self.let_in(other).map(|()| None)
     }
 
     /// Copies bytes out, and waits for it. Not ordered with streams.

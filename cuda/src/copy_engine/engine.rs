@@ -13,7 +13,7 @@ use super::device::CopyDevice;
 use super::executor::Executor;
 use super::memcpy_device::MemcpyDevice;
 use super::{CopyMemory, Direction, LaneId, PacerConfig, StepWords};
-use crate::{Context, Driver, Error};
+use crate::{Context, Driver, Error, topology};
 
 /// How a copy engine is set up.
 #[derive(Debug, Clone)]
@@ -123,7 +123,12 @@ impl CopyEngine {
     pub fn start(driver: &Driver, context: &Context, config: CopyEngineConfig) -> Result<Self, Error> {
         let device = CudaDevice::new(driver, context, config.streams)?;
         let name = format!("gpu-{}", context.device().ordinal);
-        Ok(Self::start_over(move || device, &name, config))
+        let node = context.device().numa_node;
+        let on_its_node = move || {
+            node.into_iter().for_each(topology::stay_on);
+            device
+        };
+        Ok(Self::start_over(on_its_node, &name, config))
     }
 
     /// Starts an engine that copies between memories of the host: for tests, and where there is no GPU.

@@ -31,7 +31,7 @@ type Outcome = Result<String, String>;
 
 type Test = (&'static str, fn(&Gpu) -> Outcome);
 
-const TESTS: [Test; 21] = [
+const TESTS: [Test; 22] = [
     ("the_gpu_is_described", describe),
     ("each_batch_form_copies_scattered_blocks", batches::each_form),
     ("a_refused_copy_leaves_the_gpu_usable", batches::refused),
@@ -47,6 +47,7 @@ const TESTS: [Test; 21] = [
     ("words_order_streams_of_two_processes", words::ping_pong),
     ("a_dead_peers_word_is_written_by_the_host", words::released),
     ("blocks_go_from_gpu_to_gpu", two_gpus::engine),
+    ("blocks_of_another_process_go_from_gpu_to_gpu", two_gpus::of_another_process),
     ("each_batch_form_copies_from_gpu_to_gpu", two_gpus::each_form),
     ("host_memory_is_registered_once_for_all_gpus", two_gpus::registered_once),
     ("kernels_and_graphs_run", compute::kernels),

@@ -12,8 +12,8 @@ use crate::patterns::{block, check, check_device, fill_device, host, scatter};
 use crate::peer::{Channel, Peer};
 use crate::{Gpu, Outcome};
 
-const BLOCK: usize = 256 << 10;
-const BLOCKS: usize = 1024;
+pub const BLOCK: usize = 256 << 10;
+pub const BLOCKS: usize = 1024;
 
 fn text(error: kvbm_cuda::Error) -> String {
     error.to_string()
@@ -58,7 +58,7 @@ fn import(gpu: &Gpu, peer: &Peer) -> Result<Arc<dyn DeviceRange>, String> {
     Ok(Arc::new(pool))
 }
 
-fn open(gpu: &Gpu, peer: &Peer) -> Result<Arc<dyn DeviceRange>, String> {
+pub fn open(gpu: &Gpu, peer: &Peer) -> Result<Arc<dyn DeviceRange>, String> {
     let (bytes, _) = peer.channel.receive()?;
     let handle = IpcHandle(bytes.try_into().map_err(|_| "a handle has 64 bytes")?);
     if IpcMemory::open(&gpu.context, handle, BLOCKS * BLOCK * 16).is_ok() {

@@ -10,7 +10,8 @@ use kvbm_cuda::{
 
 use crate::engine::{blocks, done, start, submit};
 use crate::patterns::{check_device, fill_device, host, scatter};
-use crate::{Gpu, Outcome};
+use crate::peer::Peer;
+use crate::{Gpu, Outcome, sharing};
 
 const BLOCK: usize = 2 << 20;
 const BLOCKS: usize = 256;
@@ -40,30 +41,54 @@ pub fn engine(gpu: &Gpu) -> Outcome {
     let bytes = BLOCKS * BLOCK;
     let vmm: Arc<dyn DeviceRange> = Arc::new(VmmMemory::create(&gpu.context, bytes).map_err(text)?);
     let plain: Arc<dyn DeviceRange> = Arc::new(DeviceMemory::allocate(&gpu.context, bytes).map_err(text)?);
-    let engine = start(&other)?;
     let mut rates = Vec::new();
     for (seed, (name, from)) in [("vmm", vmm), ("plain", plain)].into_iter().enumerate() {
         let seed = seed as u64 + 1;
         fill_device(&*from, seed, BLOCK)?;
         from.let_in(&other.context).map_err(text)?;
         from.let_in(&other.context).map_err(|error| format!("the second time: {error}"))?;
-        let to: Arc<dyn DeviceRange> = Arc::new(VmmMemory::create(&other.context, bytes).map_err(text)?);
-        to.fill(0, 0xEE, to.bytes()).map_err(text)?;
-        // Each block to its own place, in an order without locality.
-        let pairs: Vec<(usize, usize)> = scatter(BLOCKS, 7).into_iter().map(|block| (block, block)).collect();
-        let (from, memory) = (CopyMemory::Device(from), CopyMemory::Device(to.clone()));
-        let mut best = f64::MAX;
-        for _ in 0..3 {
-            let (batch, end) = blocks(Direction::Onboard, (&from, &memory), BLOCK, &pairs);
-            let started = Instant::now();
-            submit(&engine, batch)?;
-            done(&end)?;
-            best = best.min(started.elapsed().as_secs_f64());
-        }
-        check_device(&*to, seed, BLOCK)?;
-        rates.push(format!("{name} {:.0} GB/s", bytes as f64 / 1e9 / best));
+        rates.push(format!("{name} {:.0} GB/s", rate(&other, from, (BLOCKS, BLOCK), seed)?));
     }
     Ok(format!("{BLOCKS} blocks of 2 MiB: {}", rates.join(", ")))
+}
+
+/// The same out of memory of another process, opened by its handle.
+pub fn of_another_process(gpu: &Gpu) -> Outcome {
+    let Some(other) = second(gpu)? else { return Ok(SKIPPED.into()) };
+    let owner = Peer::start("ipc-owner")?;
+    let pool = sharing::open(gpu, &owner)?;
+    let seen = pool.seen_by(&other.context).map_err(text)?.ok_or("it was not opened there")?;
+    let there = rate(&other, seen, (sharing::BLOCKS, sharing::BLOCK), 1)?;
+    pool.let_in(&other.context).map_err(text)?;
+    let here = rate(&other, pool, (sharing::BLOCKS, sharing::BLOCK), 1)?;
+    owner.finish()?;
+    Ok(format!("opened where it is wanted {there:.0} GB/s, where it is {here:.0} GB/s"))
+}
+
+/// Brings all blocks of memory with this pattern to another GPU, checks them, and says how fast, in GB/s.
+fn rate(
+    to: &Gpu,
+    from: Arc<dyn DeviceRange>,
+    (count, size): (usize, usize),
+    seed: u64,
+) -> Result<f64, String> {
+    let engine = start(to)?;
+    let bytes = count * size;
+    let target: Arc<dyn DeviceRange> = Arc::new(VmmMemory::create(&to.context, bytes).map_err(text)?);
+    target.fill(0, 0xEE, target.bytes()).map_err(text)?;
+    // Each block to its own place, in an order without locality.
+    let pairs: Vec<(usize, usize)> = scatter(count, 7).into_iter().map(|block| (block, block)).collect();
+    let (from, memory) = (CopyMemory::Device(from), CopyMemory::Device(target.clone()));
+    let mut best = f64::MAX;
+    for _ in 0..3 {
+        let (batch, end) = blocks(Direction::Onboard, (&from, &memory), size, &pairs);
+        let started = Instant::now();
+        submit(&engine, batch)?;
+        done(&end)?;
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    check_device(&*target, seed, size)?;
+    Ok(bytes as f64 / 1e9 / best)
 }
 
 pub fn each_form(gpu: &Gpu) -> Outcome {

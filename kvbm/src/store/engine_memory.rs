@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
+use kvbm_cuda::Context;
 use kvbm_cuda::copy_engine::CopyMemory;
 use kvbm_shm::{Copies, DeviceMemory, PoolWords, SharedMemory};
 use parking_lot::Mutex;
@@ -113,10 +114,9 @@ pub trait EngineMemory: Debug + Send + Sync {
     /// Into the engine's memory.
     fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
 
-    /// An export as copy engines take it, and where it begins there; `None`: there is no such export, or no way to it.
-    fn piece(&self, _export: usize) -> Option<(CopyMemory, usize)> {
-        None
-    }
+    /// An export as the copy engines of a GPU take it, `None`: of no GPU, and where it begins there. `None`: there is no such
+    /// export. Or why there is no way to it.
+    fn piece(&self, export: usize, reader: Option<&Context>) -> Result<Option<(CopyMemory, usize)>, String>;
 
     /// Makes sure that copies from another memory can reach it, or says why they cannot.
     fn connect(&self, from: &dyn EngineMemory) -> Result<(), String>;
@@ -200,12 +200,12 @@ impl EngineMemory for SharedExports {
         Ok(())
     }
 
-    fn piece(&self, export: usize) -> Option<(CopyMemory, usize)> {
-        self.0.get(export).map(|memory| (CopyMemory::Shared(Arc::clone(memory)), 0))
+    fn piece(&self, export: usize, _reader: Option<&Context>) -> Result<Option<(CopyMemory, usize)>, String> {
+        Ok(self.0.get(export).map(|memory| (CopyMemory::Shared(Arc::clone(memory)), 0)))
     }
 
     fn connect(&self, from: &dyn EngineMemory) -> Result<(), String> {
-        match from.piece(0) {
+        match from.piece(0, None)? {
             Some((CopyMemory::Shared(_), _)) => Ok(()),
             Some(_) | None => Err("it is in memory of a GPU".into()),
         }
@@ -214,7 +214,7 @@ impl EngineMemory for SharedExports {
     fn copy_from(&self, from: &dyn EngineMemory, ranges: &[PeerCopy]) -> Result<(), String> {
         let copies = Copies::default();
         for range in ranges {
-            let Some((CopyMemory::Shared(memory), start)) = from.piece(range.from_export) else {
+            let Some((CopyMemory::Shared(memory), start)) = from.piece(range.from_export, None)? else {
                 return Err("it is in memory of a GPU".into());
             };
             let to = (&*self.0[range.export], range.offset);

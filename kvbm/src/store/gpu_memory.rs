@@ -1,12 +1,15 @@
 //! KV memory that an engine has on a GPU, mapped by the daemon: its copies go to the GPU's copy engine.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbm_cuda::copy_engine::StepWords;
 use kvbm_cuda::copy_engine::{CopyMemory, Direction, Gpu, Gpus, LaneId, Urgency};
-use kvbm_cuda::{DeviceName, DeviceRange, IpcHandle, IpcMemory, VmmMemory};
+use kvbm_cuda::{Context, DeviceName, DeviceRange, IpcHandle, IpcMemory, VmmMemory};
 use kvbm_shm::{DeviceMemory, SharedMemory};
+use parking_lot::Mutex;
 
 use super::{EngineMemory, Export, MapExports, MapShared, NoDeviceMemory, Pace, PeerCopy, RangeCopy};
 
@@ -48,7 +51,8 @@ impl MapGpus {
 
     fn exports(&self, gpu: Arc<Gpu>, mapped: Vec<Mapped>) -> Arc<dyn EngineMemory> {
         let lane = LaneId(self.lanes.fetch_add(1, Ordering::Relaxed));
-        Arc::new(GpuExports { gpus: Some(Arc::clone(&self.gpus)), gpu, lane, mapped })
+        let (gpus, elsewhere) = (Some(Arc::clone(&self.gpus)), Mutex::default());
+        Arc::new(GpuExports { gpus, gpu, lane, mapped, elsewhere })
     }
 }
 
@@ -120,6 +124,8 @@ struct GpuExports {
     gpu: Arc<Gpu>,
     lane: LaneId,
     mapped: Vec<Mapped>,
+    /// Each export as other GPUs see it, by their name.
+    elsewhere: Mutex<HashMap<(String, usize), Arc<dyn DeviceRange>>>,
 }
 
 impl GpuExports {
@@ -140,6 +146,13 @@ impl GpuExports {
             }
         });
         self.gpu.copy(direction, self.lane, urgency, copies).map(|_| ())
+    }
+}
+
+impl GpuExports {
+    /// All of another memory, as this GPU sees it.
+    fn pieces_of(&self, from: &dyn EngineMemory) -> Result<Vec<(CopyMemory, usize)>, String> {
+        (0..).map_while(|export| from.piece(export, self.gpu.context()).transpose()).collect()
     }
 }
 
@@ -164,18 +177,27 @@ impl EngineMemory for GpuExports {
         self.copy(Direction::Onboard, Urgency::Demanded, copies)
     }
 
-    fn piece(&self, export: usize) -> Option<(CopyMemory, usize)> {
-        self.mapped.get(export).map(|mapped| (mapped.memory.clone(), mapped.start))
+    fn piece(&self, export: usize, reader: Option<&Context>) -> Result<Option<(CopyMemory, usize)>, String> {
+        let Some(mapped) = self.mapped.get(export) else { return Ok(None) };
+        let (CopyMemory::Device(memory), Some(reader)) = (&mapped.memory, reader) else {
+            return Ok(Some((mapped.memory.clone(), mapped.start)));
+        };
+        let key = (reader.device().uuid.clone(), export);
+        let mut elsewhere = self.elsewhere.lock();
+        let seen = match elsewhere.entry(key) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(new) => {
+                let seen = memory.seen_by(reader).map_err(|error| error.to_string())?;
+                new.insert(seen.unwrap_or_else(|| Arc::clone(memory))).clone()
+            }
+        };
+        Ok(Some((CopyMemory::Device(seen), mapped.start)))
     }
 
     fn connect(&self, from: &dyn EngineMemory) -> Result<(), String> {
-        let pieces = (0..).map_while(|export| from.piece(export));
-        for (memory, _) in pieces {
+        for (memory, _) in self.pieces_of(from)? {
             match (memory, self.gpu.context()) {
-                (CopyMemory::Device(memory), Some(gpu)) => {
-                    memory.let_in(gpu).map_err(|error| error.to_string())?;
-                }
-                (CopyMemory::Shared(_), None) => {}
+                (CopyMemory::Device(_), Some(_)) | (CopyMemory::Shared(_), None) => {}
                 (CopyMemory::Device(_), None) => return Err("it is in memory of a GPU".into()),
                 (CopyMemory::Shared(_), Some(_)) | (CopyMemory::Registered(_), _) => {
                     return Err("it is in memory of the host".into());
@@ -186,7 +208,7 @@ impl EngineMemory for GpuExports {
     }
 
     fn copy_from(&self, from: &dyn EngineMemory, ranges: &[PeerCopy]) -> Result<(), String> {
-        let pieces: Vec<_> = (0..).map_while(|export| from.piece(export)).collect();
+        let pieces = self.pieces_of(from)?;
         let copies = ranges.iter().map(|range| {
             let ((from, start), to) = (&pieces[range.from_export], &self.mapped[range.export]);
             ((from, start + range.from_offset), (&to.memory, to.start + range.offset), range.bytes)
@@ -243,6 +265,7 @@ mod tests {
             gpu: Arc::new(Gpu::on_host(CopyEngineConfig::default())),
             lane: LaneId(0),
             mapped: mapped.collect(),
+            elsewhere: Mutex::default(),
         };
         let fragment = |export| Fragment { export, offset: 512, stride: 3000, bytes: 2000 };
         let blocks = MappedBlocks::new(Arc::new(exports), vec![fragment(0), fragment(1)], 4000, 64).unwrap();

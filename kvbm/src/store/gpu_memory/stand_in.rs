@@ -31,7 +31,8 @@ impl StandInGpus {
         let mut lanes = self.lanes.lock();
         *lanes += 1;
         let mapped = Mapped { bytes: memory.bytes(), memory: CopyMemory::Shared(memory), start: 0 };
-        Arc::new(GpuExports { gpus: None, gpu, lane: LaneId(*lanes), mapped: vec![mapped] })
+        let (lane, elsewhere) = (LaneId(*lanes), Mutex::default());
+        Arc::new(GpuExports { gpus: None, gpu, lane, mapped: vec![mapped], elsewhere })
     }
 }
 
