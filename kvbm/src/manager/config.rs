@@ -43,7 +43,7 @@ pub struct ManagerConfig {
     pub offload_priority_min: u8,
     /// Events kept for watchers.
     pub events_kept: usize,
-    /// How far back [`Manager::what_if`] looks; zero turns it off.
+    /// How far back [`crate::Manager::what_if`] looks; zero turns it off.
     pub what_if_window: Duration,
     /// Which block goes first among those of equal right.
     pub policy: PolicyKind,

@@ -78,13 +78,15 @@ impl DiskStore {
         bindings: &[Option<Binding>],
         results: &mut [Result<(), WriteFailure>],
     ) -> Vec<Writing> {
-        let going: Vec<(usize, Binding)> = (0..blocks.len())
+        let mut going: Vec<(usize, Binding)> = (0..blocks.len())
             .filter(|at| results[*at].is_ok())
             .filter_map(|at| bindings[at].map(|binding| (at, binding)))
             .collect();
         if going.is_empty() {
             return Vec::new();
         }
+        // What lies side by side goes to the drive as one.
+        going.sort_by_key(|(at, _)| blocks[*at].place);
         let io = |(at, binding): &(usize, Binding)| {
             let block = &blocks[*at];
             let (file, offset) = self.position(block.place, binding.stride);
@@ -167,7 +169,7 @@ impl DiskStore {
     /// Reads blocks, waits, and checks what arrived.
     pub fn read(&self, blocks: &[DiskRead]) -> Vec<Result<(), ReadFailure>> {
         let mut results = vec![Err(ReadFailure::Absent); blocks.len()];
-        let found: Vec<(usize, Entry, Io)> = {
+        let mut found: Vec<(usize, Entry, Io)> = {
             let tables = self.pages().tables();
             let wanted = |block: &DiskRead| match tables.entry(block.place) {
                 Decoded::Stored(entry) if is_of(&entry, block) => Some(entry),
@@ -182,6 +184,8 @@ impl DiskStore {
             };
             blocks.iter().enumerate().filter_map(find).collect()
         };
+        // What lies side by side goes to the drive as one.
+        found.sort_by_key(|(at, _, _)| blocks[*at].place);
         let engine = self.pages().engine();
         let start = |group: &[(usize, Entry, Io)]| {
             Started::new(engine, group.iter().map(|(_, _, io)| io.clone()).collect())
