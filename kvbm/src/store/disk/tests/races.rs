@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::thread;
 
-use super::super::recording::{Image, Recording, Shuffling};
+use super::super::recording::{Event, Image, Recording, Shuffling};
 use super::*;
 
 const THREADS: u32 = 3;
@@ -92,6 +92,58 @@ fn drop_and_check(config: &DiskConfig, images: Vec<Image>, written: &[(DiskPlace
     assert_eq!(recovered.report.entries, written.len());
     assert_eq!(recovered.report.damaged, 0);
     assert_all_there(&store, written);
+}
+
+/// Answers are in the caller's order, with failures among them, whatever the order on the drive.
+#[test]
+fn a_batch_may_be_in_any_order_and_goes_to_the_drive_in_that_of_its_places() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(directories(root.path(), 1), 4);
+    let (store, drive, _) = start_on(&config, |files| Recording::new(files, Vec::new()));
+    store.bind(SegmentId(0), SMALL);
+    let mut random = Random::new(5);
+    let mut places: Vec<DiskPlace> = (0..24).map(|index| place(u32::from(index % 4 == 3), index)).collect();
+    random.shuffle(&mut places);
+    let block = |place: &DiskPlace| {
+        let number = u64::from(place.index);
+        Block { namespace: 7, key: place.index as u8, version: number, bytes: 4096 }
+    };
+    let logged = drive.log().len();
+    let writes: Vec<DiskWrite> = places.iter().map(|place| block(place).write(*place)).collect();
+    let written = store.write(&writes);
+    for (place, result) in places.iter().zip(&written) {
+        let expected = if place.segment.0 == 0 { Ok(()) } else { Err(WriteFailure::Unbound) };
+        assert_eq!(*result, expected, "{place:?}");
+    }
+    let stored: Vec<DiskPlace> = places.iter().copied().filter(|place| place.segment.0 == 0).collect();
+    let payloads: Vec<Vec<u8>> = stored.iter().map(|place| block(place).payload()).collect();
+    let offsets: Vec<u64> = drive.log()[logged..]
+        .iter()
+        .filter_map(|event| match event {
+            Event::Write { offset, bytes, .. } => payloads.contains(bytes).then_some(*offset),
+            Event::Sync { .. } => None,
+        })
+        .collect();
+    assert_eq!(offsets.len(), stored.len());
+    assert!(offsets.is_sorted(), "{offsets:?}");
+    random.shuffle(&mut places);
+    let (memory, _) = scratch(4096);
+    let wanted = |(at, place): (usize, &DiskPlace)| DiskRead {
+        place: *place,
+        namespace: [7; 32],
+        key: [place.index as u8; 16],
+        target: Arc::clone(&memory),
+        target_offset: at * 4096,
+        bytes: 4096,
+    };
+    let results = store.read(&places.iter().enumerate().map(wanted).collect::<Vec<_>>());
+    for (at, (place, result)) in places.iter().zip(results).enumerate() {
+        let expected = if place.segment.0 == 0 { Ok(()) } else { Err(ReadFailure::Absent) };
+        assert_eq!(result, expected, "{place:?}");
+        let mut found = vec![0; 4096];
+        memory.read(at * 4096, &mut found);
+        assert!(expected.is_err() || found == block(place).payload(), "{place:?}");
+    }
 }
 
 #[test]
