@@ -28,8 +28,6 @@ pub(super) struct Activations {
     parts: DeviceMemory,
     /// f32; rows are answers.
     logits: DeviceMemory,
-    /// u32: the token with the largest logit of each answer.
-    largest: DeviceMemory,
     multiprocessors: usize,
     kv_heads: usize,
 }
@@ -45,7 +43,6 @@ pub(super) struct Addresses {
     pub active: u64,
     pub parts: u64,
     pub logits: u64,
-    pub largest: u64,
 }
 
 impl Activations {
@@ -67,7 +64,6 @@ impl Activations {
             active: make(rows * config.intermediate_size, 2)?,
             parts: make(parts.max().unwrap_or(1) * part, 4)?,
             logits: make(answers * config.vocab_size, 4)?,
-            largest: make(answers, 4)?,
             multiprocessors,
             kv_heads: config.kv_heads,
         })
@@ -84,7 +80,6 @@ impl Activations {
             active: self.active.address().0,
             parts: self.parts.address().0,
             logits: self.logits.address().0,
-            largest: self.largest.address().0,
         }
     }
 

@@ -210,7 +210,7 @@ impl CudaEngine {
         let (at, rows) = (&pass.at, pass.answers);
         let largest = Largest {
             logits: at.logits,
-            tokens: at.largest,
+            tokens: self.lists.tokens_address(),
             row: self.config.vocab_size as u32,
             length: self.config.token_count as u32,
         };

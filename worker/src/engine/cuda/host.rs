@@ -47,6 +47,12 @@ impl HostLists {
         self.on_device.address().0
     }
 
+    /// Where the kernels write the largest tokens. They write them here themselves: a copy would have to wait in the GPU's copy
+    /// engine behind those of the cache.
+    pub fn tokens_address(&self) -> u64 {
+        self.down.device_address(0).0
+    }
+
     /// Begins to upload the lists. The last upload has ended: a step is waited for.
     pub fn upload(&self, stream: &Stream, step: &Step) -> Result<()> {
         let lists = bytes(&step.words);
@@ -68,11 +74,6 @@ impl HostLists {
         logits.clear(config.token_count);
         self.tokens.clear();
         self.tokens.resize(step.answers.len(), 0);
-        if !step.answers.is_empty() {
-            let (tokens, here) = (DeviceAddress(from.largest), self.down.device_address(0));
-            // SAFETY: both ranges live as long as the engine, and what is fetched is waited for below.
-            unsafe { stream.copy(here, tokens, step.answers.len() * 4) }?;
-        }
         stream.synchronize()?;
         self.down.memory().read(0, bytes_mut(&mut self.tokens));
         for group in groups(&step.answers) {
@@ -80,7 +81,7 @@ impl HostLists {
             for (at, row) in with_logits().enumerate() {
                 let from = DeviceAddress(from.logits).plus(row * config.vocab_size * 4);
                 let here = self.down.device_address(self.row_offset(at, config));
-                // SAFETY: as above.
+                // SAFETY: both ranges live as long as the engine, and what is fetched is waited for below.
                 unsafe { stream.copy(here, from, config.token_count * 4) }?;
             }
             if with_logits().next().is_some() {
