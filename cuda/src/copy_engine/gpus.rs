@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use kvbm_shm::SharedMemory;
@@ -35,15 +36,14 @@ impl Gpu {
         &self.engine
     }
 
-    /// Copies and waits for the end. Each copy is (from, to, bytes), each place a memory and an offset. Returns the bytes, or
-    /// why not all of them arrived; in either case nothing touches the memories any more.
-    pub fn copy<'a>(
+    /// Begins to copy. Each copy is (from, to, bytes), each place a memory and an offset.
+    pub fn begin<'a>(
         &self,
         direction: Direction,
         lane: LaneId,
         urgency: Urgency,
         copies: impl Iterator<Item = (Place<'a>, Place<'a>, usize)>,
-    ) -> Result<u64, String> {
+    ) -> Result<Copying, String> {
         let (sender, end) = sync_channel(1);
         let mut batch = CopyBatch::new(direction, lane, urgency, move |end| {
             let _ = sender.send(end);
@@ -60,10 +60,47 @@ impl Gpu {
             }
             batch = *refused.batch;
         }
-        match end.recv() {
-            Ok(CopyEnd::Done { bytes, .. }) => Ok(bytes),
-            Ok(CopyEnd::Failed(failure)) => Err(failure.to_string()),
-            Err(_) => Err("the thread of the GPU is gone".into()),
+        Ok(Copying(Some(end)))
+    }
+
+    /// Copies and waits for the end.
+    pub fn copy<'a>(
+        &self,
+        direction: Direction,
+        lane: LaneId,
+        urgency: Urgency,
+        copies: impl Iterator<Item = (Place<'a>, Place<'a>, usize)>,
+    ) -> Result<u64, String> {
+        self.begin(direction, lane, urgency, copies)?.wait()
+    }
+}
+
+/// Copies that have begun. Dropped, it waits for them too: whoever had it may use the memories again.
+#[must_use]
+#[derive(Debug)]
+pub struct Copying(Option<Receiver<CopyEnd>>);
+
+impl Copying {
+    /// Copies that ended before anybody could wait.
+    pub fn ended() -> Self {
+        Self(None)
+    }
+
+    /// Returns the bytes, or why not all of them arrived; in either case nothing touches the memories any more.
+    pub fn wait(mut self) -> Result<u64, String> {
+        match self.0.take().map(|end| end.recv()) {
+            None => Ok(0),
+            Some(Ok(CopyEnd::Done { bytes, .. })) => Ok(bytes),
+            Some(Ok(CopyEnd::Failed(failure))) => Err(failure.to_string()),
+            Some(Err(_)) => Err("the thread of the GPU is gone".into()),
+        }
+    }
+}
+
+impl Drop for Copying {
+    fn drop(&mut self) {
+        if let Some(end) = self.0.take() {
+            let _ = end.recv();
         }
     }
 }
@@ -120,11 +157,19 @@ impl Gpus {
     pub fn host_memory(&self, gpu: &Gpu, memory: &Arc<SharedMemory>) -> Result<CopyMemory, Error> {
         self.host.known_to(gpu, memory)
     }
+
+    /// Bytes of host memory that are registered by now.
+    pub fn host_registered_bytes(&self) -> u64 {
+        self.host.bytes.load(Ordering::Relaxed)
+    }
 }
 
-/// Host memory that is registered, by its address. Once is enough for all GPUs of the process.
+/// Host memory that is registered. Once is enough for all GPUs of the process.
 #[derive(Debug, Default)]
-struct HostMemory(RwLock<BTreeMap<usize, Known>>);
+struct HostMemory {
+    by_address: RwLock<BTreeMap<usize, Known>>,
+    bytes: AtomicU64,
+}
 
 /// Each has a lock of its own: registering one takes long, and holds up nobody who copies from or to another.
 type Known = Arc<Mutex<Option<CopyMemory>>>;
@@ -132,8 +177,8 @@ type Known = Arc<Mutex<Option<CopyMemory>>>;
 impl HostMemory {
     fn known_to(&self, gpu: &Gpu, memory: &Arc<SharedMemory>) -> Result<CopyMemory, Error> {
         let address = memory.address().addr().get();
-        let found = self.0.read().get(&address).cloned();
-        let entry = found.unwrap_or_else(|| self.0.write().entry(address).or_default().clone());
+        let found = self.by_address.read().get(&address).cloned();
+        let entry = found.unwrap_or_else(|| self.by_address.write().entry(address).or_default().clone());
         let mut entry = entry.lock();
         if let Some(known) = &*entry {
             return Ok(known.clone());
@@ -144,6 +189,7 @@ impl HostMemory {
                 CopyMemory::Registered(Arc::new(RegisteredMemory::new(context, memory.clone())?))
             }
         };
+        self.bytes.fetch_add(memory.bytes() as u64, Ordering::Relaxed);
         // Holding the memory keeps its address from being another's.
         *entry = Some(known.clone());
         Ok(known)
@@ -187,12 +233,28 @@ mod tests {
     }
 
     #[test]
+    fn who_lets_go_of_copies_that_have_begun_finds_them_ended() {
+        let gpu = Gpu::on_host(CopyEngineConfig { piece_bytes: 4096, ..CopyEngineConfig::default() });
+        let memory = || CopyMemory::Shared(Arc::new(SharedMemory::create("test", 8 << 20).unwrap()));
+        let (from, to) = (memory(), memory());
+        let (CopyMemory::Shared(source), CopyMemory::Shared(target)) = (&from, &to) else { unreachable!() };
+        for round in 1..=50u8 {
+            source.write(0, &vec![round; 8 << 20]);
+            let copies = (0..2048).map(|i| ((&from, i * 4096), (&to, i * 4096), 4096));
+            drop(gpu.begin(Direction::Onboard, LaneId(0), Urgency::Demanded, copies).unwrap());
+            let mut last = [0; 4096];
+            target.read((8 << 20) - 4096, &mut last);
+            assert_eq!(last, [round; 4096]);
+        }
+    }
+
+    #[test]
     fn host_memory_is_made_known_once() {
         let gpu = Gpu::on_host(CopyEngineConfig::default());
         let (known, memory) = (HostMemory::default(), Arc::new(SharedMemory::create("test", 4096).unwrap()));
         let first = known.known_to(&gpu, &memory).unwrap();
         assert!(first.is(&known.known_to(&gpu, &memory).unwrap()));
-        assert_eq!(known.0.read().len(), 1);
+        assert_eq!((known.by_address.read().len(), known.bytes.into_inner()), (1, 4096));
     }
 
     #[test]

@@ -36,7 +36,7 @@ mod tests;
 
 pub use batch::{CopyBatch, CopyEnd, CopyFailure, Fence, LaneId, Urgency};
 pub use engine::{CopyEngine, CopyEngineConfig, Figures, NotAccepted, Refusal};
-pub use gpus::{Gpu, Gpus, Place};
+pub use gpus::{Copying, Gpu, Gpus, Place};
 pub use memory::CopyMemory;
 pub use pacer::{Allowance, Pacer, PacerConfig};
 pub use raw::{RawCopies, RawMethod};

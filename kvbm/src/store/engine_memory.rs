@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use kvbm_cuda::Context;
-use kvbm_cuda::copy_engine::CopyMemory;
+use kvbm_cuda::copy_engine::{CopyMemory, Copying};
 use kvbm_shm::{Copies, DeviceMemory, PoolWords, SharedMemory};
 use parking_lot::Mutex;
 
@@ -100,19 +100,29 @@ pub enum NoDeviceMemory {
     Impossible(String),
 }
 
-/// Mapped memory of an engine. Copies are complete when they return; one that fails says why.
+/// Mapped memory of an engine. Copies are complete when they return, or are waited for; one that fails says why.
 pub trait EngineMemory: Debug + Send + Sync {
     /// Bytes of an export; `None`: there is no such export.
     fn bytes(&self, export: usize) -> Option<usize>;
 
-    /// Blocks that are best copied by one call. A generation is compared before and after each call.
-    fn blocks_at_once(&self) -> usize;
+    /// Bytes that are best copied by one call, at least one block. A generation is compared before and after each call.
+    fn bytes_at_once(&self) -> usize;
+
+    /// Begins to copy out of the engine's memory.
+    fn begin_copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<Copying, String>;
+
+    /// Begins to copy into the engine's memory.
+    fn begin_copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<Copying, String>;
 
     /// Out of the engine's memory.
-    fn copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<(), String>;
+    fn copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<(), String> {
+        self.begin_copy_out(pace, copies)?.wait().map(|_| ())
+    }
 
     /// Into the engine's memory.
-    fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String>;
+    fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
+        self.begin_copy_in(copies)?.wait().map(|_| ())
+    }
 
     /// An export as the copy engines of a GPU take it, `None`: of no GPU, and where it begins there. `None`: there is no such
     /// export. Or why there is no way to it.
@@ -178,26 +188,26 @@ impl EngineMemory for SharedExports {
         self.0.get(export).map(|memory| memory.bytes())
     }
 
-    fn blocks_at_once(&self) -> usize {
-        1
+    fn bytes_at_once(&self) -> usize {
+        0
     }
 
-    fn copy_out(&self, _: Pace, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+    fn begin_copy_out(&self, _: Pace, ranges: &[RangeCopy<'_>]) -> Result<Copying, String> {
         let copies = Copies::default();
         for range in ranges {
             let to = (&**range.host, range.host_offset);
             self.0[range.export].copy_in(&copies, range.offset, to, range.bytes, None);
         }
-        Ok(())
+        Ok(Copying::ended())
     }
 
-    fn copy_in(&self, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+    fn begin_copy_in(&self, ranges: &[RangeCopy<'_>]) -> Result<Copying, String> {
         let copies = Copies::default();
         for range in ranges {
             let to = (&*self.0[range.export], range.offset);
             range.host.copy_in(&copies, range.host_offset, to, range.bytes, None);
         }
-        Ok(())
+        Ok(Copying::ended())
     }
 
     fn piece(&self, export: usize, _reader: Option<&Context>) -> Result<Option<(CopyMemory, usize)>, String> {
@@ -223,6 +233,9 @@ impl EngineMemory for SharedExports {
         Ok(())
     }
 }
+
+/// Blocks that are copied by one call, however small they are.
+const BLOCKS_AT_ONCE_MAX: usize = 1024;
 
 /// A mapped pool: where its blocks are.
 #[derive(Debug)]
@@ -255,6 +268,12 @@ impl MappedBlocks {
             }
         }
         Ok(Self { memory, fragments })
+    }
+
+    /// Blocks that are best copied by one call.
+    pub fn blocks_at_once(&self) -> usize {
+        let block_bytes: usize = self.fragments.iter().map(|fragment| fragment.bytes).sum();
+        (self.memory.bytes_at_once() / block_bytes.max(1)).clamp(1, BLOCKS_AT_ONCE_MAX)
     }
 
     /// The pieces of a block beside their places in a host slot, from `host_offset` on.

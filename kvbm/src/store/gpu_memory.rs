@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbm_cuda::copy_engine::StepWords;
-use kvbm_cuda::copy_engine::{CopyMemory, Direction, Gpu, Gpus, LaneId, Urgency};
+use kvbm_cuda::copy_engine::{CopyMemory, Copying, Direction, Gpu, Gpus, LaneId, Urgency};
 use kvbm_cuda::{Context, DeviceName, DeviceRange, IpcHandle, IpcMemory, VmmMemory};
 use kvbm_shm::{DeviceMemory, SharedMemory};
 use parking_lot::Mutex;
 
 use super::{EngineMemory, Export, MapExports, MapShared, NoDeviceMemory, Pace, PeerCopy, RangeCopy};
 
-/// Blocks in one batch: enough that the copy engines are never idle between two.
-const BLOCKS_AT_ONCE: usize = 256;
+/// Bytes in one batch: some milliseconds of the link, beside which handing over the next takes nothing. Tests have small pools,
+/// and loads of several batches all the same.
+const BYTES_AT_ONCE: usize = if cfg!(test) { 64 << 10 } else { 128 << 20 };
 
 /// Maps memory of GPUs, and memfds.
 #[derive(Debug)]
@@ -129,7 +130,12 @@ struct GpuExports {
 }
 
 impl GpuExports {
-    fn copy(&self, direction: Direction, urgency: Urgency, ranges: &[RangeCopy<'_>]) -> Result<(), String> {
+    fn begin(
+        &self,
+        direction: Direction,
+        urgency: Urgency,
+        ranges: &[RangeCopy<'_>],
+    ) -> Result<Copying, String> {
         let mut host = Vec::with_capacity(ranges.len());
         for range in ranges {
             host.push(match &self.gpus {
@@ -145,11 +151,9 @@ impl GpuExports {
                 Direction::Onboard => (host, engine, range.bytes),
             }
         });
-        self.gpu.copy(direction, self.lane, urgency, copies).map(|_| ())
+        self.gpu.begin(direction, self.lane, urgency, copies)
     }
-}
 
-impl GpuExports {
     /// All of another memory, as this GPU sees it.
     fn pieces_of(&self, from: &dyn EngineMemory) -> Result<Vec<(CopyMemory, usize)>, String> {
         (0..).map_while(|export| from.piece(export, self.gpu.context()).transpose()).collect()
@@ -161,20 +165,20 @@ impl EngineMemory for GpuExports {
         self.mapped.get(export).map(|mapped| mapped.bytes)
     }
 
-    fn blocks_at_once(&self) -> usize {
-        BLOCKS_AT_ONCE
+    fn bytes_at_once(&self) -> usize {
+        BYTES_AT_ONCE
     }
 
-    fn copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<(), String> {
+    fn begin_copy_out(&self, pace: Pace, copies: &[RangeCopy<'_>]) -> Result<Copying, String> {
         let urgency = match pace {
             Pace::Background => Urgency::Background,
             Pace::Full => Urgency::Demanded,
         };
-        self.copy(Direction::Offload, urgency, copies)
+        self.begin(Direction::Offload, urgency, copies)
     }
 
-    fn copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<(), String> {
-        self.copy(Direction::Onboard, Urgency::Demanded, copies)
+    fn begin_copy_in(&self, copies: &[RangeCopy<'_>]) -> Result<Copying, String> {
+        self.begin(Direction::Onboard, Urgency::Demanded, copies)
     }
 
     fn piece(&self, export: usize, reader: Option<&Context>) -> Result<Option<(CopyMemory, usize)>, String> {

@@ -11,6 +11,8 @@ use std::time::Instant;
 use super::fan_out::{Leader, Role};
 use super::flights::Question;
 use super::{Manager, Shared};
+use kvbm_cuda::copy_engine::Copying;
+
 use crate::error::Refused;
 use crate::ledger::{
     BlockRef, Copied, LeaseId, Ledger, LoadBatch, Millis, Place, PoolId, SessionId, StoreBatch, StoreCopy,
@@ -61,41 +63,73 @@ pub(in crate::manager) fn run_stores(shared: &Shared) {
 }
 
 fn store_all(shared: &Shared, batch: &StoreBatch, memory: &EnginePoolMemory) -> Vec<Copied> {
-    let segments = shared.host.segments();
-    let blocks = mapped(memory);
     let copies: Vec<StoreCopy> = batch.copies().collect();
     let mut outcomes = Vec::with_capacity(copies.len());
-    // Whoever is dead suffers nothing, and the next one waits for its memory.
-    let pace = if batch.rescue { Pace::Full } else { Pace::Background };
-    let holds = |copy: &StoreCopy| shared.is_current(memory, copy.from);
-    for piece in copies.chunks(blocks.memory.blocks_at_once().max(1)) {
+    let store = Store { shared, batch, memory };
+    let mut under_way = None;
+    // One piece ends while the next is under way already.
+    for piece in copies.chunks(mapped(memory).blocks_at_once()) {
+        let before = under_way.replace(store.begin(piece));
+        outcomes.extend(before.into_iter().flat_map(|before| store.end(before)));
+    }
+    outcomes.extend(under_way.into_iter().flat_map(|last| store.end(last)));
+    outcomes
+}
+
+/// One batch out of an engine's memory.
+struct Store<'a> {
+    shared: &'a Shared,
+    batch: &'a StoreBatch,
+    memory: &'a EnginePoolMemory,
+}
+
+/// Some of its blocks.
+struct StorePiece<'a> {
+    copies: &'a [StoreCopy],
+    /// Which of them were still what they were registered as, and are being copied.
+    current: Vec<bool>,
+    copying: Result<Copying, String>,
+}
+
+impl Store<'_> {
+    fn begin<'a>(&self, copies: &'a [StoreCopy]) -> StorePiece<'a> {
+        let Self { shared, batch, memory } = self;
         // When stopping, nobody will read what is copied now.
         if shared.is_stopping() {
-            outcomes.extend(piece.iter().map(|_| Copied::Failed));
-            continue;
+            let copying = Err("the daemon stops".into());
+            return StorePiece { copies, current: vec![true; copies.len()], copying };
         }
         shared.gate.give_way();
-        let before: Vec<bool> = piece.iter().map(holds).collect();
-        let current = piece.iter().zip(&before).filter(|(_, current)| **current);
-        let ranges: Vec<RangeCopy<'_>> = current
+        let (segments, blocks) = (shared.host.segments(), mapped(memory));
+        let current: Vec<bool> = copies.iter().map(|copy| shared.is_current(memory, copy.from)).collect();
+        let ranges: Vec<RangeCopy<'_>> = copies
+            .iter()
+            .zip(&current)
+            .filter(|(_, current)| **current)
             .flat_map(|(copy, _)| {
                 let host_offset = copy.to.offset(batch.stride()) + memory.shard_offset;
                 blocks.ranges(copy.from.block, &segments[copy.to.segment.0 as usize], host_offset)
             })
             .collect();
-        let copied = blocks.memory.copy_out(pace, &ranges);
-        if let Err(reason) = &copied {
+        // Whoever is dead suffers nothing, and the next one waits for its memory.
+        let pace = if batch.rescue { Pace::Full } else { Pace::Background };
+        StorePiece { copies, current, copying: blocks.memory.begin_copy_out(pace, &ranges) }
+    }
+
+    fn end<'a>(&self, piece: StorePiece<'a>) -> impl Iterator<Item = Copied> + use<'a, '_> {
+        let Self { shared, batch, memory } = self;
+        let copied = piece.copying.and_then(Copying::wait);
+        if let (Err(reason), false) = (&copied, shared.is_stopping()) {
             tracing::warn!(pool = batch.pool.0, reason, "blocks cannot be copied out of an engine's memory");
         }
-        shared.copy_delay(piece.len());
-        outcomes.extend(piece.iter().zip(before).map(|(copy, before)| match (&copied, before) {
+        shared.copy_delay(piece.copies.len());
+        piece.copies.iter().zip(piece.current).map(move |(copy, current)| match (&copied, current) {
             (_, false) => Copied::Stale,
             (Err(_), true) => Copied::Failed,
-            (Ok(()), true) if holds(copy) => Copied::Arrived,
-            (Ok(()), true) => Copied::Stale,
-        }));
+            (Ok(_), true) if shared.is_current(memory, copy.from) => Copied::Arrived,
+            (Ok(_), true) => Copied::Stale,
+        })
     }
-    outcomes
 }
 
 pub(in crate::manager) fn run_loads(shared: &Shared) {
@@ -141,8 +175,8 @@ impl Load<'_> {
     fn run(&self) -> Result<usize, Refused> {
         let blocks = mapped(self.memory);
         let role = self.shared.engines.fan_out.begin(self.batch, self.memory);
-        let (mut at, mut from_peers) = (0, 0);
-        for piece in self.batch.copies().chunks(blocks.memory.blocks_at_once().max(1)) {
+        let (mut at, mut from_peers, mut under_way) = (0, 0, None);
+        for piece in self.batch.copies().chunks(blocks.blocks_at_once()) {
             if self.cancelled.load(Ordering::SeqCst) || self.shared.is_stopping() {
                 return Err(Refused::Stale { what: "a cancelled load" });
             }
@@ -153,13 +187,21 @@ impl Load<'_> {
                 Role::Follows(leader, source) if self.follow(leader, source, range, piece) => {
                     from_peers += piece.len();
                 }
-                Role::Follows(..) => self.load_from_host(blocks, piece)?,
+                Role::Follows(..) => self.end(self.begin(blocks, piece)?)?,
                 Role::Leads(leading) => {
-                    self.load_from_host(blocks, piece)?;
-                    leading.advance(piece.len());
+                    // One piece ends while the next is under way already.
+                    let next = (self.begin(blocks, piece)?, piece.len());
+                    if let Some((before, blocks)) = under_way.replace(next) {
+                        self.end(before)?;
+                        leading.advance(blocks);
+                    }
                 }
             }
             self.shared.copy_delay(piece.len());
+        }
+        if let (Some((last, blocks)), Role::Leads(leading)) = (under_way, &role) {
+            self.end(last)?;
+            leading.advance(blocks);
         }
         self.check(self.batch.copies())?;
         Ok(from_peers)
@@ -171,7 +213,8 @@ impl Load<'_> {
         if current { Ok(()) } else { Err(Refused::Stale { what: "target block" }) }
     }
 
-    fn load_from_host(&self, blocks: &MappedBlocks, piece: &Piece) -> Result<(), Refused> {
+    /// Begins to load from host memory. Who gives up meanwhile drops it, and so waits for it.
+    fn begin(&self, blocks: &MappedBlocks, piece: &Piece) -> Result<Copying, Refused> {
         let segments = self.shared.host.segments();
         let ranges: Vec<RangeCopy<'_>> = piece
             .iter()
@@ -180,11 +223,17 @@ impl Load<'_> {
                 blocks.ranges(to.block, &segments[from.segment.0 as usize], host_offset)
             })
             .collect();
-        blocks.memory.copy_in(&ranges).map_err(|reason| {
-            let pool = self.batch.pool.0;
-            tracing::warn!(pool, reason, "blocks cannot be copied into an engine's memory");
-            Refused::invalid("targets", reason)
-        })
+        blocks.memory.begin_copy_in(&ranges).map_err(|reason| self.refused(reason))
+    }
+
+    fn end(&self, copying: Copying) -> Result<(), Refused> {
+        copying.wait().map(|_| ()).map_err(|reason| self.refused(reason))
+    }
+
+    fn refused(&self, reason: String) -> Refused {
+        let pool = self.batch.pool.0;
+        tracing::warn!(pool, reason, "blocks cannot be copied into an engine's memory");
+        Refused::invalid("targets", reason)
     }
 
     /// Out of the blocks of the rank that leads. False: that does not count, if it came to anything at all.
