@@ -58,11 +58,12 @@ impl NodeGpus {
         let opened = self.gpus.opened();
         let gpu =
             |device: &Device| opened.iter().find(|(uuid, _)| *uuid == device.uuid).map(|(_, gpu)| &**gpu);
-        self.devices.iter().map(|device| status(device, gpu(device))).collect()
+        let registered = self.gpus.host_registered_bytes();
+        self.devices.iter().map(|device| status(device, gpu(device), registered)).collect()
     }
 }
 
-fn status(device: &Device, gpu: Option<&Gpu>) -> GpuStatus {
+fn status(device: &Device, gpu: Option<&Gpu>, host_registered_bytes: u64) -> GpuStatus {
     let figures = gpu.map(|gpu| gpu.engine().figures()).unwrap_or_default();
     let broken = gpu.and_then(|gpu| gpu.engine().out_of_service());
     let state = match (gpu, &broken) {
@@ -87,6 +88,7 @@ fn status(device: &Device, gpu: Option<&Gpu>) -> GpuStatus {
         failed_batches: figures.failed.iter().sum(),
         onboard_busy_s: seconds[0],
         offload_busy_s: seconds[1],
+        host_registered_bytes,
         paced_bytes_per_second: figures.paced_bytes_per_second,
     }
 }
@@ -110,7 +112,7 @@ mod tests {
             exports_descriptors: true,
             registers_host_memory: true,
         };
-        let idle = status(&device, None);
+        let idle = status(&device, None, 0);
         assert_eq!((idle.state.as_str(), idle.offload_bytes, idle.numa_node), ("idle", 0, Some(1)));
         let gpu = Gpu::on_host(CopyEngineConfig::default());
         let memory = || {
@@ -123,7 +125,7 @@ mod tests {
         let (direction, urgency) =
             (kvbm_cuda::copy_engine::Direction::Offload, kvbm_cuda::copy_engine::Urgency::Demanded);
         assert_eq!(gpu.copy(direction, lane, urgency, copies), Ok(8192));
-        let on = status(&device, Some(&gpu));
+        let on = status(&device, Some(&gpu), 0);
         assert_eq!((on.state.as_str(), on.offload_bytes, on.offload_batches), ("on", 8192, 1));
         assert_eq!((on.onboard_bytes, on.failed_batches, on.reason.as_str()), (0, 0, ""));
     }

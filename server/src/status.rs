@@ -229,6 +229,9 @@ pub struct GpuStatus {
     /// Time during which something was being copied that way.
     pub onboard_busy_s: f64,
     pub offload_busy_s: f64,
+    /// Host memory that copies find registered; the rest is when it is first used.
+    #[serde(default)]
+    pub host_registered_bytes: u64,
     /// Rate of copies in the background while the engine decodes; `null` while they go as fast as they can.
     pub paced_bytes_per_second: Option<u64>,
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use kvbm_connector::Client;
 use kvbm_hash::{BaseNamespace, BaseParts, Namespace};
 use kvbm_proto::v1::{OpenPool, PoolMode, PoolReply};
+use kvbm_server::status::Status;
 use kvbm_shm::PoolMemory;
 
 use crate::parent::PARENT_PID;
@@ -88,19 +89,34 @@ impl BenchDaemon {
 
     /// Waits until all host memory is populated.
     pub async fn populated(&self, client: &Client) -> Result<(), String> {
-        let deadline = Instant::now() + POPULATE_MAX;
-        loop {
-            let status = client.status().await.map_err(|error| error.to_string())?;
-            let status: kvbm_server::status::Status =
-                serde_json::from_str(&status).map_err(|error| error.to_string())?;
-            if status.tiers.iter().any(|tier| tier.tier == "host" && tier.state == "on") {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(format!("host memory was not populated: {:?}", status.tiers));
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        until(client, |status| status.tiers.iter().any(|tier| tier.tier == "host" && tier.state == "on"))
+            .await
+    }
+
+    /// Waits until all host memory is registered with the GPU that an engine has opened.
+    pub async fn registered(&self, client: &Client) -> Result<(), String> {
+        until(client, |status| {
+            let host = status.tiers.iter().find(|tier| tier.tier == "host");
+            // Segments leave a little of the capacity over.
+            let wanted = host.map_or(0, |host| host.capacity_bytes / 100 * 99);
+            status.gpus.iter().any(|gpu| gpu.state == "on" && gpu.host_registered_bytes >= wanted)
+        })
+        .await
+    }
+}
+
+async fn until(client: &Client, holds: impl Fn(&Status) -> bool) -> Result<(), String> {
+    let deadline = Instant::now() + POPULATE_MAX;
+    loop {
+        let status = client.status().await.map_err(|error| error.to_string())?;
+        let status: Status = serde_json::from_str(&status).map_err(|error| error.to_string())?;
+        if holds(&status) {
+            return Ok(());
         }
+        if Instant::now() > deadline {
+            return Err(format!("host memory does not get ready: {:?} {:?}", status.tiers, status.gpus));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

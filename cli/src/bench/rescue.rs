@@ -4,7 +4,7 @@
 //! All that were still valid have to be in host memory soon, byte for byte, and the GPU's memory free. A variant of the engine
 //! that does not raise generations shows that this would notice wrong bytes.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -127,6 +127,8 @@ async fn kill_one(args: &RescueArgs, silent: bool) -> Result<Outcome, String> {
     let client = Client::connect(daemon.socket()).await.map_err(text)?;
     daemon.populated(&client).await?;
     let (mut engine, words) = start_engine(args, &daemon.socket(), silent)?;
+    daemon.registered(&client).await?;
+    engine.begin()?;
     let before = free(&context)?;
     let reassigned = || (0..args.blocks).filter(|block| words.generation(*block) > 1).count();
     let started = Instant::now();
@@ -204,6 +206,14 @@ fn content(block: u32, bytes: usize) -> Vec<u8> {
 /// Killed with its owner.
 struct EngineProcess(Child);
 
+impl EngineProcess {
+    /// It may reassign its blocks now.
+    fn begin(&mut self) -> Result<(), String> {
+        let stdin = self.0.stdin.as_mut().ok_or("the engine has no standard input")?;
+        writeln!(stdin).map_err(|error| format!("tell the engine to begin: {error}"))
+    }
+}
+
 impl Drop for EngineProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -222,7 +232,7 @@ fn start_engine(
     command.args(["--block-kib", &args.block_kib.to_string(), "--engine"]).arg(socket);
     command.args(silent.then_some("--silent"));
     let command = command.env(PARENT_PID, std::process::id().to_string());
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut engine = EngineProcess(child.map_err(|error| format!("start the engine: {error}"))?);
     let stdout = engine.0.stdout.take().ok_or("the engine has no standard output")?;
     let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
@@ -294,6 +304,7 @@ async fn be_the_engine(args: &RescueArgs, socket: &Path) -> Result<(), String> {
         }
     }
     println!("READY {}", words.fd().as_raw_fd());
+    std::io::stdin().read_line(&mut String::new()).map_err(|error| error.to_string())?;
     let mut block = 0;
     loop {
         block = (block + 37) % args.blocks;

@@ -92,6 +92,7 @@ fn sample() -> Status {
             failed_batches: 0,
             onboard_busy_s: 0.25,
             offload_busy_s: 0.5,
+            host_registered_bytes: 60_000_000_000,
             paced_bytes_per_second: Some(13_000_000_000),
         }],
     }
@@ -152,6 +153,7 @@ fn the_fields_others_script_against_are_there() {
         "/gpus/0/onboard_bytes",
         "/gpus/0/offload_bytes",
         "/gpus/0/failed_batches",
+        "/gpus/0/host_registered_bytes",
         "/gpus/0/paced_bytes_per_second",
     ] {
         assert!(json.pointer(pointer).is_some(), "{pointer}");
