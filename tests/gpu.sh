@@ -19,7 +19,7 @@ drill() {
   for ((lane = 0; lane < lanes; lane++)); do
     (
       if ((lanes > 1)); then export KVBM_DRILL_FIRST=$((lane * each)); fi
-      KVBM_DRILL_SEEDS=$each run --nocapture --exact "drills::$1" >"$logs/$1.$lane" 2>&1
+      KVBM_DRILL_SEEDS=$each run --nocapture --exact "$1" >"$logs/$1.$lane" 2>&1
     ) &
     pids="$pids $!"
   done
@@ -31,11 +31,16 @@ drill() {
 }
 before=$(free)
 run cache::a_second cache::metrics cache::one_flipped keys:: peers:: || failed=1
-drill drill_worker_killed
-drill drill_daemon_killed
+drill drills::drill_worker_killed
+drill drills::drill_daemon_killed
 KVBM_DRILL_SEEDS=12 run --nocapture --exact drills::drill_killed_workers_leave_nothing_behind || failed=1
 run a_wrong_token || failed=1
-if [ "$seeds" -le 20 ]; then drill drill_worker_stopped; drill drill_daemon_stopped; fi
+# These wait for deadlines: a few seeds.
+if [ "$seeds" -gt 8 ]; then seeds=8; fi
+drill drills::drill_worker_stopped
+drill drills::drill_daemon_stopped
+drill disk::drills::drill_disk_daemon_killed
+drill disk::drills::drill_disk_lost_and_repaired
 after=$(free)
 echo "free memory of the GPU, bytes: $before before, $after afterwards; logs in $logs"
 [ "$before" = "$after" ] || failed=1

@@ -52,7 +52,7 @@ LLAMA_3_8B = dict(
 KV_BYTES_PER_TOKEN = 2 * 32 * 8 * 128 * 2
 
 
-def transfer_config(mode: str, socket: str, host_bytes: int) -> dict[str, Any] | None:
+def transfer_config(mode: str, socket: str, host_bytes: int, lmcache_port: int) -> dict[str, Any] | None:
     ours = {
         "kv_connector": "KvbmConnector",
         "kv_connector_module_path": "kvbm_connector.vllm",
@@ -73,7 +73,7 @@ def transfer_config(mode: str, socket: str, host_bytes: int) -> dict[str, Any] |
             "kv_connector": "LMCacheMPConnector",
             "kv_connector_extra_config": {
                 "lmcache.mp.host": "tcp://127.0.0.1",
-                "lmcache.mp.port": 15555,
+                "lmcache.mp.port": lmcache_port,
                 "lmcache.mp.mq_timeout": 60.0,
             },
         },
@@ -101,7 +101,7 @@ def one(options: argparse.Namespace) -> None:
     folder = Path(tempfile.mkdtemp())
     if options.model is None:
         (folder / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    config = transfer_config(options.one, options.socket, int(options.host_gb * 1e9))
+    config = transfer_config(options.one, options.socket, int(options.host_gb * 1e9), options.lmcache_port)
     extra = {} if config is None else {"kv_transfer_config": config, "disable_hybrid_kv_cache_manager": True}
     begun = time.monotonic()
     llm = LLM(
@@ -172,7 +172,7 @@ def one(options: argparse.Namespace) -> None:
 
 def is_emptied(llm: Any) -> bool:
     """Whether the engine's own cache is empty now. It keeps all of it while a connector holds any block."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 3
     while not llm.reset_prefix_cache():
         if time.monotonic() > until:
             return False
@@ -288,6 +288,7 @@ def main() -> None:
         "--daemon", default="--eviction-policy lru", help="more settings of our daemon; the others keep what is newest"
     )
     parser.add_argument("--lmcache-daemon")
+    parser.add_argument("--lmcache-port", type=int, default=15555, help="at which that daemon listens")
     parser.add_argument("--pegaflow-daemon")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--socket", default="", help=argparse.SUPPRESS)
