@@ -6,6 +6,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from io import FileIO
 from typing import Any
 
 from .faults import RAISED, EngineDead, Violation
@@ -21,13 +22,17 @@ class Callbacks:
         self.counts: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         """Per callback, without the time in which the thread was ready but another had its core."""
+        self.connector_seconds: dict[str, list[float]] = defaultdict(list)
+        """The same without what the engine itself did in the callback: see `engines_own`."""
         self.slow: list[tuple[int, str, float]] = []
         """(number, name, seconds) of each callback that took longer than SLOW_S."""
         self.violations: list[Violation] = []
         self.strike: Callable[[int, str], None] | None = None
         """Called before each callback with its number, from 0, and its name."""
         self.number = 0
-        self._measure = measure
+        self._own = 0.0
+        # A file of the thread that opens it, which is the one that calls.
+        self._schedstat = _open_schedstat() if measure else None
 
     def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """A callback whose exception ends the executor's loop."""
@@ -43,6 +48,19 @@ class Callbacks:
         except Exception as error:
             self.violation(RAISED, _told(name, error))
 
+    def engines_own(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of an object that a callback is shown. What it takes is the engine's, whoever calls it."""
+
+        def timed(*arguments: Any) -> Any:
+            waited, begin = self._waited(), time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                taken = time.perf_counter() - begin
+                self._own += max(0.0, taken - (self._waited() - waited))
+
+        return timed
+
     def violation(self, kind: str, detail: str, fatal: bool = False) -> Violation:
         violation = Violation(kind, detail, self.rank, self.iteration, fatal)
         self.violations.append(violation)
@@ -56,26 +74,32 @@ class Callbacks:
             self.strike(self.number, name)
         self.number += 1
         self.counts[name] += 1
-        waited = _waited() if self._measure else 0.0
+        self._own = 0.0
+        waited = self._waited()
         begin = time.perf_counter()
         try:
             return function(*arguments)
         finally:
             taken = time.perf_counter() - begin
-            if self._measure:
-                taken = max(0.0, taken - (_waited() - waited))
+            taken = max(0.0, taken - (self._waited() - waited))
             self.seconds[name].append(taken)
+            self.connector_seconds[name].append(max(0.0, taken - self._own))
             if taken > SLOW_S:
                 self.slow.append((self.number - 1, name, taken))
 
+    def _waited(self) -> float:
+        """Seconds that this thread was ready to run and waited for a core."""
+        if self._schedstat is None:
+            return 0.0
+        self._schedstat.seek(0)
+        return int(self._schedstat.read().split()[1]) / 1e9
 
-def _waited() -> float:
-    """Seconds that this thread was ready to run and waited for a core."""
+
+def _open_schedstat() -> FileIO | None:
     try:
-        with open(SCHEDSTAT, "rb", buffering=0) as file:
-            return int(file.read().split()[1]) / 1e9
+        return FileIO(SCHEDSTAT)
     except OSError:
-        return 0.0
+        return None
 
 
 def _told(name: str, error: Exception) -> str:

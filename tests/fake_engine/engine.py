@@ -38,6 +38,8 @@ class Engine:
         """So far, of each rank."""
         self.counts: dict[str, int] = {}
         self.seconds: dict[str, list[float]] = {}
+        self.connector_seconds: dict[str, list[float]] = {}
+        """Without what the engine itself does in a callback."""
         self.slow: list[tuple[int, int, str, float]] = []
         """(rank, number, name, seconds) of callbacks that took long."""
         self._operations: list[Operation] = []
@@ -150,6 +152,8 @@ class Engine:
                 self.slow += [(rank, *entry) for entry in reply.slow]
                 for name, values in reply.seconds.items():
                     self.seconds.setdefault(name, []).extend(values)
+                for name, values in reply.connector_seconds.items():
+                    self.connector_seconds.setdefault(name, []).extend(values)
         self.give_up()
 
     def kill(self) -> None:

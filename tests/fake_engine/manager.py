@@ -81,6 +81,7 @@ class ConnectorManager:
     def query(self, request: EngineRequest, local: int) -> tuple[int, bool]:
         def ask() -> tuple[int, bool]:
             view: Any = LlmRequest(request) if self.vintage.by_group else BaseLlmRequest(request, self.vintage.early)
+            view.get_tokens = self.callbacks.engines_own(view.get_tokens)
             answer = self.callbacks.call(
                 "get_num_new_matched_tokens", self.scheduler.get_num_new_matched_tokens, view, local
             )

@@ -68,6 +68,7 @@ class Reply:
     refused: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    connector_seconds: dict[str, list[float]] = field(default_factory=dict)
     callbacks: int = 0
     slow: list[tuple[int, str, float]] = field(default_factory=list)
 
@@ -151,6 +152,7 @@ def serve(executor: Executor, callbacks: Callbacks, control: Connection) -> None
         if isinstance(command, Leave):
             reply.counts = dict(callbacks.counts)
             reply.seconds = dict(callbacks.seconds)
+            reply.connector_seconds = dict(callbacks.connector_seconds)
             reply.slow = callbacks.slow
         control.send(reply)
         if reply.dead or isinstance(command, Leave):
