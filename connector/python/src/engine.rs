@@ -303,11 +303,13 @@ impl Engine {
     fn build<'py>(
         &self,
         py: Python<'py>,
-        new: Vec<ReportTuple>,
-        cached: Vec<ReportTuple>,
+        new: Vec<ReportTuple<'py>>,
+        cached: Vec<ReportTuple<'py>>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let reports = |tuples: Vec<ReportTuple>| tuples.into_iter().map(report_of).collect();
-        let (new, cached) = (reports(new), reports(cached));
+        let ids: Vec<u64> = new.iter().map(|report| report.0).collect();
+        let prompts = self.guard(py, |process| Ok(process.prompts(&ids)))?;
+        let new = new.into_iter().zip(&prompts).map(|(report, prompt)| report_of(report, prompt)).collect();
+        let cached = cached.into_iter().map(|report| report_of(report, &[])).collect();
         let metadata = self.guard(py, |process| Ok(process.build(new, cached)))?;
         Ok(PyBytes::new(py, &metadata))
     }

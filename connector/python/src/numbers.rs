@@ -33,24 +33,50 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Pages {
     }
 }
 
+/// Tokens of a list behind those that it begins with, and how many of those there are: all of the prompt, or none if it
+/// does not begin with it. Nothing is written for tokens that are there already.
+pub(crate) fn behind_prompt(list: Borrowed<'_, '_, PyAny>, prompt: &[u32]) -> (usize, Tokens) {
+    if let Ok(numbers) = list.cast::<PyList>()
+        && prompt.len() <= numbers.len()
+        && begins_with(numbers, prompt)
+        && let Some(rest) = read_behind(numbers, prompt.len())
+    {
+        return (prompt.len(), Tokens(Some(rest)));
+    }
+    (0, list.extract().unwrap_or(Tokens(None)))
+}
+
+fn begins_with(list: Borrowed<'_, '_, PyList>, prompt: &[u32]) -> bool {
+    let mut expected = prompt.iter();
+    each(list, 0..prompt.len(), |word| expected.next().is_some_and(|token| c_ulong::from(*token) == word))
+}
+
 /// What a list has, if these are integers that fit and none is below 0.
 fn read<T: TryFrom<c_ulong>>(list: Borrowed<'_, '_, PyAny>) -> Option<Vec<T>> {
-    let list = list.cast::<PyList>().ok()?;
-    let indices: Range<ffi::Py_ssize_t> = 0..list.len().try_into().ok()?;
-    let mut numbers = Vec::with_capacity(list.len());
-    for index in indices {
+    read_behind(list.cast::<PyList>().ok()?, 0)
+}
+
+fn read_behind<T: TryFrom<c_ulong>>(list: Borrowed<'_, '_, PyList>, first: usize) -> Option<Vec<T>> {
+    let mut numbers = Vec::with_capacity(list.len() - first);
+    let push = |word| T::try_from(word).map(|number| numbers.push(number)).is_ok();
+    each(list, first..list.len(), push).then_some(numbers)
+}
+
+/// Shows the numbers of a part of a list to `takes`, until it refuses one. It has to refuse the largest: that stands for
+/// what is no number from 0 to it. True: none was refused.
+fn each(list: Borrowed<'_, '_, PyList>, part: Range<usize>, mut takes: impl FnMut(c_ulong) -> bool) -> bool {
+    // Behind `Py_ssize_t` there is nothing.
+    let index = |index: usize| ffi::Py_ssize_t::try_from(index).unwrap_or(ffi::Py_ssize_t::MAX);
+    for index in index(part.start)..index(part.end) {
         // SAFETY: `list` is a list, and this thread is attached to the interpreter. An item is borrowed from the list and
         // used at once: turning an integer into a word runs nobody's code, and what is no integer is refused without
         // asking it. Behind the end, and for what does not fit, an exception is set and the word is the largest.
         let word = unsafe { ffi::PyLong_AsUnsignedLong(ffi::PyList_GetItem(list.as_ptr(), index)) };
-        match T::try_from(word) {
-            Ok(number) => numbers.push(number),
-            Err(_) => {
-                // An exception that was set, or none if the number is one of 64 bits.
-                drop(PyErr::take(list.py()));
-                return None;
-            }
+        if !takes(word) {
+            // An exception that was set, or none if the number is one that `takes` does not want.
+            drop(PyErr::take(list.py()));
+            return false;
         }
     }
-    Some(numbers)
+    true
 }

@@ -5,17 +5,24 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::numbers::{Pages, Tokens};
+use crate::numbers::{Pages, Tokens, behind_prompt};
 
 /// `(id, tokens known, other tokens, pages by layer group, computed, scheduled or None, priorities or None)`
-pub(crate) type ReportTuple = (u64, usize, Tokens, Vec<Pages>, usize, Option<usize>, Option<Vec<u8>>);
+pub(crate) type ReportTuple<'py> =
+    (u64, usize, Bound<'py, PyAny>, Vec<Pages>, usize, Option<usize>, Option<Vec<u8>>);
 
 /// `(digest, start, tokens)` of an input that is not tokens.
 pub(crate) type ItemTuple = ([u8; 32], u32, u32);
 
+/// `prompt`: the tokens of the request's query, if this is the first report behind it. Those are compared where they are.
 pub(crate) fn report_of(
-    (id, known, tokens, pages, computed, scheduled, priorities): ReportTuple,
+    (id, known, list, pages, computed, scheduled, priorities): ReportTuple<'_>,
+    prompt: &[u32],
 ) -> core::Report {
+    // Some tokens may have been compared, and left out, by who tells this.
+    let prompt = if known > 0 { &[] } else { prompt };
+    let (compared, tokens) = behind_prompt(list.as_borrowed(), prompt);
+    let known = known.max(compared);
     let (opaque, tokens) = (tokens.0.is_none(), tokens.0.unwrap_or_default());
     let pages = pages.into_iter().map(|group| group.0).collect();
     core::Report { id, known, tokens, opaque, pages, computed, scheduled, priorities }

@@ -188,6 +188,13 @@ impl EngineProcess {
         }
     }
 
+    /// The tokens of each request's query, for [`Report::known`]; none of one that was not asked about, or was reported.
+    pub fn prompts(&self, ids: &[u64]) -> Vec<Arc<Vec<u32>>> {
+        let scheduler = self.scheduler.lock();
+        let prompt = |id: &u64| scheduler.as_ref().map(|half| half.prompt(*id)).unwrap_or_default();
+        ids.iter().map(prompt).collect()
+    }
+
     /// The metadata of the next pass.
     pub fn build(&self, new: Vec<Report>, cached: Vec<Report>) -> Vec<u8> {
         let now = self.now();

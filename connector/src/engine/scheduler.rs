@@ -339,6 +339,11 @@ impl SchedulerHalf {
         kept
     }
 
+    /// The tokens that were asked about, of a request that was not reported yet; none of others.
+    pub fn prompt(&self, id: u64) -> Arc<Vec<u32>> {
+        self.requests.get(&id).map(Request::prompt_tokens).unwrap_or_default()
+    }
+
     /// The metadata of the next pass.
     pub fn build(&mut self, new: Vec<Report>, cached: Vec<Report>, now: Duration) -> Vec<u8> {
         for report in new {

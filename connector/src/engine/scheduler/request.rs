@@ -1,6 +1,7 @@
 //! What the scheduler half knows of one request.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Promised, Slot};
@@ -30,7 +31,7 @@ impl Offer {
 pub(super) struct Request {
     pub keys: RequestKeys,
     /// Tokens at the query; those of the first report are compared with them.
-    prompt_tokens: Vec<u32>,
+    prompt_tokens: Arc<Vec<u32>>,
     /// How many those were.
     pub prompt: usize,
     /// Tokens that the engine had itself.
@@ -66,7 +67,7 @@ impl Request {
         Self {
             keys,
             prompt: prompt_tokens.len(),
-            prompt_tokens,
+            prompt_tokens: Arc::new(prompt_tokens),
             local_tokens,
             offer,
             parked,
@@ -88,7 +89,12 @@ impl Request {
 
     /// True if it was asked about with just these tokens.
     pub fn is_prompt(&self, tokens: &[u32]) -> bool {
-        self.prompt_tokens == tokens
+        *self.prompt_tokens == tokens
+    }
+
+    /// The tokens of the query, until the first report; then none.
+    pub fn prompt_tokens(&self) -> Arc<Vec<u32>> {
+        self.prompt_tokens.clone()
     }
 
     /// Checks that the tokens of the first report begin with those of the query, and leaves those behind them. `known`:
@@ -98,7 +104,7 @@ impl Request {
         if known > 0 {
             return known == prompt.len();
         }
-        if !tokens.starts_with(&prompt) {
+        if !tokens.starts_with(prompt.as_slice()) {
             return false;
         }
         tokens.drain(..prompt.len());
