@@ -113,6 +113,7 @@ def test_a_request_with_something_that_is_no_token_is_served_without_the_cache()
 def test_a_request_that_is_reported_with_other_tokens_than_it_was_asked_about_is_too() -> None:
     bypassed = Bypassed()
     assert not bypassed.is_([1, 2, 3]) and not bypassed.is_([1, 2, 3], [1, 2, 3, 4])
+    assert not bypassed.is_([1, 2, 3], [1, 2, 3, Number(4)])
     for other in ([1, 2, 4], [1, 2], []):
         assert bypassed.is_([1, 2, 3], other), other
     prompt = list(range(30_000))

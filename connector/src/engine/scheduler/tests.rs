@@ -134,8 +134,10 @@ fn tokens_that_were_compared_need_not_be_said_again_but_all_of_the_querys_must_h
         let mut engine = engine(LoadMode::Parked, 0);
         engine.query(1, 9, 0);
         engine.allocated(1, &[0, 1, 2]);
+        assert_eq!(*engine.half.prompt(1), tokens(9), "to compare with");
         let first = Report { known, ..report(1, vec![], vec![0, 1, 2], 0, 9) };
         assert_eq!(saved(&engine.build(vec![first], vec![])), kept, "{known} of 9");
+        assert!(engine.half.prompt(1).is_empty() && engine.half.prompt(2).is_empty());
     }
 }
 
