@@ -43,5 +43,6 @@ drill disk::drills::drill_disk_daemon_killed
 drill disk::drills::drill_disk_lost_and_repaired
 after=$(free)
 echo "free memory of the GPU, bytes: $before before, $after afterwards; logs in $logs"
-[ "$before" = "$after" ] || failed=1
+# The driver itself keeps and lets go of some pages.
+[ $((before - after)) -le $((1 << 20)) ] || failed=1
 exit $failed
