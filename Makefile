@@ -59,7 +59,7 @@ test-gpu: build
 FAKE_ENGINE := PYTHONPATH=tests $(VENV)/bin/python -m fake_engine
 
 test-fake-engine: $(VENV)/installed
-	$(VENV)/bin/ruff check tests/fake_engine
+	$(VENV)/bin/ruff check tests/fake_engine tests/vllm_engine
 	cd tests && ../$(VENV)/bin/mypy fake_engine
 	$(FAKE_ENGINE) golden
 	$(FAKE_ENGINE) prove --seeds 1 --workers 4
