@@ -67,7 +67,7 @@ def one(options: argparse.Namespace) -> None:
                     "same": len({part[2] for part in (cold, at_once, own, host) if part}) == 1,
                 }
             )
-    connectors.tell(result)
+    connectors.tell(options, result)
 
 
 def copy_rate() -> float | None:

@@ -19,8 +19,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ PATIENCE_S = 900
 def add_arguments(parser: argparse.ArgumentParser, modes: str) -> None:
     parser.add_argument("--modes", default=modes)
     parser.add_argument("--starts", type=int, default=2)
-    parser.add_argument("--gpus", default="0", help="numbers; each start runs on the next, as many side by side")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    parser.add_argument("--gpus", default=visible, help="each start runs on the next of them, as many side by side")
     parser.add_argument("--model", type=Path, help="instead of dummy weights")
     parser.add_argument("--kvbm", type=Path, help="the binary")
     parser.add_argument("--host-gb", type=float, default=24, help="host memory, of ours and of native offloading")
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser, modes: str) -> None:
     parser.add_argument("--lmcache-daemon")
     parser.add_argument("--pegaflow-daemon")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--socket", default="", help=argparse.SUPPRESS)
     parser.add_argument("--lane", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -137,8 +139,9 @@ def make_llm(options: argparse.Namespace, max_model_len: int, **more: Any) -> An
     )
 
 
-def tell(result: dict[str, Any]) -> None:
-    print("RESULT " + json.dumps(result), flush=True)
+def tell(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """What this process found, to the one that started it."""
+    options.result.write_text(json.dumps(result))
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -151,11 +154,9 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
             for _ in range(number, options.starts, len(gpus)):
                 one_start(options, number, gpus[number], Path(name), results.append)
 
-    lanes = [threading.Thread(target=lane, args=[number]) for number in range(len(gpus))]
-    for thread in lanes:
-        thread.start()
-    for thread in lanes:
-        thread.join()
+    with ThreadPoolExecutor(len(gpus)) as lanes:
+        # An error of any of them is told.
+        list(lanes.map(lane, range(len(gpus))))
     return results
 
 
@@ -178,29 +179,27 @@ def one_start(
     options: argparse.Namespace, lane: int, gpu: str, folder: Path, add: Callable[[dict[str, Any]], None]
 ) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-
-    def started(command: str | None, port: int) -> list[subprocess.Popen[bytes]]:
-        if command is None:
-            return []
-        words = shlex.split(command.replace("{port}", str(port)))
-        quiet = subprocess.DEVNULL
-        return [subprocess.Popen(words, env=environment, stdout=quiet, stderr=quiet)]
-
-    rivals = started(options.lmcache_daemon, LMCACHE_PORT + lane)
-    rivals += started(options.pegaflow_daemon, PEGAFLOW_PORT + lane)
+    commands = [(options.lmcache_daemon, LMCACHE_PORT + lane), (options.pegaflow_daemon, PEGAFLOW_PORT + lane)]
+    rivals: list[subprocess.Popen[bytes]] = []
     node = None
-    if options.kvbm:
-        node = Node(options.kvbm, folder, "--cpu-cache-gb", str(options.host_gb), *options.daemon.split(), held=False)
-        node.start()
     try:
+        for command, port in commands:
+            if command is not None:
+                words, quiet = shlex.split(command.replace("{port}", str(port))), subprocess.DEVNULL
+                rivals.append(subprocess.Popen(words, env=environment, stdout=quiet, stderr=quiet))
+        if options.kvbm:
+            settings = ["--cpu-cache-gb", str(options.host_gb), *options.daemon.split()]
+            node = Node(options.kvbm, folder, *settings, held=False)
+            node.start()
         for mode in options.modes.split(","):
-            socket = str(node.socket) if node else ""
-            own = ["--one", mode, "--socket", socket, "--lane", str(lane)]
+            socket, result = str(node.socket) if node else "", folder / "result.json"
+            result.unlink(missing_ok=True)
+            own = ["--one", mode, "--socket", socket, "--lane", str(lane), "--result", str(result)]
             said = said_by([sys.executable, *sys.argv, *own], environment, folder / f"{mode}.log")
-            lines = [line for line in said.splitlines() if line.startswith("RESULT ")]
-            if lines:
-                add(json.loads(lines[-1][len("RESULT ") :]))
-                print(lines[-1], flush=True)
+            if result.exists():
+                text = result.read_text()
+                add(json.loads(text))
+                print(f"RESULT {text}", flush=True)
             else:
                 print(f"{mode} on GPU {gpu}: no result\n{said[-4000:]}", flush=True)
     finally:

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import connectors
+from connectors import KV_BYTES_PER_TOKEN
 
 BLOCK_TOKENS = 16
 
@@ -33,6 +34,9 @@ def one(options: argparse.Namespace) -> None:
     room = options.batch * (options.context + decode_tokens) + 2 * options.length + 8 * options.new_length
     blocks = room // BLOCK_TOKENS + options.batch + 64
     prompts = room // options.length + 3
+    kv_bytes = (prompts * options.length + options.batch * (options.context + decode_tokens)) * KV_BYTES_PER_TOKEN
+    if options.model is None and kv_bytes > options.host_gb * 1e9:
+        sys.exit(f"the prompts' KV and that of those that decode are {kv_bytes / 1e9:.0f} GB: raise --host-gb")
     llm = connectors.make_llm(
         options,
         options.max_len,
@@ -53,19 +57,26 @@ def one(options: argparse.Namespace) -> None:
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
         return name
 
-    def until_done(name: str) -> Any:
-        while True:
-            for made in engine.step():
-                if made.request_id == name and made.finished:
-                    return made
+    decoding: dict[str, int] = {}
+
+    def step() -> Any:
+        outputs = engine.step()
+        if any(made.finished and made.request_id in decoding for made in outputs):
+            sys.exit("a request has decoded all its tokens: lower --step-ms, or raise --max-len")
+        return outputs
+
+    def until_done(*names: str | None) -> None:
+        left = {name for name in names if name}
+        while left:
+            left -= {made.request_id for made in step() if made.finished}
 
     kept = [prompt_of(options.length) for _ in range(prompts)] if options.one != "none" else []
     for prompt in kept:
         until_done(add(prompt, 1))
     time.sleep(options.settle)
-    decoding = {add(prompt_of(options.context), decode_tokens): 0 for _ in range(options.batch)}
+    decoding.update({add(prompt_of(options.context), decode_tokens): 0 for _ in range(options.batch)})
     while min(decoding.values()) < 8:
-        for made in engine.step():
+        for made in step():
             if made.request_id in decoding:
                 decoding[made.request_id] = len(made.outputs[0].token_ids)
     gaps: list[list[float]] = []
@@ -82,23 +93,20 @@ def one(options: argparse.Namespace) -> None:
                 onboarding, turn = add(kept[turn % len(kept)], 1), turn + 1
             if busy and new is None and time.monotonic() > next_new:
                 new, next_new = add(prompt_of(options.new_length), 1), next_new + options.new_every_s
-            outputs, now = engine.step(), time.monotonic()
+            outputs, now = step(), time.monotonic()
             for made in outputs:
                 if made.request_id in decoding:
                     if made.request_id in last:
                         gaps[-1].append((now - last[made.request_id]) * 1e3)
                     last[made.request_id] = now
-                    if made.finished:
-                        sys.exit("a request has decoded all its tokens: lower --step-ms, or raise --max-len")
                 elif made.finished and made.request_id == onboarding:
                     onboarding, asked = None, asked + options.length
                     found += made.num_cached_tokens or 0
                 elif made.finished and made.request_id == new:
                     new = None
-        for name in filter(None, [onboarding, new]):
-            until_done(name)
+        until_done(onboarding, new)
     engine.abort_request(list(decoding))
-    connectors.tell({"mode": options.one, "gaps": gaps, "found": found, "asked": asked})
+    connectors.tell(options, {"mode": options.one, "gaps": gaps, "found": found, "asked": asked})
 
 
 def at(values: list[float], quantile: float) -> float:
@@ -131,6 +139,7 @@ def main() -> None:
         description=f"{__doc__}\n{connectors.__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     connectors.add_arguments(parser, "none,native,kvbm")
+    parser.set_defaults(host_gb=96)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt that decodes")
     parser.add_argument("--length", type=int, default=8192, help="tokens of prompts that are onboarded")

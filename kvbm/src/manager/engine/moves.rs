@@ -122,7 +122,9 @@ impl Store<'_> {
         if let (Err(reason), false) = (&copied, shared.is_stopping()) {
             tracing::warn!(pool = batch.pool.0, reason, "blocks cannot be copied out of an engine's memory");
         }
-        shared.copy_delay(piece.copies.len());
+        if copied.is_ok() {
+            shared.copy_delay(piece.copies.len());
+        }
         piece.copies.iter().zip(piece.current).map(move |(copy, current)| match (&copied, current) {
             (_, false) => Copied::Stale,
             (Err(_), true) => Copied::Failed,

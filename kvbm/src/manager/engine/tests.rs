@@ -13,11 +13,14 @@ use crate::ledger::{BlockRef, EngineId, EnginePoolIdentity, LeaseId, TrustDomain
 use crate::manager::Outcome;
 use crate::manager::tests::with_host;
 use crate::manager::warm::tests::{Kept, start};
+use crate::store::StandInGpus;
 use crate::{Export, Fragment, ManagerConfig};
 
 const BLOCK: usize = 6000;
 const LAYER: usize = BLOCK / 2;
 const BLOCKS: u32 = 128;
+/// One that all ranks share.
+const GPU: &str = "GPU-0";
 
 fn manager(config: ManagerConfig) -> Manager {
     let manager = Manager::start(config).unwrap();
@@ -36,6 +39,11 @@ fn key(n: u32) -> SequenceHash {
 fn content(key: SequenceHash, rank: u32) -> Vec<u8> {
     let n = u32::from_le_bytes(key.0[..4].try_into().unwrap());
     (0..BLOCK as u32).map(|i| (i.wrapping_mul(n * 2 + 1 + rank * 64) >> 3) as u8).collect()
+}
+
+/// Memory of engines is that of GPUs, which the real copy engine reaches.
+fn on_gpus(config: ManagerConfig) -> ManagerConfig {
+    ManagerConfig { exports: Arc::new(StandInGpus::new()), ..config }
 }
 
 mod fan_out;
@@ -71,6 +79,14 @@ impl Rank {
         let layers: Vec<_> = (0..2).map(|_| SharedMemory::create("layer", bytes).unwrap()).collect();
         let is_ipc = mode == EnginePoolMode::Ipc;
         let mapped = layers.iter().filter(|_| is_ipc);
+        let has_gpus = manager.shared.config.exports.node_of(GPU).is_some();
+        let export = |layer: &SharedMemory| {
+            let (descriptor, bytes) = (layer.fd().try_clone_to_owned().unwrap(), layer.bytes() as u64);
+            match has_gpus {
+                true => Export::CudaVmm { descriptor, bytes, gpu_uuid: GPU.into() },
+                false => Export::Shared(descriptor),
+            }
+        };
         let fragment = |export| Fragment { export, offset: 0, stride: LAYER, bytes: LAYER };
         let open = OpenEnginePool {
             identity: EnginePoolIdentity {
@@ -88,7 +104,7 @@ impl Rank {
                 tokens_per_block: 4,
                 device: "cpu:0".into(),
             },
-            exports: mapped.map(|layer| Export::Shared(layer.fd().try_clone_to_owned().unwrap())).collect(),
+            exports: mapped.map(export).collect(),
             fragments: (0..2).filter(|_| is_ipc).map(fragment).collect(),
             process: Some(ProcessWatch::open(std::process::id()).unwrap()),
         };
@@ -351,8 +367,8 @@ fn blocks_whose_writer_lost_its_session_can_be_written_again_when_it_has_cleared
     manager.stop();
 }
 
-fn rescue(ignore_generations: bool) {
-    let manager = manager(with_host(4 << 20));
+fn rescue(config: ManagerConfig, ignore_generations: bool) {
+    let manager = manager(config);
     manager.shared.ignore_generations.store(ignore_generations, Ordering::SeqCst);
     let dying = Rank::open(&manager, 1, EnginePoolMode::Ipc, (0, 1));
     // Each is a sequence of its own.
@@ -394,18 +410,30 @@ fn rescue(ignore_generations: bool) {
 
 #[test]
 fn a_dead_engines_blocks_are_rescued_if_they_are_still_what_they_were() {
-    rescue(false);
+    rescue(with_host(4 << 20), false);
+    rescue(on_gpus(with_host(4 << 20)), false);
 }
 
 #[test]
 #[should_panic(expected = "is served with other bytes")]
 fn a_rescue_that_does_not_look_at_generations_is_noticed() {
-    rescue(true);
+    rescue(with_host(4 << 20), true);
+}
+
+#[test]
+#[should_panic(expected = "is served with other bytes")]
+fn a_rescue_from_gpus_that_does_not_look_at_generations_is_noticed() {
+    rescue(on_gpus(with_host(4 << 20)), true);
 }
 
 #[test]
 fn a_load_that_is_cancelled_writes_nothing_after_it_is_drained() {
-    let config = ManagerConfig { copy_delay: Duration::from_millis(2), ..with_host(4 << 20) };
+    let config = || ManagerConfig { copy_delay: Duration::from_millis(2), ..with_host(4 << 20) };
+    cancel(config());
+    (0..5).for_each(|_| cancel(on_gpus(config())));
+}
+
+fn cancel(config: ManagerConfig) {
     let manager = manager(config);
     let rank = Rank::open(&manager, 1, EnginePoolMode::Ipc, (0, 1));
     let keys = chain(60);
@@ -429,7 +457,12 @@ fn a_load_that_is_cancelled_writes_nothing_after_it_is_drained() {
 
 #[test]
 fn blocks_that_are_reassigned_all_the_time_are_found_right_or_not_at_all() {
-    let manager = manager(ManagerConfig { batch_blocks: 4, ..with_host(8 << 20) });
+    reassign(ManagerConfig { batch_blocks: 4, ..with_host(8 << 20) });
+    reassign(on_gpus(with_host(8 << 20)));
+}
+
+fn reassign(config: ManagerConfig) {
+    let manager = manager(config);
     let rank = Rank::open(&manager, 1, EnginePoolMode::Ipc, (0, 1));
     let stop = AtomicBool::new(false);
     // An engine assigns and writes a block in one go.

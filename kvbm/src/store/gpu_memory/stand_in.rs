@@ -25,14 +25,19 @@ impl StandInGpus {
         Self::default()
     }
 
-    fn exports(&self, name: &str, memory: Arc<SharedMemory>) -> Arc<dyn EngineMemory> {
+    fn exports(&self, name: &str, memories: Vec<Arc<SharedMemory>>) -> Arc<dyn EngineMemory> {
         let on_host = || Arc::new(Gpu::on_host(CopyEngineConfig::default()));
         let gpu = self.gpus.lock().entry(name.to_owned()).or_insert_with(on_host).clone();
         let mut lanes = self.lanes.lock();
         *lanes += 1;
-        let mapped = Mapped { bytes: memory.bytes(), memory: CopyMemory::Shared(memory), start: 0 };
+        let mapped = |memory: Arc<SharedMemory>| Mapped {
+            bytes: memory.bytes(),
+            memory: CopyMemory::Shared(memory),
+            start: 0,
+        };
         let (lane, elsewhere) = (LaneId(*lanes), Mutex::default());
-        Arc::new(GpuExports { gpus: None, gpu, lane, mapped: vec![mapped], elsewhere })
+        let mapped = memories.into_iter().map(mapped).collect();
+        Arc::new(GpuExports { gpus: None, gpu, lane, mapped, elsewhere })
     }
 }
 
@@ -42,14 +47,20 @@ impl MapExports for StandInGpus {
         device.strip_prefix("GPU-")?.parse().ok()
     }
 
-    fn map(&self, mut exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
-        match exports.pop() {
-            Some(Export::CudaVmm { descriptor, gpu_uuid, .. }) if gpu_uuid.starts_with("GPU-") => {
-                let memory = SharedMemory::from_fd(descriptor).map_err(|error| error.to_string())?;
-                Ok(self.exports(&gpu_uuid, Arc::new(memory)))
+    /// All of one GPU.
+    fn map(&self, exports: Vec<Export>) -> Result<Arc<dyn EngineMemory>, String> {
+        let (mut name, mut memories) = (String::new(), Vec::new());
+        for export in exports {
+            match export {
+                Export::CudaVmm { descriptor, gpu_uuid, .. } if gpu_uuid.starts_with("GPU-") => {
+                    let memory = SharedMemory::from_fd(descriptor).map_err(|error| error.to_string())?;
+                    memories.push(Arc::new(memory));
+                    name = gpu_uuid;
+                }
+                other => return Err(format!("{other:?} is not memory of a GPU")),
             }
-            other => Err(format!("{other:?} is not memory of a GPU")),
         }
+        Ok(self.exports(&name, memories))
     }
 
     fn allocate(
@@ -69,6 +80,6 @@ impl MapExports for StandInGpus {
         let memory = Arc::new(SharedMemory::create("stand-in-gpu", bytes).map_err(impossible)?);
         allocated.push((gpu_uuid.to_owned(), Arc::downgrade(&memory)));
         let descriptor = memory.fd().try_clone_to_owned().expect("a test has descriptors");
-        Ok((self.exports(gpu_uuid, memory), DeviceMemory { descriptor, bytes }))
+        Ok((self.exports(gpu_uuid, vec![memory]), DeviceMemory { descriptor, bytes }))
     }
 }

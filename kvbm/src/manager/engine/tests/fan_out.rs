@@ -40,7 +40,12 @@ fn counts(manager: &Manager) -> [u64; 3] {
 
 #[test]
 fn replicated_blocks_are_stored_once_loaded_once_and_handed_from_rank_to_rank() {
-    let config = ManagerConfig { copy_delay: Duration::from_micros(100), ..with_host(4 << 20) };
+    let config = || ManagerConfig { copy_delay: Duration::from_micros(100), ..with_host(4 << 20) };
+    replicate(config());
+    replicate(on_gpus(config()));
+}
+
+fn replicate(config: ManagerConfig) {
     let manager = manager(config);
     let ranks = replicas(&manager);
     let keys = chain(40);
