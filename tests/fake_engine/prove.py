@@ -26,8 +26,8 @@ def prove(seeds: int, workers: int) -> int:
     every = PLANTED | PLANTED_FOR_DRILLS
     missed = 0
     for name, bug in every.items():
-        if bug.kind in found[name]:
-            print(f"caught {name}: {bug.scenario}, {bug.kind}")
+        if caught := found[name] & {bug.kind, bug.or_as}:
+            print(f"caught {name}: {bug.scenario}, {', '.join(sorted(caught))}")
         else:
             missed += 1
             print(f"MISSED {name}: {bug.scenario} saw {sorted(found[name]) or 'nothing'}, not {bug.kind}")

@@ -271,13 +271,14 @@ class MistrustlessScheduler(ReferenceScheduler):
 
 @dataclass(frozen=True)
 class Bug:
-    """Caught in `scenario`, seen as `kind`."""
+    """Caught in `scenario`, seen as `kind`, or as `or_as` where that is a matter of time."""
 
     scenario: str
     kind: str
     scheduler: str = "ReferenceScheduler"
     worker: str = "ReferenceWorker"
     options: dict[str, Any] = field(default_factory=dict)
+    or_as: str | None = None
 
 
 PLANTED: dict[str, Bug] = {
@@ -296,7 +297,8 @@ PLANTED: dict[str, Bug] = {
         "finish_and_reuse", "bad load", "ReleasingScheduler", "NoGenerationWorker"
     ),
     "generation not raised, prefill cancelled": Bug("cancel_prefill", "bad load", worker="NoGenerationWorker"),
-    "no drain on cancel": Bug("cancel_parked", "wrong bytes", worker="NoDrainWorker"),
+    # What is written late meets a block's next owner, or a block that is still free.
+    "no drain on cancel": Bug("cancel_parked", "wrong bytes", worker="NoDrainWorker", or_as="stray write"),
     "wrong shard": Bug("cold_warm", "bad load", worker="WrongShardWorker", options={"ranks": 2}),
     "one rank says a load is over": Bug("cold_warm", "expectation", worker="FirstRankWorker", options={"ranks": 2}),
     "load over before its bytes are there": Bug("concurrent_prefix", "bad load", worker="AtOnceWorker"),
