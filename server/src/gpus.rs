@@ -125,8 +125,9 @@ mod tests {
         let (direction, urgency) =
             (kvbm_cuda::copy_engine::Direction::Offload, kvbm_cuda::copy_engine::Urgency::Demanded);
         assert_eq!(gpu.copy(direction, lane, urgency, copies), Ok(8192));
-        let on = status(&device, Some(&gpu), 0);
+        let on = status(&device, Some(&gpu), 4096);
         assert_eq!((on.state.as_str(), on.offload_bytes, on.offload_batches), ("on", 8192, 1));
+        assert_eq!(on.host_registered_bytes, 4096);
         assert_eq!((on.onboard_bytes, on.failed_batches, on.reason.as_str()), (0, 0, ""));
     }
 }

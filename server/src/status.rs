@@ -229,7 +229,7 @@ pub struct GpuStatus {
     /// Time during which something was being copied that way.
     pub onboard_busy_s: f64,
     pub offload_busy_s: f64,
-    /// Host memory that copies find registered; the rest is when it is first used.
+    /// Host memory that copies find registered, once for all GPUs; the rest is when it is first used.
     #[serde(default)]
     pub host_registered_bytes: u64,
     /// Rate of copies in the background while the engine decodes; `null` while they go as fast as they can.

@@ -307,7 +307,9 @@ impl Engine {
         cached: Vec<ReportTuple<'py>>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let ids: Vec<u64> = new.iter().map(|report| report.0).collect();
-        let prompts = self.guard(py, |process| Ok(process.prompts(&ids)))?;
+        // Most passes have no new request; each guard lets go of the interpreter's lock, which others may take.
+        let prompts =
+            if ids.is_empty() { vec![] } else { self.guard(py, |process| Ok(process.prompts(&ids)))? };
         let new = new.into_iter().zip(&prompts).map(|(report, prompt)| report_of(report, prompt)).collect();
         let cached = cached.into_iter().map(|report| report_of(report, &[])).collect();
         let metadata = self.guard(py, |process| Ok(process.build(new, cached)))?;

@@ -32,9 +32,9 @@ pub(super) fn render(text: &mut Text, status: &Status) {
         family.value(&[("gpu", &gpu.uuid), ("direction", "onboard")], gpu.onboard_busy_s);
         family.value(&[("gpu", &gpu.uuid), ("direction", "offload")], gpu.offload_busy_s);
     }
-    let help = "Host memory that is registered, so that copies from and to it need not wait for that; the same for each GPU.";
+    let help = "Host memory that is registered, once for all GPUs, so that copies from and to it need not wait for that.";
     let mut family = text.family("kvbm_gpu_host_registered_bytes", "gauge", help);
-    used.iter().for_each(|gpu| family.value(&[("gpu", &gpu.uuid)], gpu.host_registered_bytes));
+    family.value(&[], used[0].host_registered_bytes);
     let help = "Rate at which copies in the background go while the engine decodes; absent while they go as fast as they can.";
     let mut family = text.family("kvbm_gpu_paced_bytes_per_second", "gauge", help);
     for gpu in &used {
