@@ -55,6 +55,18 @@ impl Event {
         unsafe { call!(cuEventRecord(self.raw, stream)) }
     }
 
+    /// What is issued from now on, on a stream that somebody else made, begins when the mark is reached. 0 is the default
+    /// stream.
+    ///
+    /// # Safety
+    /// The handle is that of a live stream of this context.
+    pub unsafe fn hold_foreign(&self, stream: u64) -> Result<(), Error> {
+        self.context.bind()?;
+        let stream = ptr::with_exposed_provenance_mut(stream as usize);
+        // SAFETY: the event is ours, the stream alive by the caller's promise; 0 is the only flag that is needed.
+        unsafe { call!(cuStreamWaitEvent(stream, self.raw, 0)) }
+    }
+
     /// True once everything before the mark has ended, also if it never was set.
     pub fn is_reached(&self) -> Result<bool, Error> {
         self.context.bind()?;

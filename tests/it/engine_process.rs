@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvbm_connector::engine::{
     EngineProcess, EngineSettings, Export, Exported, ExportedMemory, ExportedRegion, Found, LayerGroup,
-    LoadMode, MemoryFacts, MemoryMover, PoolChoice, PoolShape, Prompt, Region, Report, SharedFacts,
+    LoadMode, MemoryFacts, MemoryMover, Pass, PoolChoice, PoolShape, Prompt, Region, Report, SharedFacts,
 };
 use kvbm_shm::{LentMemory, SharedMemory};
 use kvbm_tests::{DaemonOptions, Node, Random, eventually};
@@ -154,7 +154,7 @@ impl Engine {
         let metadata = self.scheduler().build(new, cached);
         for rank in &self.ranks {
             rank.process.bind(&metadata).unwrap();
-            rank.process.start_loads(0).unwrap();
+            rank.process.start_loads(0, Pass::Whole).unwrap();
         }
     }
 

@@ -5,7 +5,8 @@ started `--starts` times in turn with the others; with several `--gpus`, starts 
 its own.
 
 Connectors that need a daemon find it started: `kvbm` is started here; for lmcache and pegaflow name commands by
---lmcache-daemon and --pegaflow-daemon, in which {port} is filled in, or start them yourself.
+--lmcache-daemon and --pegaflow-daemon, in which {port} is filled in, or start them yourself. Those run while their mode
+does, so that each has the machine's memory to itself.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from daemon import Node
+from daemon import Node, wait_until
 
 LLAMA_3_8B = dict(
     architectures=["LlamaForCausalLM"],
@@ -51,6 +53,7 @@ KV_BYTES_PER_TOKEN = 2 * 32 * 8 * 128 * 2
 LMCACHE_PORT = 15555
 PEGAFLOW_PORT = 50055
 PATIENCE_S = 900
+DAEMON_PATIENCE_S = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser, modes: str) -> None:
@@ -175,18 +178,43 @@ def said_by(command: list[str], environment: dict[str, str], log: Path) -> str:
     return log.read_text(errors="replace")
 
 
+@contextlib.contextmanager
+def rival(command: str | None, port: int, environment: dict[str, str], log: Path) -> Iterator[None]:
+    """Somebody else's daemon, if a command is named, from when it can be reached."""
+    if command is None:
+        yield
+        return
+    with open(log, "wb") as out:
+        daemon = subprocess.Popen(
+            shlex.split(command.replace("{port}", str(port))), env=environment, stdout=out, stderr=out
+        )
+        try:
+            wait_until(f"{command.split()[0]} listens on {port}", lambda: is_open(port), DAEMON_PATIENCE_S)
+            yield
+        except AssertionError as error:
+            print(f"{error}\n{log.read_text(errors='replace')[-2000:]}", flush=True)
+            yield
+        finally:
+            daemon.kill()
+            daemon.wait()
+
+
+def is_open(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 def one_start(
     options: argparse.Namespace, lane: int, gpu: str, folder: Path, add: Callable[[dict[str, Any]], None]
 ) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    commands = [(options.lmcache_daemon, LMCACHE_PORT + lane), (options.pegaflow_daemon, PEGAFLOW_PORT + lane)]
-    rivals: list[subprocess.Popen[bytes]] = []
+    rivals = {
+        "lmcache": (options.lmcache_daemon, LMCACHE_PORT + lane),
+        "pegaflow": (options.pegaflow_daemon, PEGAFLOW_PORT + lane),
+    }
     node = None
     try:
-        for command, port in commands:
-            if command is not None:
-                words, quiet = shlex.split(command.replace("{port}", str(port))), subprocess.DEVNULL
-                rivals.append(subprocess.Popen(words, env=environment, stdout=quiet, stderr=quiet))
         if options.kvbm:
             settings = ["--cpu-cache-gb", str(options.host_gb), *options.daemon.split()]
             node = Node(options.kvbm, folder, *settings, held=False)
@@ -195,7 +223,9 @@ def one_start(
             socket, result = str(node.socket) if node else "", folder / "result.json"
             result.unlink(missing_ok=True)
             own = ["--one", mode, "--socket", socket, "--lane", str(lane), "--result", str(result)]
-            said = said_by([sys.executable, *sys.argv, *own], environment, folder / f"{mode}.log")
+            command, port = rivals.get(mode, (None, 0))
+            with rival(command, port, environment, folder / f"{mode}-daemon.log"):
+                said = said_by([sys.executable, *sys.argv, *own], environment, folder / f"{mode}.log")
             if result.exists():
                 text = result.read_text()
                 add(json.loads(text))
@@ -206,6 +236,3 @@ def one_start(
         if node:
             print((folder / "daemon.log").read_text()[-3000:])
             node.close()
-        for daemon in rivals:
-            daemon.kill()
-            daemon.wait()

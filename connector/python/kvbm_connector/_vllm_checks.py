@@ -16,6 +16,7 @@ _OPTIONS = (
     "load",
     "pool",
     "cross_layer",
+    "by_layer",
     "lookup_deadline_ms",
     "detach_after_ms",
     "disk_wait_max_ms",
@@ -78,6 +79,11 @@ def block_spec(kv_cache_config: Any) -> Any:
     return spec
 
 
+def layer_names(kv_cache_config: Any) -> list[str]:
+    """Of the engine's KV tensors, in their order."""
+    return [str(tensor.shared_by[0]) for tensor in kv_cache_config.kv_cache_tensors]
+
+
 def is_replicated(spec: Any) -> bool:
     """True if every rank has the same bytes: one vector per token for all heads."""
     inner = getattr(spec, "kv_cache_specs", None)
@@ -91,6 +97,11 @@ def prefers_cross_layer(config: Any) -> bool:
     if wanted not in ("true", "false"):
         _refuse("kv_connector_extra_config", f"kvbm.cross_layer {wanted}", "expected true or false")
     return wanted == "true"
+
+
+def waits_for_layers(config: Any) -> bool:
+    """Whether passes may begin before all layers have arrived. A draft model reads outside of what its hooks show."""
+    return getattr(config, "speculative_config", None) is None
 
 
 def load_options(config: Any) -> dict[str, str]:

@@ -72,6 +72,28 @@ def describe(tensor: Any, blocks: int) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} /{dimension}*{steps} {sizes}"
 
 
+def layers_of(tensors: dict[str, Any], blocks: int, names: list[str]) -> dict[str, int]:
+    """The place of each layer in a block, if all have as many bytes of it, one behind the other; nothing if not.
+
+    `names`: of the layers of a tensor that has them all.
+    """
+    if len(tensors) == 1:
+        (tensor,) = tensors.values()
+        regions = regions_of(tensor, blocks)
+        dimension, _ = block_dimension(tensor.shape, blocks)
+        bytes_of_layer = regions[0][1] // max(len(names), 1)
+        is_outermost = any(
+            size == len(names) and stride * int(tensor.element_size()) == bytes_of_layer
+            for at, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+            if at != dimension
+        )
+        return {name: at for at, name in enumerate(names)} if len(regions) == 1 and is_outermost else {}
+    each = [regions_of(tensor, blocks) for tensor in tensors.values()]
+    pieces = [region for regions in each for region in regions]
+    alike = len({sum(region[1] for region in regions) for regions in each}) == 1
+    return {name: at for at, name in enumerate(tensors)} if alike and len(set(pieces)) == len(pieces) else {}
+
+
 def layout_of(tensors: dict[str, Any], blocks: int) -> tuple[list[Region], str]:
     """Pieces of a block over all tensors, and a name of the order of its bytes."""
     regions = merged(region for tensor in tensors.values() for region in regions_of(tensor, blocks))

@@ -12,6 +12,7 @@ FIGURES = {
     "queries": "Prefixes asked for.",
     "promised_tokens": "Tokens found in the cache beyond the engine's own.",
     "loaded_blocks": "Blocks brought from host memory.",
+    "layered_loads": "Loads whose requests went on before all layers were there.",
     "saved_blocks": "Blocks copied to host memory.",
     "stale_blocks": "Copies of blocks that were used anew meanwhile; they did not count.",
     "dropped_saves": "Saves that nobody took.",

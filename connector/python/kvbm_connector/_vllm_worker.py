@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._native import Engine
-from ._vllm_layout import layout_of
+from ._vllm_layout import layers_of, layout_of
 from ._vllm_metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 
 
@@ -19,22 +19,30 @@ class WorkerHalf:
         self._loading: dict[int, str] = {}
         self._begun: list[int] = []
         self._idle = False
+        # By name, its place in a block.
+        self._layers: dict[str, int] = {}
+        self._asks = False
         self.handshake: KvbmHandshake | None = None
 
-    def register(self, tensors: dict[str, Any], backend: str) -> None:
+    def register(self, tensors: dict[str, Any], layers: list[str] | None) -> None:
+        """`layers`: names of those of a tensor that has them all; `None`: nothing waits for single layers."""
         device = next(iter(tensors.values())).device
         regions, layout = layout_of(tensors, self._blocks)
-        layout = f"{layout} {backend} {device.type}"
+        # Before the kind of device there was room for a name that no version gave: keys stay what they are.
+        layout = f"{layout}  {device.type}"
+        if layers is not None:
+            self._layers = layers_of(tensors, self._blocks, layers)
+        count = max(len(self._layers), 1)
         if device.type == "cuda":
             # An engine with memory on a GPU has brought torch.
             import torch
 
             index = device.index if device.index is not None else torch.cuda.current_device()
-            self.engine.register_cuda_memory([regions], layout, index, self._replicated, False, True, tensors)
+            self.engine.register_cuda_memory([regions], layout, index, self._replicated, False, True, tensors, count)
             self._stream = lambda: int(torch.cuda.current_stream(index).cuda_stream)
         elif device.type == "cpu":
             # The engine's own memory, which the daemon cannot map.
-            args = [regions], layout, "cpu:0", self._replicated, False, True, tensors, None
+            args = [regions], layout, "cpu:0", self._replicated, False, True, tensors, None, count
             self.engine.register_memory(*args)
         else:
             raise NotImplementedError(f"kvbm_connector: KV memory on {device}: a CPU or a GPU of NVIDIA is supported")
@@ -46,8 +54,14 @@ class WorkerHalf:
         self._begun = list(metadata.loading)
         self._idle = metadata.idle
 
-    def start_loads(self) -> None:
-        self.engine.start_loads(self._stream())
+    def start_loads(self, kind: str | None) -> None:
+        """`kind`: of the pass, if its layers ask."""
+        self._asks = self.engine.start_loads(self._stream(), not self._idle, kind if self._layers else None)
+
+    def layer(self, name: str) -> None:
+        if self._asks:
+            # One that has no memory of its own may read any.
+            self.engine.layer(self._layers.get(name, len(self._layers)), self._stream())
 
     def pass_done(self) -> None:
         self.engine.pass_done(self._stream())

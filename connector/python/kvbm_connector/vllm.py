@@ -7,6 +7,7 @@ It translates the engine's objects and decides nothing: what is found, promised,
 anything may take, is the native module's. Versions are told apart by what they have, never by their number:
 
 * loads begin before the pass or behind it; the native module does not mind, a parked request is in neither
+* a pass whose layers ask for what they read may begin before all of it is there; one of a CUDA graph may not
 * layers have tensors of their own, or share one: a block is all pieces of memory that belong to it
 """
 
@@ -16,13 +17,31 @@ from collections.abc import Iterable
 from typing import Any
 
 from ._vllm_api import ConnectorBase, SupportsHybrid, block_first_layout
-from ._vllm_checks import block_spec, check, is_replicated, make_engine, prefers_cross_layer
+from ._vllm_checks import (
+    block_spec,
+    check,
+    is_replicated,
+    layer_names,
+    make_engine,
+    prefers_cross_layer,
+    waits_for_layers,
+)
 from ._vllm_metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from ._vllm_scheduler import SchedulerHalf
 from ._vllm_stats import Counted, KvbmPromMetrics, KvbmStats
 from ._vllm_worker import WorkerHalf
 
 __all__ = ["KvbmConnector"]
+
+
+def kind_of_pass(forward_context: Any) -> str | None:
+    """Of passes whose attention may ask for layers: what tells those that behave alike. Nothing of those of which a CUDA
+    graph has all, attention too."""
+    if getattr(forward_context, "attn_metadata", None) is None:
+        return None
+    mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+    kind = str(getattr(mode, "name", mode))
+    return None if "FULL" in kind else f"{kind} {getattr(forward_context, 'skip_compiled', False)}"
 
 
 class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
@@ -43,6 +62,7 @@ class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
             self._worker = WorkerHalf(self._engine, int(kv_cache_config.num_blocks), is_replicated(spec))
         self._counted = Counted(self._engine)
         self._cross_layer = prefers_cross_layer(vllm_config)
+        self._layers = layer_names(kv_cache_config) if waits_for_layers(vllm_config) else None
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:
@@ -88,10 +108,10 @@ class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
     # In each worker's process.
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        self._worker.register(kv_caches, "")
+        self._worker.register(kv_caches, self._layers)
 
     def register_cross_layers_kv_cache(self, kv_cache: Any, attn_backend: Any) -> None:
-        self._worker.register({"all layers": kv_cache}, "")
+        self._worker.register({"all layers": kv_cache}, self._layers)
 
     def get_handshake_metadata(self) -> KvbmHandshake | None:
         return self._worker.handshake
@@ -101,13 +121,13 @@ class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
         self._worker.bind(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._worker.start_loads()
+        self._worker.start_loads(kind_of_pass(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete before the pass, for hooks of layers do not run in CUDA graphs."""
+        self._worker.layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Saves begin when the pass is over, for the same reason."""
+        """Saves begin when the pass is over, for hooks of layers do not run in CUDA graphs."""
 
     def wait_for_save(self) -> None:
         self._worker.pass_done()

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvbm_connector::engine::{
@@ -30,6 +31,8 @@ struct Lane {
 
 pub(crate) struct CudaMover {
     shape: PoolShape,
+    /// Where each region begins.
+    bases: Vec<DeviceAddress>,
     context: Context,
     loads: Mutex<Lane>,
     saves: Mutex<Lane>,
@@ -60,6 +63,7 @@ impl CudaMover {
             }))
         };
         Ok(Self {
+            bases: shape.regions().map(|(_, region)| DeviceAddress(region.base as u64)).collect(),
             shape,
             loads: lane()?,
             saves: lane()?,
@@ -106,41 +110,59 @@ impl CudaMover {
 
     fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
         let mut lane = if way == Way::In { self.loads.lock() } else { self.saves.lock() };
-        let Lane { stream, copier, done } = &mut *lane;
-        let mut copies = Vec::new();
-        let issued = issued_at_once(blocks.len(), self.shape.block_bytes()).try_for_each(|part| {
-            copies.clear();
-            blocks[part].iter().try_for_each(|block| self.pieces(block, way, &mut copies))?;
-            // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
-            // holds them, which is until `self` goes; pieces lie within one chunk each, and within bounds that were
-            // checked when they were placed. The copies have ended before this function returns.
-            unsafe { copier.copy(stream, &copies) }.map_err(|error| error.to_string())
-        });
+        let whole = 0..self.shape.block_bytes();
+        // SAFETY: the copies have ended before this function returns.
+        let issued = unsafe { self.issue(&mut lane, blocks, &whole, way) };
         // Also when some were not issued: those that were must not outlast this call.
+        let Lane { stream, done, .. } = &*lane;
         let ended = done.record(stream).and_then(|()| done.synchronize()).or_else(|_| stream.synchronize());
         issued.and(ended.map_err(|error| error.to_string()))
     }
 
-    /// A block as pieces that lie within one page and one registered chunk.
-    fn pieces(&self, block: &BlockCopy<'_>, way: Way, to: &mut Vec<RawCopy>) -> Result<(), String> {
+    /// Issues the copies of these bytes of each block.
+    ///
+    /// # Safety
+    /// The blocks' pages and slots are left alone, and their segments kept, until the copies have ended.
+    unsafe fn issue(
+        &self,
+        lane: &mut Lane,
+        blocks: &[BlockCopy<'_>],
+        bytes: &Range<usize>,
+        way: Way,
+    ) -> Result<(), String> {
+        let mut copies = Vec::new();
+        issued_at_once(blocks.len(), bytes.len()).try_for_each(|part| {
+            copies.clear();
+            blocks[part].iter().try_for_each(|block| self.pieces(block, bytes, way, &mut copies))?;
+            // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
+            // holds them, which is until `self` goes or they are let go of; pieces lie within one chunk each, and within
+            // bounds that were checked when they were placed. The rest is the caller's promise.
+            unsafe { lane.copier.copy(&lane.stream, &copies) }.map_err(|error| error.to_string())
+        })
+    }
+
+    /// These bytes of a block as pieces that lie within one page and one registered chunk.
+    fn pieces(
+        &self,
+        block: &BlockCopy<'_>,
+        bytes: &Range<usize>,
+        way: Way,
+        to: &mut Vec<RawCopy>,
+    ) -> Result<(), String> {
         let at = block.segment.address().addr().get();
         let memory =
             self.segments.read().get(&at).cloned().ok_or("a host segment is not registered with CUDA")?;
-        let mut offset = block.offset;
-        for (group, region) in self.shape.regions() {
-            if let Ok(page) = usize::try_from(block.pages[group]) {
-                let device = DeviceAddress(region.base as u64).plus(page * region.stride);
-                let mut done = 0;
-                while done < region.bytes {
-                    let chunk = memory.chunk_bytes();
-                    let bytes = (region.bytes - done).min(chunk - (offset + done) % chunk);
-                    let (host, device) = (memory.device_address(offset + done), device.plus(done));
-                    let (from, into) = if way == Way::In { (host, device) } else { (device, host) };
-                    to.push(RawCopy { from, to: into, bytes });
-                    done += bytes;
-                }
+        let chunk = memory.chunk_bytes();
+        for piece in self.shape.pieces(block.pages, bytes.clone()) {
+            let (device, offset) = (self.bases[piece.region].plus(piece.from), block.offset + piece.at);
+            let mut done = 0;
+            while done < piece.bytes {
+                let bytes = (piece.bytes - done).min(chunk - (offset + done) % chunk);
+                let (host, device) = (memory.device_address(offset + done), device.plus(done));
+                let (from, into) = if way == Way::In { (host, device) } else { (device, host) };
+                to.push(RawCopy { from, to: into, bytes });
+                done += bytes;
             }
-            offset += region.bytes;
         }
         Ok(())
     }
@@ -179,6 +201,29 @@ impl Mover for CudaMover {
         self.copy(blocks, Way::In)
     }
 
+    fn load_in_steps(
+        &self,
+        blocks: &[BlockCopy<'_>],
+        steps: &[Range<usize>],
+    ) -> Result<Vec<Arc<dyn Fence>>, String> {
+        let mut lane = self.loads.lock();
+        let issued: Result<_, String> = steps
+            .iter()
+            .map(|step| {
+                // SAFETY: who loads keeps pages, slots and segments until the last fence was reached; if not all were
+                // issued, those that were have ended when this returns.
+                unsafe { self.issue(&mut lane, blocks, step, Way::In) }?;
+                let there = Event::new(&self.context).map_err(|error| error.to_string())?;
+                there.record(&lane.stream).map_err(|error| error.to_string())?;
+                Ok(Arc::new(Reached(there)) as Arc<dyn Fence>)
+            })
+            .collect();
+        if issued.is_err() {
+            lane.stream.synchronize().map_err(|error| error.to_string())?;
+        }
+        issued
+    }
+
     fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
         self.copy(blocks, Way::Out)
     }
@@ -196,5 +241,10 @@ struct Reached(Event);
 impl Fence for Reached {
     fn wait(&self) -> Result<(), String> {
         self.0.synchronize().map_err(|error| error.to_string())
+    }
+
+    fn hold(&self, stream: u64) -> Result<(), String> {
+        // SAFETY: the engine passes a stream of its own, which it keeps.
+        unsafe { self.0.hold_foreign(stream) }.map_err(|error| error.to_string())
     }
 }

@@ -203,7 +203,9 @@ impl Engine {
     }
 
     /// Takes memory of this process into service. `owner` is kept as long as the memory is used. `memfds`: a descriptor
-    /// and the byte at which each region begins in it, if the daemon may copy out of them.
+    /// and the byte at which each region begins in it, if the daemon may copy out of them. `layers`: so many lie one
+    /// behind the other in a block; 1 if that is not known.
+    #[pyo3(signature = (groups, layout, device, replicated, windowed, size_is_known, owner, memfds, layers=1))]
     #[allow(clippy::too_many_arguments)]
     fn register_memory(
         &self,
@@ -216,8 +218,9 @@ impl Engine {
         size_is_known: bool,
         owner: Py<PyAny>,
         memfds: Option<Vec<(RawFd, u64)>>,
+        layers: usize,
     ) -> PyResult<()> {
-        let shape = shape_of(groups)?;
+        let shape = shape_of(groups)?.of_layers(layers);
         let exported = exported(&shape, memfds);
         let memories: Result<Vec<LentMemory>, _> = shape
             .regions()
@@ -237,6 +240,7 @@ impl Engine {
     }
 
     /// The same for memory of a GPU, by its number in this process.
+    #[pyo3(signature = (groups, layout, device, replicated, windowed, size_is_known, owner, layers=1))]
     #[allow(clippy::too_many_arguments)]
     fn register_cuda_memory(
         &self,
@@ -248,8 +252,9 @@ impl Engine {
         windowed: bool,
         size_is_known: bool,
         owner: Py<PyAny>,
+        layers: usize,
     ) -> PyResult<()> {
-        let shape = shape_of(groups)?;
+        let shape = shape_of(groups)?.of_layers(layers);
         let of_mover = shape.clone();
         // SAFETY: as for `register_memory`: memory of a tensor on this GPU, which `owner` keeps alive.
         let mover = py.detach(|| unsafe { CudaMover::new(of_mover, device) });
@@ -326,9 +331,28 @@ impl Engine {
         self.guard(py, |process| process.bind(metadata))
     }
 
-    /// Starts loads; those that the pass needs are done when it returns.
-    fn start_loads(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
-        self.guard(py, |process| process.start_loads(stream))
+    /// Starts loads. Those that the pass needs are done when it returns, or are waited for on its stream: now, or, if it
+    /// returns true, by asking for each layer. `computes`: anything is computed in the pass. `kind`: the engine may ask
+    /// for layers in it, as it does in others of this kind.
+    #[pyo3(signature = (stream, computes=true, kind=None))]
+    fn start_loads(
+        &self,
+        py: Python<'_>,
+        stream: u64,
+        computes: bool,
+        kind: Option<String>,
+    ) -> PyResult<bool> {
+        let pass = match kind {
+            _ if !computes => core::Pass::Idle,
+            Some(kind) => core::Pass::Layered(kind),
+            None => core::Pass::Whole,
+        };
+        self.guard(py, |process| process.start_loads(stream, pass))
+    }
+
+    /// The pass gets to a layer, by its place in a block; any other number stands for all layers.
+    fn layer(&self, py: Python<'_>, layer: usize, stream: u64) -> PyResult<()> {
+        self.guard(py, |process| process.layer(layer, stream))
     }
 
     /// The pass has been launched.

@@ -52,6 +52,9 @@ pub(crate) struct Load {
     /// The rank is done with the lease after this load.
     #[prost(bool, tag = "8")]
     pub last: bool,
+    /// Nobody else is there: the pass may begin before all layers are.
+    #[prost(bool, tag = "9")]
+    pub in_layers: bool,
 }
 
 /// Blocks that are complete once the pass is over.
@@ -184,6 +187,7 @@ mod tests {
             pages: vec![Pages { pages: vec![-1] }],
             lease: Lease { lease_id: 9, pin: 1 },
             last: true,
+            in_layers: true,
         }];
         assert_eq!(Metadata::decode(&said.encode()), Ok(Some(said)));
         assert_eq!(Metadata::decode(b""), Ok(None));

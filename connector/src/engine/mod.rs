@@ -28,9 +28,9 @@ pub use export::{Export, Exported, ExportedMemory, ExportedRegion, PoolChoice};
 pub use keys::PlacedItem;
 pub use link::LinkCounts;
 pub use pool::{
-    BlockCopy, Fence, InvalidPool, LayerGroup, MemoryMover, Mover, PoolShape, Region, issued_at_once,
+    BlockCopy, Fence, InvalidPool, LayerGroup, MemoryMover, Mover, Piece, PoolShape, Region, issued_at_once,
 };
 pub use process::{EngineProcess, Figure, Found, MemoryFacts, Prompt, SharedFacts};
 pub use scheduler::{LoadMode, NewRequest, Report, SchedulerCounts};
 pub use settings::{EngineSettings, InvalidEngineSetting, socket_of};
-pub use worker::WorkerCounts;
+pub use worker::{Pass, WorkerCounts};

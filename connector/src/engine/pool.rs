@@ -4,8 +4,14 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvbm_shm::{LentMemory, SharedMemory};
+use kvbm_shm::SharedMemory;
 use thiserror::Error;
+
+mod memory;
+mod steps;
+
+pub use memory::MemoryMover;
+pub(crate) use steps::Steps;
 
 /// Bytes of a page that lie together: page `i` has `[i * stride, +bytes)` of a piece of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +42,7 @@ pub struct InvalidPool(pub(crate) String);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolShape {
     groups: Vec<LayerGroup>,
+    layers: usize,
 }
 
 impl PoolShape {
@@ -65,7 +72,19 @@ impl PoolShape {
                 }
             }
         }
-        Ok(Self { groups })
+        Ok(Self { groups, layers: 1 })
+    }
+
+    /// Of blocks that have one layer behind the other, so many of one size. What cannot be is left as it is.
+    #[must_use]
+    pub fn of_layers(self, layers: usize) -> Self {
+        let fits = self.groups.len() == 1 && layers > 0 && self.block_bytes().is_multiple_of(layers);
+        Self { layers: if fits { layers } else { 1 }, ..self }
+    }
+
+    /// Layers that lie one behind the other in a block; 1: it is not known where they are.
+    pub fn layers(&self) -> usize {
+        self.layers
     }
 
     /// The layer groups.
@@ -100,13 +119,40 @@ impl PoolShape {
     }
 }
 
+/// Bytes of a block that lie together in one page of one region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Number of the region.
+    pub region: usize,
+    /// Byte of the region.
+    pub from: usize,
+    /// Byte of the block.
+    pub at: usize,
+    /// How many.
+    pub bytes: usize,
+}
+
+impl PoolShape {
+    /// Where these bytes of a block are; those of groups that have no page for it are left out.
+    pub fn pieces<'a>(&'a self, pages: &'a [i32], bytes: Range<usize>) -> impl Iterator<Item = Piece> + 'a {
+        let mut begin = 0;
+        self.regions().enumerate().filter_map(move |(number, (group, region))| {
+            let (from, end) = (begin.max(bytes.start), (begin + region.bytes).min(bytes.end));
+            let in_page = from.saturating_sub(begin);
+            begin += region.bytes;
+            let page = usize::try_from(pages[group]).ok().filter(|_| from < end)?;
+            Some(Piece { region: number, from: page * region.stride + in_page, at: from, bytes: end - from })
+        })
+    }
+}
+
 /// A block in the engine's memory and in host memory.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockCopy<'a> {
     /// One page per layer group, -1 where the group has none: its bytes are left out.
     pub pages: &'a [i32],
     /// The host segment.
-    pub segment: &'a SharedMemory,
+    pub segment: &'a Arc<SharedMemory>,
     /// Byte of the segment at which this rank's part of the block begins.
     pub offset: usize,
 }
@@ -149,14 +195,31 @@ pub trait Mover: Send + Sync + fmt::Debug {
     /// Brings blocks into the engine's memory, and returns when they are there.
     fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String>;
 
+    /// Begins to bring blocks into the engine's memory step by step: these bytes of each block. When it returns only the
+    /// device can still fail. One fence for each step: when its bytes are there.
+    fn load_in_steps(
+        &self,
+        blocks: &[BlockCopy<'_>],
+        steps: &[Range<usize>],
+    ) -> Result<Vec<Arc<dyn Fence>>, String> {
+        self.load(blocks)?;
+        Ok(steps.iter().map(|_| Arc::new(Passed) as Arc<dyn Fence>).collect())
+    }
+
     /// Copies blocks out of the engine's memory, and returns when they are out.
     fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String>;
 }
 
-/// How far the engine had come at some moment.
+/// How far a device had come at some moment.
 pub trait Fence: Send + Sync + fmt::Debug {
-    /// Waits until the engine's device has done what the engine had launched by then.
+    /// Waits until the device has done what it was given by then.
     fn wait(&self) -> Result<(), String>;
+
+    /// What the engine launches on this stream from now on begins behind it. On the CPU, which begins at once: waits.
+    fn hold(&self, stream: u64) -> Result<(), String> {
+        let _ = stream;
+        self.wait()
+    }
 }
 
 /// On the CPU what was launched is done.
@@ -169,57 +232,10 @@ impl Fence for Passed {
     }
 }
 
-/// Moves by the processor: engines whose KV memory is ordinary memory.
-#[derive(Debug)]
-pub struct MemoryMover {
-    shape: PoolShape,
-    /// One for each region.
-    memories: Vec<LentMemory>,
-}
-
-impl MemoryMover {
-    /// Over the memory of `shape`, one for each of its regions.
-    pub fn new(shape: PoolShape, memories: Vec<LentMemory>) -> Self {
-        Self { shape, memories }
-    }
-
-    fn each(&self, block: &BlockCopy<'_>, copy: impl Fn(&LentMemory, usize, usize, usize)) {
-        let mut at = block.offset;
-        for ((group, region), memory) in self.shape.regions().zip(&self.memories) {
-            if let Ok(page) = usize::try_from(block.pages[group]) {
-                copy(memory, page * region.stride, at, region.bytes);
-            }
-            at += region.bytes;
-        }
-    }
-}
-
-impl Mover for MemoryMover {
-    fn batch_blocks(&self) -> usize {
-        1
-    }
-
-    fn fence(&self, _stream: u64) -> Result<Arc<dyn Fence>, String> {
-        Ok(Arc::new(Passed))
-    }
-
-    fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
-        for block in blocks {
-            self.each(block, |memory, page, at, bytes| memory.copy_from(page, block.segment, at, bytes));
-        }
-        Ok(())
-    }
-
-    fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
-        for block in blocks {
-            self.each(block, |memory, page, at, bytes| memory.copy_to(page, block.segment, at, bytes));
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use kvbm_shm::LentMemory;
+
     use super::*;
 
     fn region(pages: u32, bytes: usize, stride: usize) -> Region {
@@ -266,6 +282,23 @@ mod tests {
     }
 
     #[test]
+    fn any_bytes_of_a_block_are_found() {
+        let group = |regions| LayerGroup { regions };
+        let shape = PoolShape::new(vec![
+            group(vec![region(4, 8, 16), region(4, 4, 4)]),
+            group(vec![region(9, 2, 2)]),
+        ])
+        .unwrap();
+        let pieces = |pages: &[i32], bytes| {
+            shape.pieces(pages, bytes).map(|of| (of.region, of.from, of.at, of.bytes)).collect::<Vec<_>>()
+        };
+        assert_eq!(pieces(&[2, 5], 0..14), [(0, 32, 0, 8), (1, 8, 8, 4), (2, 10, 12, 2)]);
+        assert_eq!(pieces(&[2, 5], 6..10), [(0, 38, 6, 2), (1, 8, 8, 2)]);
+        assert_eq!(pieces(&[-1, 5], 6..13), [(2, 10, 12, 1)]);
+        assert_eq!(pieces(&[1, 1], 14..14), []);
+    }
+
+    #[test]
     fn blocks_come_back_as_they_went_and_absent_pages_are_left_alone() {
         let memory = || SharedMemory::create("pool", 4096).unwrap();
         let other = |memory: &SharedMemory| {
@@ -281,7 +314,7 @@ mod tests {
         ])
         .unwrap();
         let mover = MemoryMover::new(shape, vec![other(&a), other(&b)]);
-        let segment = memory();
+        let segment = Arc::new(memory());
         let at = |pages| BlockCopy { pages, segment: &segment, offset: 50 };
         mover.save(&[at(&[2, 3])]).unwrap();
         mover.load(&[at(&[5, -1])]).unwrap();

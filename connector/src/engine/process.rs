@@ -15,7 +15,7 @@ use super::metadata::Metadata;
 use super::pool::{Mover, PoolShape};
 use super::scheduler::{LoadMode, NewRequest, Report, SchedulerHalf};
 use super::settings::EngineSettings;
-use super::worker::{BrokenPromise, WorkerHalf};
+use super::worker::{BrokenPromise, Pass, WorkerHalf};
 
 mod apart;
 
@@ -227,9 +227,15 @@ impl EngineProcess {
         self.with_worker(|worker| worker.bind(metadata))
     }
 
-    /// Starts loads; those that the pass needs are done when it returns.
-    pub fn start_loads(&self, stream: u64) -> Result<(), String> {
-        self.with_worker(|worker| worker.start_loads(stream))
+    /// Starts loads. Those that the pass needs are done when it returns, or are waited for on its stream: now, or, if it
+    /// returns true, by asking for each [`EngineProcess::layer`].
+    pub fn start_loads(&self, stream: u64, pass: Pass) -> Result<bool, String> {
+        self.worker.lock().as_mut().map_or(Ok(false), |worker| worker.start_loads(stream, pass))
+    }
+
+    /// The pass gets to a layer, by its place in a block; any other number stands for all layers.
+    pub fn layer(&self, layer: usize, stream: u64) -> Result<(), String> {
+        self.with_worker(|worker| worker.layer(layer, stream))
     }
 
     /// The pass has been launched on this stream.
@@ -267,6 +273,7 @@ impl EngineProcess {
             figures.extend(
                 [
                     ("loaded_blocks", &counts.loaded_blocks),
+                    ("layered_loads", &counts.layered_loads),
                     ("saved_blocks", &counts.saved_blocks),
                     ("stale_blocks", &counts.stale_blocks),
                     ("dropped_saves", &counts.dropped_saves),

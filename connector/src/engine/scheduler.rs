@@ -201,6 +201,8 @@ pub(crate) struct SchedulerHalf {
     engine: [u8; 16],
     tokens_per_block: u32,
     mode: LoadMode,
+    /// Passes may begin before all layers of what they read have arrived.
+    by_layer: bool,
     directory: Arc<dyn Directory>,
     requests: HashMap<u64, Request>,
     loads: HashMap<u64, LoadUnderWay>,
@@ -236,6 +238,7 @@ impl SchedulerHalf {
             engine,
             tokens_per_block,
             mode,
+            by_layer: false,
             directory,
             requests: HashMap::new(),
             loads: HashMap::new(),
@@ -257,6 +260,12 @@ impl SchedulerHalf {
     #[must_use]
     pub fn windowed(self) -> Self {
         Self { windowed: true, ..self }
+    }
+
+    /// Of an engine that waits for each layer when a pass gets there.
+    #[must_use]
+    pub fn by_layer(self, by_layer: bool) -> Self {
+        Self { by_layer, ..self }
     }
 
     /// Of an engine that says of its memory, not only in its settings, how many tokens a block has.
@@ -391,7 +400,7 @@ impl SchedulerHalf {
     }
 
     fn first_report(&mut self, mut report: Report, now: Duration) {
-        // A parked load is over on every rank when its request is reported.
+        // A parked load is over on every rank when its request is reported; of what was told of early, ranks know best.
         let over: Vec<u64> =
             self.loads.iter().filter(|(_, load)| load.request_id == report.id).map(|(id, _)| *id).collect();
         for load_id in over {

@@ -50,6 +50,8 @@ pub struct EngineSettings {
     pub apart: Option<[u8; 16]>,
     /// How the engine waits for loads.
     pub load_mode: LoadMode,
+    /// Where it can wait for each layer: a request that is alone goes on before all of them are there.
+    pub by_layer: bool,
     /// Who copies blocks out.
     pub pool: PoolChoice,
     /// The longest that a lookup holds up the engine.
@@ -85,6 +87,7 @@ impl EngineSettings {
             shard_count: 1,
             apart: None,
             load_mode: LoadMode::Parked,
+            by_layer: true,
             pool: PoolChoice::Auto,
             lookup_deadline: Duration::from_millis(20),
             detach_after: Duration::from_secs(1),
@@ -123,6 +126,14 @@ impl EngineSettings {
                 let expected =
                     if self.apart.is_some() { "auto, parked or in-pass" } else { "parked or in-pass" };
                 return Err(invalid("TLLM_KVBM_LOAD", format!("is {other:?}, expected {expected}")));
+            }
+        }
+        match variable("TLLM_KVBM_BY_LAYER").as_deref() {
+            None => {}
+            Some("true") => self.by_layer = true,
+            Some("false") => self.by_layer = false,
+            Some(other) => {
+                return Err(invalid("TLLM_KVBM_BY_LAYER", format!("is {other:?}, expected true or false")));
             }
         }
         match variable("TLLM_KVBM_POOL").as_deref() {

@@ -4,6 +4,7 @@
 //! ```text
 //!  bind(metadata) ── generations up, voided loads called back, loads and saves noted
 //!  start_loads ────► load thread:  begin lease, copy in, end lease ──────────────► finished
+//!  layer ──────────► the pass waits for what is still on its way of those told of early (`layers`)
 //!  pass_done ──────► save thread:  offer to the daemon, copy out, generation same? ► finished
 //! ```
 //!
@@ -21,9 +22,10 @@ use parking_lot::{Condvar, Mutex};
 use super::generations::Generations;
 use super::host::Host;
 use super::metadata::Metadata;
-use super::pool::{Mover, PoolShape};
+use super::pool::{Mover, PoolShape, Steps};
 
 mod endings;
+mod layers;
 mod loads;
 mod queue;
 mod saves;
@@ -32,7 +34,10 @@ mod taint;
 #[cfg(test)]
 mod tests;
 
+pub use layers::Pass;
+
 use endings::Endings;
+use layers::Arriving;
 use loads::{LoadJob, Loaded};
 use queue::Queue;
 use saves::SaveJob;
@@ -54,6 +59,8 @@ const IDLE_PATIENCE: Duration = Duration::from_millis(5);
 pub struct WorkerCounts {
     /// Blocks brought from host memory.
     pub loaded_blocks: AtomicU64,
+    /// Loads whose requests went on before all layers were there.
+    pub layered_loads: AtomicU64,
     /// Blocks copied to host memory.
     pub saved_blocks: AtomicU64,
     /// Copies out that did not count because the page had changed hands.
@@ -69,6 +76,8 @@ pub struct WorkerCounts {
 /// What the threads and the engine's thread share.
 struct Shared {
     shape: PoolShape,
+    /// How blocks are brought in layer by layer, if they can be.
+    steps: Option<Steps>,
     mover: Arc<dyn Mover>,
     host: Arc<dyn Host>,
     generations: Arc<Generations>,
@@ -94,6 +103,7 @@ pub(crate) struct WorkerHalf {
     /// Of the metadata that is bound.
     next_loads: Vec<Arc<LoadJob>>,
     next_saves: Vec<SaveJob>,
+    arriving: Arriving,
     taint: Taint,
     loads: Queue<Arc<LoadJob>>,
     /// `None`: another rank saves the same bytes.
@@ -119,8 +129,10 @@ impl WorkerHalf {
         saves: bool,
         broken: BrokenPromise,
     ) -> std::io::Result<Self> {
+        let steps = Steps::of(&shape);
         let shared = Arc::new(Shared {
             shape,
+            steps,
             mover,
             host,
             generations,
@@ -143,6 +155,7 @@ impl WorkerHalf {
             under_way: HashMap::new(),
             next_loads: Vec::new(),
             next_saves: Vec::new(),
+            arriving: Arriving::new(steps),
             taint: Taint::default(),
             loads,
             saves: saves.then_some(save_queue),
@@ -160,7 +173,9 @@ impl WorkerHalf {
             save.drop_unsaved(&self.shared);
         }
         self.shared.generations.raise(&metadata.reassigned)?;
-        self.taint.reassigned(metadata.reassigned.iter().take(1).flat_map(|group| &group.pages));
+        let reassigned = metadata.reassigned.first().map_or(&[][..], |group| &group.pages);
+        self.taint.reassigned(reassigned.iter());
+        self.arriving.reassigned(reassigned);
         for load_id in &metadata.voided {
             if let Some(job) = self.under_way.remove(load_id) {
                 job.call_back();
@@ -187,12 +202,18 @@ impl WorkerHalf {
         Ok(())
     }
 
-    /// Starts the bound loads; those that the pass needs are done when this returns.
-    pub fn start_loads(&mut self, stream: u64) -> Result<(), String> {
-        let mut jobs = std::mem::take(&mut self.next_loads);
-        if jobs.is_empty() {
-            return self.shared.check();
+    /// Starts the bound loads. Those that the pass needs are done when this returns, or are waited for on its stream:
+    /// now, or, if it returns true, layer by layer.
+    pub fn start_loads(&mut self, stream: u64, pass: Pass) -> Result<bool, String> {
+        let jobs = std::mem::take(&mut self.next_loads);
+        if !jobs.is_empty() {
+            self.start(jobs, stream, self.arriving.trusts(&pass))?;
         }
+        let asks = self.arriving.begin(pass, stream)?;
+        self.shared.check().map(|()| asks)
+    }
+
+    fn start(&mut self, mut jobs: Vec<Arc<LoadJob>>, stream: u64, in_layers: bool) -> Result<(), String> {
         // What the engine launched before may still be using the pages.
         let fence = self.shared.mover.fence(stream)?;
         // The pass waits for those that are not parked.
@@ -208,15 +229,23 @@ impl WorkerHalf {
             }
         }
         for job in in_pass {
-            if job.wait() == Loaded::No {
+            if in_layers && !job.wait_begun().is_empty() {
+                self.arriving.add(job);
+            } else if job.wait() == Loaded::No {
                 self.taint.failed(job.request_id, job.first_pages());
             }
         }
-        self.shared.check()
+        Ok(())
+    }
+
+    /// The pass gets to a layer, by its place in a block; any other number stands for all.
+    pub fn layer(&mut self, layer: usize, stream: u64) -> Result<(), String> {
+        self.arriving.layer(layer, stream)
     }
 
     /// The pass whose metadata is bound has been launched: its blocks are complete when the stream gets here.
     pub fn pass_done(&mut self, stream: u64) -> Result<(), String> {
+        self.arriving.end()?;
         let Some(queue) = self.saves.as_ref().filter(|_| !self.next_saves.is_empty()) else { return Ok(()) };
         let fence = self.shared.mover.fence(stream)?;
         for mut save in std::mem::take(&mut self.next_saves) {
@@ -252,6 +281,11 @@ impl WorkerHalf {
             }
             endings.take()
         };
+        for job in self.under_way.values().filter(|job| job.in_layers && !job.is_over()) {
+            if loaded.contains(&job.request_id) {
+                self.arriving.add(job.clone());
+            }
+        }
         self.shared.check()?;
         Ok((saved, loaded))
     }

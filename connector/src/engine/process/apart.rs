@@ -53,7 +53,7 @@ impl EngineProcess {
         let EngineSettings { tokens_per_block, load_mode, .. } = &self.settings;
         let half = SchedulerHalf::new(engine, *tokens_per_block, *load_mode, Arc::new(link.link().clone()));
         // It is the engine that says how many tokens a block has.
-        *self.scheduler.lock() = Some(half.of_known_size());
+        *self.scheduler.lock() = Some(half.of_known_size().by_layer(self.settings.by_layer));
         link.name(engine);
         *parts = Some(Parts { link, base });
         Ok(())

@@ -46,7 +46,9 @@ impl SchedulerHalf {
         if last {
             request.offer = None;
         }
-        self.next.loads.push(Load { load_id, request_id: id, parked, segments, indices, pages, lease, last });
+        let in_layers = self.by_layer && request.alone;
+        let load = Load { load_id, request_id: id, parked, segments, indices, pages, lease, last, in_layers };
+        self.next.loads.push(load);
     }
 
     /// Gives the blocks [saved, complete) to the worker halves. The first time from the start: what host memory has is

@@ -30,12 +30,14 @@ impl SchedulerHalf {
         let id = new.id;
         let is_standing = self.standing_offer(&new, local_tokens).is_some();
         let found = self.found_by_now(new, local_tokens, now)?;
-        if found > 0 && self.mode == LoadMode::Auto && !is_standing {
+        if found > 0 && !is_standing {
             let blocks = found / self.tokens_per_block as usize;
             // Loads are done one after the other.
-            let parked = !self.loads.is_empty() || !self.pace.admits(blocks, others);
+            let is_first = self.loads.is_empty();
+            let in_pass = self.mode == LoadMode::Auto && is_first && self.pace.admits(blocks, others);
             if let Some(request) = self.requests.get_mut(&id) {
-                request.parked = parked;
+                request.parked &= !in_pass;
+                request.alone = others == 0 && is_first;
             }
         }
         Some((found, found > 0 && self.requests.get(&id).is_some_and(|request| request.parked)))

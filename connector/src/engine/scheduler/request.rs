@@ -39,6 +39,8 @@ pub(super) struct Request {
     pub offer: Option<Offer>,
     /// It is set aside while its blocks are loaded.
     pub parked: bool,
+    /// The engine had no other request when it asked.
+    pub alone: bool,
     /// The offer was taken back before the engine took it up.
     pub offer_expired: bool,
     /// Behind the last block that was loaded within a pass.
@@ -71,6 +73,7 @@ impl Request {
             local_tokens,
             offer,
             parked,
+            alone: false,
             offer_expired: false,
             loaded_to: 0,
             pages: Vec::new(),

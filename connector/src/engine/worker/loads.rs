@@ -4,12 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use kvbm_shm::SharedMemory;
 use parking_lot::{Condvar, Mutex};
 
 use super::Shared;
 use crate::engine::host::HostMemory;
 use crate::engine::metadata::{Lease, Load, Pages};
-use crate::engine::pool::{BlockCopy, Fence};
+use crate::engine::pool::{BlockCopy, Fence, Steps};
+
+/// How much of a load may still be on its way when the engine goes on with its request: 75 ms at the rate of a PCIe 5.0
+/// link with 16 lanes.
+const LEFT_BYTES_MAX: usize = 4 << 30;
+
+/// When each step of a load is there.
+pub(super) type Arrivals = Arc<[Arc<dyn Fence>]>;
 
 pub(super) struct LoadJob {
     pub load_id: u64,
@@ -21,6 +29,12 @@ pub(super) struct LoadJob {
     slots: Vec<(u32, u32)>,
     pages: BlockPages,
     fence: Mutex<Option<Arc<dyn Fence>>>,
+    /// The engine may go on as soon as nothing can fail any more, and waits for each layer when it gets there.
+    pub in_layers: bool,
+    told: AtomicBool,
+    /// Of such a load that has begun: when each of its steps is there. Of one that came whole, or failed: none.
+    steps: Mutex<Option<Arrivals>>,
+    begun: Condvar,
     /// No batch is begun any more.
     called_back: AtomicBool,
     /// Held while a batch is copied: who has it knows that nothing is being written. Set when all is over.
@@ -46,6 +60,10 @@ impl LoadJob {
             slots: load.segments.into_iter().zip(load.indices).collect(),
             pages,
             fence: Mutex::default(),
+            in_layers: load.in_layers && shared.steps.is_some(),
+            told: AtomicBool::new(false),
+            steps: Mutex::default(),
+            begun: Condvar::new(),
             called_back: AtomicBool::new(false),
             over: Mutex::default(),
             ended: Condvar::new(),
@@ -79,6 +97,22 @@ impl LoadJob {
         }
     }
 
+    /// Waits until it has begun: then it arrives step by step, or, if these are none, it is over.
+    pub fn wait_begun(&self) -> Arrivals {
+        let mut steps = self.steps.lock();
+        loop {
+            match &*steps {
+                Some(steps) => return steps.clone(),
+                None => self.begun.wait(&mut steps),
+            }
+        }
+    }
+
+    fn begin(&self, steps: Arrivals) {
+        self.steps.lock().get_or_insert(steps);
+        self.begun.notify_all();
+    }
+
     /// Of the first layer group.
     pub fn first_pages(&self) -> impl Iterator<Item = i32> {
         self.pages.first_group()
@@ -87,6 +121,7 @@ impl LoadJob {
     pub fn run(&self, shared: &Shared) {
         let begun = Instant::now();
         let copied = self.copy(shared);
+        self.begin(Arc::new([]));
         let loaded = if copied.is_err() { Loaded::No } else { Loaded::Yes };
         match copied {
             Ok(Copied::All) => {
@@ -106,7 +141,12 @@ impl LoadJob {
         }
         *self.over.lock() = Some(loaded);
         self.ended.notify_all();
-        if self.parked {
+        self.tell(shared);
+    }
+
+    /// The engine need not park the request any more.
+    fn tell(&self, shared: &Shared) {
+        if self.parked && !self.told.swap(true, Ordering::Relaxed) {
             shared.loading.lock().end(self.request_id);
             shared.load_ended.notify_all();
         }
@@ -125,17 +165,51 @@ impl LoadJob {
         let host = shared.host.begin(self.lease).ok_or("the lease is not this rank's any more")?;
         let begun = Instant::now();
         let blocks: Vec<_> = self.slots.iter().zip(self.pages.iter()).collect();
+        if let Some(steps) = shared.steps.filter(|_| self.in_layers) {
+            // To the end: what the device was given cannot be called back.
+            let _copying = self.over.lock();
+            self.copy_in_steps(shared, &host, &blocks, &steps)?;
+            shared.counts.loaded_blocks.fetch_add(blocks.len() as u64, Ordering::Relaxed);
+            shared.speed.lock().loaded(blocks.len(), begun.elapsed());
+            return Ok(Copied::All);
+        }
         for batch in blocks.chunks(shared.mover.batch_blocks().max(1)) {
             let copying = self.over.lock();
             if self.called_back.load(Ordering::SeqCst) {
                 return Ok(Copied::CalledBack);
             }
-            copy_batch(shared, &host, batch)?;
+            shared.mover.load(&copies_of(&place(&host, batch)?))?;
             drop(copying);
             shared.counts.loaded_blocks.fetch_add(batch.len() as u64, Ordering::Relaxed);
         }
         shared.speed.lock().loaded(blocks.len(), begun.elapsed());
         Ok(Copied::All)
+    }
+
+    fn copy_in_steps(
+        &self,
+        shared: &Shared,
+        host: &HostMemory,
+        blocks: &[PlacedBlock<'_>],
+        steps: &Steps,
+    ) -> Result<(), String> {
+        let placed = place(host, blocks)?;
+        let ranges = steps.ranges();
+        let fences = shared.mover.load_in_steps(&copies_of(&placed), &ranges)?;
+        let last = fences.last().cloned().ok_or("a load of no steps")?;
+        // A pass that begins now holds up the others in it for no longer than this takes.
+        let mut left = blocks.len() * shared.shape.block_bytes();
+        for (fence, range) in fences.iter().zip(&ranges) {
+            if left <= LEFT_BYTES_MAX {
+                break;
+            }
+            fence.wait()?;
+            left -= blocks.len() * range.len();
+        }
+        self.begin(fences.into());
+        shared.counts.layered_loads.fetch_add(1, Ordering::Relaxed);
+        self.tell(shared);
+        last.wait()
     }
 }
 
@@ -153,19 +227,22 @@ enum Copied {
     CalledBack,
 }
 
-fn copy_batch(shared: &Shared, host: &HostMemory, batch: &[(&(u32, u32), &[i32])]) -> Result<(), String> {
-    let placed: Vec<_> = batch
-        .iter()
-        .map(|((segment, index), pages)| {
-            let place = host.place(*segment, *index);
-            place.map(|place| (place, *pages)).ok_or_else(|| format!("host segment {segment} is not mapped"))
-        })
-        .collect::<Result<_, _>>()?;
-    let copies: Vec<BlockCopy<'_>> = placed
-        .iter()
-        .map(|((segment, offset), pages)| BlockCopy { pages, segment, offset: *offset })
-        .collect();
-    shared.mover.load(&copies)
+/// Segment, index and pages of a block.
+type PlacedBlock<'a> = (&'a (u32, u32), &'a [i32]);
+
+/// Where a block is in host memory, and its pages.
+type Placed<'a> = ((Arc<SharedMemory>, usize), &'a [i32]);
+
+fn place<'a>(host: &HostMemory, blocks: &[PlacedBlock<'a>]) -> Result<Vec<Placed<'a>>, String> {
+    let one = |((segment, index), pages): &PlacedBlock<'a>| {
+        let place = host.place(*segment, *index);
+        place.map(|place| (place, *pages)).ok_or_else(|| format!("host segment {segment} is not mapped"))
+    };
+    blocks.iter().map(one).collect()
+}
+
+fn copies_of<'a>(placed: &'a [Placed<'a>]) -> Vec<BlockCopy<'a>> {
+    placed.iter().map(|((segment, offset), pages)| BlockCopy { pages, segment, offset: *offset }).collect()
 }
 
 /// Pages of blocks, one per layer group, block by block.

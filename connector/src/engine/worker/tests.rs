@@ -1,6 +1,7 @@
 //! The worker half over real memory: what is written when, and what counts.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -62,8 +63,11 @@ impl Host for Daemon {
     }
 }
 
-/// Moves when it is let, one block at a time.
-struct Gate {
+/// Moves when it is let, one block, or one step of all blocks, at a time.
+#[derive(Clone)]
+struct Gate(Arc<GateParts>);
+
+struct GateParts {
     mover: MemoryMover,
     /// Blocks that may be moved; blocks that somebody wants to move.
     state: Mutex<(usize, usize)>,
@@ -77,26 +81,44 @@ impl fmt::Debug for Gate {
 }
 
 impl Gate {
+    fn new(mover: MemoryMover) -> Self {
+        Self(Arc::new(GateParts { mover, state: Mutex::default(), changed: Condvar::new() }))
+    }
+
     fn let_through(&self, blocks: usize) {
-        self.state.lock().0 += blocks;
-        self.changed.notify_all();
+        self.0.state.lock().0 += blocks;
+        self.0.changed.notify_all();
     }
 
     fn wait_for_arrival(&self, blocks: usize) {
-        let mut state = self.state.lock();
+        let mut state = self.0.state.lock();
         while state.1 < blocks {
-            self.changed.wait(&mut state);
+            self.0.changed.wait(&mut state);
         }
     }
 
     fn pass(&self) {
-        let mut state = self.state.lock();
+        let mut state = self.0.state.lock();
         state.1 += 1;
-        self.changed.notify_all();
+        self.0.changed.notify_all();
         while state.0 == 0 {
-            self.changed.wait(&mut state);
+            self.0.changed.wait(&mut state);
         }
         state.0 -= 1;
+    }
+}
+
+/// Reached when the other end was let go.
+#[derive(Debug)]
+struct Dropped(Mutex<Option<std::sync::mpsc::Receiver<()>>>);
+
+impl Fence for Dropped {
+    fn wait(&self) -> Result<(), String> {
+        let mut ended = self.0.lock();
+        if let Some(ended) = ended.take() {
+            assert!(ended.recv().is_err());
+        }
+        Ok(())
     }
 }
 
@@ -106,25 +128,54 @@ impl Mover for Gate {
     }
 
     fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String> {
-        self.mover.fence(stream)
+        self.0.mover.fence(stream)
     }
 
     fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
         self.pass();
-        self.mover.load(blocks)
+        self.0.mover.load(blocks)
+    }
+
+    fn load_in_steps(
+        &self,
+        blocks: &[BlockCopy<'_>],
+        steps: &[Range<usize>],
+    ) -> Result<Vec<Arc<dyn Fence>>, String> {
+        let (mut running, mut fences) = (Vec::new(), Vec::<Arc<dyn Fence>>::new());
+        for step in steps {
+            let (going, ended) = std::sync::mpsc::channel();
+            running.push((step.clone(), going));
+            fences.push(Arc::new(Dropped(Mutex::new(Some(ended)))));
+        }
+        type Owned = (Vec<i32>, Arc<SharedMemory>, usize);
+        let owned: Vec<Owned> =
+            blocks.iter().map(|block| (block.pages.to_vec(), block.segment.clone(), block.offset)).collect();
+        let gate = self.clone();
+        std::thread::spawn(move || {
+            let copies =
+                owned.iter().map(|(pages, segment, offset)| BlockCopy { pages, segment, offset: *offset });
+            let copies: Vec<_> = copies.collect();
+            for (step, going) in running {
+                gate.pass();
+                gate.0.mover.load_in_steps(&copies, &[step]).unwrap()[0].wait().unwrap();
+                drop(going);
+            }
+        });
+        Ok(fences)
     }
 
     fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
-        self.mover.save(blocks)?;
+        self.0.mover.save(blocks)?;
         self.pass();
         Ok(())
     }
 }
 
 struct Rank {
-    pool: SharedMemory,
+    /// One for each layer.
+    pool: Vec<SharedMemory>,
     daemon: Arc<Daemon>,
-    gate: Arc<Gate>,
+    gate: Gate,
     half: WorkerHalf,
 }
 
@@ -133,16 +184,28 @@ fn rank() -> Rank {
 }
 
 fn rank_that(broken: BrokenPromise) -> Rank {
+    rank_of(1, broken)
+}
+
+/// Of an engine that has so many layers, each in a piece of memory of its own.
+fn rank_of(layers: usize, broken: BrokenPromise) -> Rank {
     // Mapped twice: by the test, and lent to the half.
-    let pool = SharedMemory::create("pool", 4096).unwrap();
-    let lent = SharedMemory::from_fd(pool.fd().try_clone_to_owned().unwrap()).unwrap();
-    let region = Region { base: lent.address().addr().get(), bytes: BLOCK, stride: BLOCK, pages: PAGES };
-    let shape = PoolShape::new(vec![LayerGroup { regions: vec![region] }]).unwrap();
+    let pool: Vec<_> = (0..layers).map(|_| SharedMemory::create("pool", 4096).unwrap()).collect();
+    let again =
+        |memory: &SharedMemory| SharedMemory::from_fd(memory.fd().try_clone_to_owned().unwrap()).unwrap();
+    let lent: Vec<_> = pool.iter().map(again).collect();
+    let bytes = BLOCK / layers;
+    let region = |lent: &SharedMemory| {
+        let base = lent.address().addr().get();
+        Region { base, bytes, stride: bytes, pages: PAGES }
+    };
+    let shape = PoolShape::new(vec![LayerGroup { regions: lent.iter().map(region).collect() }]).unwrap();
+    let shape = shape.of_layers(layers);
     let words = Arc::new(PoolWords::create([1; 16], PAGES).unwrap());
     let segment = Arc::new(SharedMemory::create("segment", 32 * STRIDE).unwrap());
     let segments = RwLock::new([(1, segment.clone())].into());
-    let mover = MemoryMover::new(shape.clone(), vec![LentMemory::of_shared(lent)]);
-    let gate = Arc::new(Gate { mover, state: Mutex::default(), changed: Condvar::new() });
+    let lent = lent.into_iter().map(LentMemory::of_shared).collect();
+    let gate = Gate::new(MemoryMover::new(shape.clone(), lent));
     let memory = HostMemory {
         writes: Arc::new(WritePins::new(words.clone())),
         words,
@@ -150,7 +213,7 @@ fn rank_that(broken: BrokenPromise) -> Rank {
         slot_stride: STRIDE,
         shard_offset: 128,
         block_bytes: BLOCK,
-        mover: gate.clone(),
+        mover: Arc::new(gate.clone()),
     };
     let daemon = Arc::new(Daemon {
         memory: Arc::new(memory),
@@ -161,7 +224,8 @@ fn rank_that(broken: BrokenPromise) -> Rank {
         full: Mutex::default(),
     });
     let generations = Arc::new(Generations::new(&shape));
-    let half = WorkerHalf::new(shape, gate.clone(), daemon.clone(), generations, true, broken).unwrap();
+    let half =
+        WorkerHalf::new(shape, Arc::new(gate.clone()), daemon.clone(), generations, true, broken).unwrap();
     Rank { pool, daemon, gate, half }
 }
 
@@ -190,7 +254,10 @@ impl Rank {
 
     fn page(&self, page: usize) -> [u8; BLOCK] {
         let mut bytes = [0; BLOCK];
-        self.pool.read(page * BLOCK, &mut bytes);
+        let part = BLOCK / self.pool.len();
+        for (of_layer, memory) in bytes.chunks_mut(part).zip(&self.pool) {
+            memory.read(page * part, of_layer);
+        }
         bytes
     }
 
@@ -229,6 +296,7 @@ fn load(parked: bool, pages: &[i32]) -> Load {
         pages: vec![Pages { pages: pages.to_vec() }],
         lease: LEASE,
         last: true,
+        in_layers: false,
     }
 }
 
@@ -249,7 +317,7 @@ fn a_parked_load_is_told_of_once_its_bytes_are_there_and_the_lease_is_over() {
     rank.fill_slot(0, 11);
     rank.fill_slot(1, 22);
     rank.bind(|metadata| metadata.loads.push(load(true, &[4, 9])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     assert_eq!(rank.finished(&[], &[7]), (vec![], vec![]));
     rank.gate.wait_for_arrival(1);
     assert_eq!(rank.pin(), PinState::InUse(LEASE.lease_id));
@@ -265,7 +333,7 @@ fn a_load_that_was_called_back_writes_nothing_afterwards() {
     rank.promise();
     (0..3).for_each(|slot| rank.fill_slot(slot, 11));
     rank.bind(|metadata| metadata.loads.push(load(true, &[4, 5, 6])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     assert_eq!(rank.finished(&[], &[7]), (vec![], vec![]));
     rank.gate.wait_for_arrival(1);
     // Block 0 is being copied: the call back waits for it.
@@ -291,7 +359,7 @@ fn a_load_in_the_pass_is_there_when_loads_were_started() {
     rank.fill_slot(0, 33);
     rank.gate.let_through(1);
     rank.bind(|metadata| metadata.loads.push(load(false, &[2])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     assert_eq!(rank.page(2), [33; BLOCK]);
     assert_eq!(rank.finished(&[], &[]), (vec![], vec![]), "nobody asks for it");
 }
@@ -306,7 +374,7 @@ fn a_promise_that_cannot_be_kept_is_an_error_before_the_pass() {
         }
         rank.gate.let_through(9);
         rank.bind(|metadata| metadata.loads.push(Load { segments: vec![segment], ..load(false, &[2]) }));
-        let error = rank.half.start_loads(0).unwrap_err();
+        let error = rank.half.start_loads(0, Pass::Whole).unwrap_err();
         assert!(error.contains("load of request 7"), "{error}");
         assert_eq!(rank.half.counts().broken_promises.load(Ordering::Relaxed), 1);
     }
@@ -317,7 +385,7 @@ fn an_engine_that_can_be_told_is_told_which_pages_were_not_loaded_and_goes_on() 
     let mut rank = rank_that(BrokenPromise::IsTold);
     // Nobody promised it: the lease is not this rank's.
     rank.bind(|metadata| metadata.loads.push(load(true, &[4, 5])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     let mut loaded = rank.finished(&[], &[7]).1;
     loaded.extend(rank.wait_finished(0, 1 - loaded.len()).1);
     assert_eq!(loaded, [7]);
@@ -327,7 +395,7 @@ fn an_engine_that_can_be_told_is_told_which_pages_were_not_loaded_and_goes_on() 
     rank.promise();
     rank.gate.let_through(1);
     rank.bind(|metadata| metadata.loads.push(load(false, &[6])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     assert_eq!(rank.half.take_failed(), [] as [i32; 0]);
 }
 
@@ -337,7 +405,7 @@ fn an_idle_pass_waits_for_a_load_but_not_for_long() {
     rank.half.wait_for_load();
     rank.promise();
     rank.bind(|metadata| metadata.loads.push(load(true, &[4])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     rank.gate.wait_for_arrival(1);
     rank.half.wait_for_load();
     assert_eq!(rank.finished(&[], &[7]).1, [] as [u64; 0], "it has not ended");
@@ -359,12 +427,12 @@ fn what_is_computed_on_pages_that_were_not_loaded_is_not_saved() {
         metadata.loads.push(load(false, &[4, 5]));
         metadata.saves.extend([save(7, &[4, 5, 6]), save(8, &[4, 7]), save(9, &[8])]);
     });
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     rank.half.pass_done(0).unwrap();
     assert_eq!(rank.half.take_failed(), [4, 5]);
     // One more pass was scheduled before the engine heard of it.
     rank.bind(|metadata| metadata.saves.extend([save(7, &[10]), save(8, &[11]), save(9, &[12])]));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     rank.half.pass_done(0).unwrap();
     // The page is another block's.
     rank.bind(|metadata| {
@@ -389,7 +457,7 @@ fn a_load_that_the_pass_waits_for_comes_before_those_that_are_parked() {
         metadata.loads.push(Load { load_id: 2, request_id: 8, last: false, ..load(true, &[5]) });
         metadata.loads.push(Load { last: false, ..load(false, &[2]) });
     });
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     assert_eq!((rank.page(2), rank.page(5)), ([33; BLOCK], [0; BLOCK]));
     assert!(rank.half.take_block_time().is_some());
     rank.gate.let_through(1);
@@ -410,10 +478,10 @@ fn complete_blocks_are_saved_after_the_pass_and_told_of_when_asked() {
     let mut rank = rank();
     rank.gate.let_through(2);
     rank.bind(|metadata| metadata.saves.push(save(7, &[3, 1])));
-    rank.half.start_loads(0).unwrap();
+    rank.half.start_loads(0, Pass::Whole).unwrap();
     assert!(rank.daemon.offered.lock().is_empty(), "not before the pass");
-    rank.pool.write(3 * BLOCK, &[44; BLOCK]);
-    rank.pool.write(BLOCK, &[55; BLOCK]);
+    rank.pool[0].write(3 * BLOCK, &[44; BLOCK]);
+    rank.pool[0].write(BLOCK, &[55; BLOCK]);
     assert!(rank.half.is_saving(7));
     rank.half.pass_done(0).unwrap();
     let told = rank.finished(&[7], &[]).0;
@@ -489,4 +557,142 @@ fn pages_that_were_never_registered_are_refused() {
     let mut metadata = Metadata::new([9; 16]);
     metadata.reassigned.push(Pages { pages: vec![PAGES as i32] });
     assert!(rank.half.bind(metadata).unwrap_err().contains("never registered"));
+}
+
+const LAYERS: usize = 4;
+
+fn layered() -> Pass {
+    Pass::Layered("eager".into())
+}
+
+/// One whose engine has shown that it asks for its layers.
+fn layered_rank() -> Rank {
+    let mut rank = rank_of(LAYERS, BrokenPromise::IsTold);
+    rank.promise();
+    rank.fill_slot(0, 44);
+    assert!(rank.half.start_loads(0, layered()).unwrap(), "to find out");
+    (0..LAYERS).for_each(|layer| rank.half.layer(layer, 0).unwrap());
+    rank.half.pass_done(0).unwrap();
+    assert!(!rank.half.start_loads(0, layered()).unwrap(), "there is nothing to wait for");
+    rank.half.pass_done(0).unwrap();
+    rank
+}
+
+impl Rank {
+    /// Has page 4 loaded in layers, until the engine was told that it may go on.
+    fn load_early(&mut self) {
+        self.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(true, &[4]) }));
+        assert!(!self.half.start_loads(0, Pass::Idle).unwrap());
+        let mut told = self.finished(&[], &[7]).1;
+        told.extend(self.wait_finished(0, 1 - told.len()).1);
+        assert_eq!(told, [7]);
+        assert_eq!(self.page(4), [0; BLOCK], "nothing was let through");
+        assert_eq!(self.pin(), PinState::InUse(LEASE.lease_id), "it is still copied from");
+    }
+
+    /// Lets so many steps through while `wait` runs, which must not end before.
+    fn through(&mut self, steps: usize, wait: impl FnOnce(&mut WorkerHalf) + Send) {
+        let gate = self.gate.clone();
+        let half = &mut self.half;
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait(half));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!waiting.is_finished(), "it did not wait");
+            gate.let_through(steps);
+        });
+    }
+}
+
+#[test]
+fn a_request_goes_on_when_nothing_can_fail_any_more_and_its_pass_waits_for_each_layer() {
+    let mut rank = layered_rank();
+    rank.load_early();
+    assert!(rank.half.start_loads(0, layered()).unwrap());
+    for layer in 0..LAYERS {
+        rank.through(1, |half| half.layer(layer, 0).unwrap());
+        let there = (layer + 1) * BLOCK / LAYERS;
+        assert_eq!(rank.page(4)[..there], [44; BLOCK][..there]);
+    }
+    rank.half.pass_done(0).unwrap();
+    // The next pass has nothing to wait for.
+    assert!(!rank.half.start_loads(0, layered()).unwrap());
+    while rank.pin() != PinState::Free {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn passes_whose_layers_do_not_ask_wait_for_all_that_arrives() {
+    for pass in [Pass::Whole, Pass::Layered("of another kind".into())] {
+        let mut rank = layered_rank();
+        rank.load_early();
+        rank.through(LAYERS, |half| {
+            half.start_loads(0, pass).unwrap();
+        });
+        assert_eq!(rank.page(4), [44; BLOCK]);
+        rank.half.pass_done(0).unwrap();
+    }
+}
+
+#[test]
+fn a_layer_that_is_not_known_waits_for_all() {
+    let mut rank = layered_rank();
+    rank.load_early();
+    assert!(rank.half.start_loads(0, layered()).unwrap());
+    rank.through(LAYERS, |half| half.layer(LAYERS, 0).unwrap());
+}
+
+#[test]
+fn a_pass_that_may_write_pages_of_what_arrives_waits_for_it() {
+    let mut rank = layered_rank();
+    rank.load_early();
+    // The request was aborted, and its page given to another.
+    rank.bind(|metadata| metadata.reassigned.push(Pages { pages: vec![4] }));
+    rank.through(LAYERS, |half| {
+        half.start_loads(0, layered()).unwrap();
+    });
+    assert_eq!(rank.page(4), [44; BLOCK]);
+}
+
+#[test]
+fn a_load_that_is_called_back_while_it_arrives_is_waited_for() {
+    let mut rank = layered_rank();
+    rank.load_early();
+    let mut voided = Metadata::new([9; 16]);
+    voided.voided.push(1);
+    rank.through(LAYERS, |half| half.bind(voided).unwrap());
+    assert_eq!(rank.page(4), [44; BLOCK]);
+}
+
+#[test]
+fn a_pass_that_stops_asking_for_layers_is_an_error() {
+    let mut rank = layered_rank();
+    rank.load_early();
+    assert!(rank.half.start_loads(0, layered()).unwrap());
+    rank.through(1, |half| half.layer(0, 0).unwrap());
+    let error = rank.half.pass_done(0).unwrap_err();
+    assert!(error.contains("eager") && error.contains("did not wait"), "{error}");
+    rank.gate.let_through(LAYERS);
+}
+
+#[test]
+fn a_load_within_the_pass_may_arrive_layer_by_layer_too() {
+    let mut rank = layered_rank();
+    rank.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(false, &[4]) }));
+    assert!(rank.half.start_loads(0, layered()).unwrap());
+    rank.through(LAYERS, |half| (0..LAYERS).for_each(|layer| half.layer(layer, 0).unwrap()));
+    assert_eq!(rank.page(4), [44; BLOCK]);
+    rank.half.pass_done(0).unwrap();
+}
+
+#[test]
+fn a_load_in_layers_that_cannot_begin_is_told_of_as_any_other() {
+    let mut rank = rank_of(LAYERS, BrokenPromise::IsTold);
+    // Nobody promised it.
+    rank.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(true, &[4]) }));
+    rank.half.start_loads(0, Pass::Idle).unwrap();
+    let mut told = rank.finished(&[], &[7]).1;
+    told.extend(rank.wait_finished(0, 1 - told.len()).1);
+    assert_eq!((told, rank.half.take_failed()), (vec![7], vec![4]));
+    assert!(!rank.half.start_loads(0, Pass::Whole).unwrap());
 }

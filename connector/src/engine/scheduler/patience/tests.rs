@@ -197,6 +197,24 @@ fn a_short_load_is_done_in_the_pass_and_a_long_one_parked() {
 }
 
 #[test]
+fn only_a_request_that_is_alone_goes_on_before_all_layers_are_there() {
+    for (by_layer, others, expected) in [(true, 0, true), (true, 1, false), (false, 0, false)] {
+        let mut engine = engine(3, 0);
+        engine.half = engine.half.by_layer(by_layer);
+        assert_eq!(engine.look_up(1, 17, 0, others, 0), Some((12, true)));
+        // It stays what it was when the offer was made.
+        assert_eq!(engine.look_up(1, 17, 0, 1 - others, 0), Some((12, true)));
+        engine.allocated(1, vec![1, 2, 3, 4, 5]);
+        let loads = engine.build(Vec::new()).loads;
+        assert_eq!(loads.iter().map(|load| load.in_layers).collect::<Vec<_>>(), [expected]);
+        // One is being loaded, which comes first.
+        engine.look_up(2, 17, 0, 0, 0);
+        engine.allocated(2, vec![6, 7, 8, 9, 10]);
+        assert!(engine.build(Vec::new()).loads.iter().all(|load| !load.in_layers));
+    }
+}
+
+#[test]
 fn a_request_whose_load_in_the_pass_failed_computes() {
     let mut engine = engine_that(LoadMode::InPass, 3, 0);
     assert_eq!(engine.look_up(1, 17, 0, 0, 0), Some((12, false)));
