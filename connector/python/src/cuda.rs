@@ -205,19 +205,18 @@ impl Mover for CudaMover {
         &self,
         blocks: &[BlockCopy<'_>],
         steps: &[Range<usize>],
-    ) -> Result<Vec<Arc<dyn Fence>>, String> {
+        begun: &mut dyn FnMut(Arc<dyn Fence>),
+    ) -> Result<(), String> {
         let mut lane = self.loads.lock();
-        let issued: Result<_, String> = steps
-            .iter()
-            .map(|step| {
-                // SAFETY: who loads keeps pages, slots and segments until the last fence was reached; if not all were
-                // issued, those that were have ended when this returns.
-                unsafe { self.issue(&mut lane, blocks, step, Way::In) }?;
-                let there = Event::new(&self.context).map_err(|error| error.to_string())?;
-                there.record(&lane.stream).map_err(|error| error.to_string())?;
-                Ok(Arc::new(Reached(there)) as Arc<dyn Fence>)
-            })
-            .collect();
+        let issued: Result<(), String> = steps.iter().try_for_each(|step| {
+            // SAFETY: who loads keeps pages, slots and segments until the last fence was reached; if not all were
+            // issued, those that were have ended when this returns.
+            unsafe { self.issue(&mut lane, blocks, step, Way::In) }?;
+            let there = Event::new(&self.context).map_err(|error| error.to_string())?;
+            there.record(&lane.stream).map_err(|error| error.to_string())?;
+            begun(Arc::new(Reached(there)));
+            Ok(())
+        });
         if issued.is_err() {
             lane.stream.synchronize().map_err(|error| error.to_string())?;
         }

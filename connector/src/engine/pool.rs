@@ -195,15 +195,18 @@ pub trait Mover: Send + Sync + fmt::Debug {
     /// Brings blocks into the engine's memory, and returns when they are there.
     fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String>;
 
-    /// Begins to bring blocks into the engine's memory step by step: these bytes of each block. When it returns only the
-    /// device can still fail. One fence for each step: when its bytes are there.
+    /// Begins to bring blocks into the engine's memory step by step: these bytes of each block. `begun` is called as soon
+    /// as a step is on its way, with a fence that says when it is there; from the first on only the device can fail. If it
+    /// does, nothing is under way when this returns.
     fn load_in_steps(
         &self,
         blocks: &[BlockCopy<'_>],
         steps: &[Range<usize>],
-    ) -> Result<Vec<Arc<dyn Fence>>, String> {
+        begun: &mut dyn FnMut(Arc<dyn Fence>),
+    ) -> Result<(), String> {
         self.load(blocks)?;
-        Ok(steps.iter().map(|_| Arc::new(Passed) as Arc<dyn Fence>).collect())
+        steps.iter().for_each(|_| begun(Arc::new(Passed)));
+        Ok(())
     }
 
     /// Copies blocks out of the engine's memory, and returns when they are out.

@@ -229,7 +229,7 @@ impl WorkerHalf {
             }
         }
         for job in in_pass {
-            if in_layers && !job.wait_begun().is_empty() {
+            if in_layers && job.arrives_in_steps() {
                 self.arriving.add(job);
             } else if job.wait() == Loaded::No {
                 self.taint.failed(job.request_id, job.first_pages());
@@ -327,6 +327,11 @@ impl Shared {
             tracing::warn!(why, "blocks that were found are computed after all");
             return failed.lock().extend(pages);
         }
+        self.stop(why);
+    }
+
+    /// The engine is not to compute any more.
+    fn stop(&self, why: String) {
         tracing::error!(why, "a promised load cannot be kept");
         self.broken.lock().get_or_insert(why);
     }

@@ -69,25 +69,25 @@ impl Mover for MemoryMover {
         &self,
         blocks: &[BlockCopy<'_>],
         steps: &[Range<usize>],
-    ) -> Result<Vec<Arc<dyn Fence>>, String> {
+        begun: &mut dyn FnMut(Arc<dyn Fence>),
+    ) -> Result<(), String> {
         let done = Arc::new(StepsDone::default());
-        let fences =
-            (1..=steps.len()).map(|step| Arc::new(Step { step, done: done.clone() }) as Arc<dyn Fence>);
-        let fences = fences.collect();
         let owned = |block: &BlockCopy<'_>| (block.pages.to_vec(), block.segment.clone(), block.offset);
         let blocks: Vec<(Vec<i32>, Arc<SharedMemory>, usize)> = blocks.iter().map(owned).collect();
-        let (memory, steps) = (self.memory.clone(), steps.to_vec());
+        let (memory, ranges, counted) = (self.memory.clone(), steps.to_vec(), done.clone());
         let copy = move || {
-            for step in steps {
+            for range in ranges {
                 for (pages, segment, offset) in &blocks {
-                    memory.load(pages, segment, *offset, step.clone());
+                    memory.load(pages, segment, *offset, range.clone());
                 }
-                *done.count.lock() += 1;
-                done.more.notify_all();
+                *counted.count.lock() += 1;
+                counted.more.notify_all();
             }
         };
         let thread = thread::Builder::new().name("kvbm-steps".into()).spawn(copy);
-        thread.map(|_| fences).map_err(|error| format!("start a thread: {error}"))
+        thread.map_err(|error| format!("start a thread: {error}"))?;
+        (1..=steps.len()).for_each(|step| begun(Arc::new(Step { step, done: done.clone() })));
+        Ok(())
     }
 
     fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {

@@ -68,7 +68,7 @@ impl Arriving {
         self.jobs.retain(|job| !job.is_over());
         if !trusted || self.is_reassigned {
             for job in self.jobs.drain(..) {
-                job.wait_begun().last().map_or(Ok(()), |whole| whole.hold(stream))?;
+                job.hold(stream, None)?;
             }
             self.is_reassigned = false;
         }
@@ -84,12 +84,8 @@ impl Arriving {
         if let Some(asked) = asked.get_mut(layer) {
             *asked = true;
         }
-        let step = if layer < steps.layers() { steps.of_layer(layer) } else { usize::MAX };
-        for job in &self.jobs {
-            let fences = job.wait_begun();
-            fences.get(step).or(fences.last()).map_or(Ok(()), |fence| fence.hold(stream))?;
-        }
-        Ok(())
+        let step = (layer < steps.layers()).then(|| steps.of_layer(layer));
+        self.jobs.iter().try_for_each(|job| job.hold(stream, step))
     }
 
     /// The pass has been launched.

@@ -16,8 +16,14 @@ use crate::engine::pool::{BlockCopy, Fence, Steps};
 /// link with 16 lanes.
 const LEFT_BYTES_MAX: usize = 4 << 30;
 
-/// When each step of a load is there.
-pub(super) type Arrivals = Arc<[Arc<dyn Fence>]>;
+/// How far a load in layers has come.
+#[derive(Default)]
+struct Begun {
+    /// Of each step that is on its way: when it is there.
+    steps: Vec<Arc<dyn Fence>>,
+    /// There will be no more of them. None at all: it came whole, or failed, and is over.
+    all: bool,
+}
 
 pub(super) struct LoadJob {
     pub load_id: u64,
@@ -32,9 +38,8 @@ pub(super) struct LoadJob {
     /// The engine may go on as soon as nothing can fail any more, and waits for each layer when it gets there.
     pub in_layers: bool,
     told: AtomicBool,
-    /// Of such a load that has begun: when each of its steps is there. Of one that came whole, or failed: none.
-    steps: Mutex<Option<Arrivals>>,
-    begun: Condvar,
+    begun: Mutex<Begun>,
+    begins: Condvar,
     /// No batch is begun any more.
     called_back: AtomicBool,
     /// Held while a batch is copied: who has it knows that nothing is being written. Set when all is over.
@@ -62,8 +67,8 @@ impl LoadJob {
             fence: Mutex::default(),
             in_layers: load.in_layers && shared.steps.is_some(),
             told: AtomicBool::new(false),
-            steps: Mutex::default(),
-            begun: Condvar::new(),
+            begun: Mutex::default(),
+            begins: Condvar::new(),
             called_back: AtomicBool::new(false),
             over: Mutex::default(),
             ended: Condvar::new(),
@@ -97,20 +102,39 @@ impl LoadJob {
         }
     }
 
-    /// Waits until it has begun: then it arrives step by step, or, if these are none, it is over.
-    pub fn wait_begun(&self) -> Arrivals {
-        let mut steps = self.steps.lock();
-        loop {
-            match &*steps {
-                Some(steps) => return steps.clone(),
-                None => self.begun.wait(&mut steps),
-            }
+    /// Waits until it has begun. True: it arrives in steps; false: it is over.
+    pub fn arrives_in_steps(&self) -> bool {
+        let mut begun = self.begun.lock();
+        self.begins.wait_while(&mut begun, |begun| begun.steps.is_empty() && !begun.all);
+        !begun.steps.is_empty()
+    }
+
+    /// What is launched on this stream from now on begins behind this step; `None`: behind the last.
+    pub fn hold(&self, stream: u64, step: Option<usize>) -> Result<(), String> {
+        let mut begun = self.begun.lock();
+        let is_missing = |begun: &mut Begun| !begun.all && step.is_none_or(|step| step >= begun.steps.len());
+        self.begins.wait_while(&mut begun, is_missing);
+        let fence = step.map_or(begun.steps.last(), |step| begun.steps.get(step)).cloned();
+        drop(begun);
+        match fence {
+            Some(fence) => fence.hold(stream),
+            None if self.wait() == Loaded::Yes => Ok(()),
+            None => Err(format!("the device did not bring what request {} was promised", self.request_id)),
         }
     }
 
-    fn begin(&self, steps: Arrivals) {
-        self.steps.lock().get_or_insert(steps);
-        self.begun.notify_all();
+    fn begin(&self, step: Arc<dyn Fence>) {
+        self.begun.lock().steps.push(step);
+        self.begins.notify_all();
+    }
+
+    fn begin_no_more(&self, loaded: Loaded) {
+        let mut begun = self.begun.lock();
+        begun.all = true;
+        if loaded == Loaded::No {
+            begun.steps.clear();
+        }
+        self.begins.notify_all();
     }
 
     /// Of the first layer group.
@@ -121,7 +145,6 @@ impl LoadJob {
     pub fn run(&self, shared: &Shared) {
         let begun = Instant::now();
         let copied = self.copy(shared);
-        self.begin(Arc::new([]));
         let loaded = if copied.is_err() { Loaded::No } else { Loaded::Yes };
         match copied {
             Ok(Copied::All) => {
@@ -132,10 +155,16 @@ impl LoadJob {
                 shared.counts.cancelled_loads.fetch_add(1, Ordering::Relaxed);
             }
             Err(why) => {
-                shared
-                    .break_promise(self.first_pages(), format!("load of request {}: {why}", self.request_id));
+                let why = format!("load of request {}: {why}", self.request_id);
+                if self.told.load(Ordering::Relaxed) {
+                    // The engine has gone on with it, perhaps in a pass behind this one.
+                    shared.stop(why);
+                } else {
+                    shared.break_promise(self.first_pages(), why);
+                }
             }
         }
+        self.begin_no_more(loaded);
         if self.last {
             shared.host.end(self.lease);
         }
@@ -194,22 +223,33 @@ impl LoadJob {
         steps: &Steps,
     ) -> Result<(), String> {
         let placed = place(host, blocks)?;
-        let ranges = steps.ranges();
-        let fences = shared.mover.load_in_steps(&copies_of(&placed), &ranges)?;
-        let last = fences.last().cloned().ok_or("a load of no steps")?;
-        // A pass that begins now holds up the others in it for no longer than this takes.
-        let mut left = blocks.len() * shared.shape.block_bytes();
+        let (ranges, bytes) = (steps.ranges(), blocks.len() * shared.shape.block_bytes());
+        let mut fences = Vec::with_capacity(ranges.len());
+        shared.mover.load_in_steps(&copies_of(&placed), &ranges, &mut |fence| {
+            fences.push(fence.clone());
+            self.begin(fence);
+            if bytes <= LEFT_BYTES_MAX {
+                self.tell_early(shared);
+            }
+        })?;
+        self.begin_no_more(Loaded::Yes);
+        // A pass that begins now holds up the others in it for no longer than the rest takes.
+        let mut left = bytes;
         for (fence, range) in fences.iter().zip(&ranges) {
             if left <= LEFT_BYTES_MAX {
-                break;
+                self.tell_early(shared);
             }
             fence.wait()?;
             left -= blocks.len() * range.len();
         }
-        self.begin(fences.into());
-        shared.counts.layered_loads.fetch_add(1, Ordering::Relaxed);
-        self.tell(shared);
-        last.wait()
+        Ok(())
+    }
+
+    fn tell_early(&self, shared: &Shared) {
+        if !self.told.load(Ordering::Relaxed) {
+            shared.counts.layered_loads.fetch_add(1, Ordering::Relaxed);
+            self.tell(shared);
+        }
     }
 }
 

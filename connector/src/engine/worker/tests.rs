@@ -69,6 +69,8 @@ struct Gate(Arc<GateParts>);
 
 struct GateParts {
     mover: MemoryMover,
+    /// Steps after which the device fails.
+    fails_after: Mutex<Option<usize>>,
     /// Blocks that may be moved; blocks that somebody wants to move.
     state: Mutex<(usize, usize)>,
     changed: Condvar,
@@ -82,7 +84,8 @@ impl fmt::Debug for Gate {
 
 impl Gate {
     fn new(mover: MemoryMover) -> Self {
-        Self(Arc::new(GateParts { mover, state: Mutex::default(), changed: Condvar::new() }))
+        let (fails_after, state) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(GateParts { mover, fails_after, state, changed: Condvar::new() }))
     }
 
     fn let_through(&self, blocks: usize) {
@@ -140,8 +143,9 @@ impl Mover for Gate {
         &self,
         blocks: &[BlockCopy<'_>],
         steps: &[Range<usize>],
-    ) -> Result<Vec<Arc<dyn Fence>>, String> {
-        let (mut running, mut fences) = (Vec::new(), Vec::<Arc<dyn Fence>>::new());
+        begun: &mut dyn FnMut(Arc<dyn Fence>),
+    ) -> Result<(), String> {
+        let (mut running, mut fences) = (Vec::new(), Vec::new());
         for step in steps {
             let (going, ended) = std::sync::mpsc::channel();
             running.push((step.clone(), going));
@@ -157,11 +161,13 @@ impl Mover for Gate {
             let copies: Vec<_> = copies.collect();
             for (step, going) in running {
                 gate.pass();
-                gate.0.mover.load_in_steps(&copies, &[step]).unwrap()[0].wait().unwrap();
+                gate.0.mover.load_in_steps(&copies, &[step], &mut |step| step.wait().unwrap()).unwrap();
                 drop(going);
             }
         });
-        Ok(fences)
+        let issued = self.0.fails_after.lock().unwrap_or(steps.len());
+        fences.into_iter().take(issued).for_each(|fence| begun(fence));
+        if issued < steps.len() { Err("the device is gone".into()) } else { Ok(()) }
     }
 
     fn save(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
@@ -695,4 +701,32 @@ fn a_load_in_layers_that_cannot_begin_is_told_of_as_any_other() {
     told.extend(rank.wait_finished(0, 1 - told.len()).1);
     assert_eq!((told, rank.half.take_failed()), (vec![7], vec![4]));
     assert!(!rank.half.start_loads(0, Pass::Whole).unwrap());
+}
+
+#[test]
+fn an_engine_whose_device_fails_behind_its_back_is_stopped() {
+    let mut rank = layered_rank();
+    *rank.gate.0.fails_after.lock() = Some(2);
+    rank.gate.let_through(LAYERS);
+    rank.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(true, &[4]) }));
+    rank.half.start_loads(0, Pass::Idle).unwrap();
+    let _ = rank.half.get_finished(&[], &[7]);
+    let error = loop {
+        if let Err(error) = rank.half.get_finished(&[], &[]) {
+            break error;
+        }
+        std::thread::yield_now();
+    };
+    assert!(error.contains("request 7: the device is gone"), "{error}");
+    assert_eq!(rank.half.start_loads(0, layered()), Err(error), "nothing is computed any more");
+    // Before anything of it was on its way, it is a load that failed.
+    let mut rank = layered_rank();
+    *rank.gate.0.fails_after.lock() = Some(0);
+    rank.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(true, &[4]) }));
+    rank.half.start_loads(0, Pass::Idle).unwrap();
+    let mut told = rank.finished(&[], &[7]).1;
+    told.extend(rank.wait_finished(0, 1 - told.len()).1);
+    assert_eq!((told, rank.half.take_failed()), (vec![7], vec![4]));
+    assert!(!rank.half.start_loads(0, layered()).unwrap());
+    rank.gate.let_through(LAYERS);
 }
