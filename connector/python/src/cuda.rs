@@ -22,6 +22,9 @@ use parking_lot::{Mutex, RwLock};
 const BATCH_BYTES_MAX: usize = 16 << 20;
 const BATCH_BLOCKS_MAX: usize = 64;
 
+/// Copies given to the driver in one call, at most: while it takes them, the engine's thread launches nothing.
+const PIECES_AT_ONCE: usize = 128;
+
 /// One way.
 struct Lane {
     stream: Stream,
@@ -134,10 +137,12 @@ impl CudaMover {
         issued_at_once(blocks.len(), bytes.len()).try_for_each(|part| {
             copies.clear();
             blocks[part].iter().try_for_each(|block| self.pieces(block, bytes, way, &mut copies))?;
-            // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
-            // holds them, which is until `self` goes or they are let go of; pieces lie within one chunk each, and within
-            // bounds that were checked when they were placed. The rest is the caller's promise.
-            unsafe { lane.copier.copy(&lane.stream, &copies) }.map_err(|error| error.to_string())
+            copies.chunks(PIECES_AT_ONCE).try_for_each(|pieces| {
+                // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
+                // holds them, which is until `self` goes or they are let go of; pieces lie within one chunk each, and
+                // within bounds that were checked when they were placed. The rest is the caller's promise.
+                unsafe { lane.copier.copy(&lane.stream, pieces) }.map_err(|error| error.to_string())
+            })
         })
     }
 
