@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use kvbm_connector::engine::{
     BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape, issued_at_once,
@@ -24,6 +26,10 @@ const BATCH_BLOCKS_MAX: usize = 64;
 
 /// Copies given to the driver in one call, at most: while it takes them, the engine's thread launches nothing.
 const PIECES_AT_ONCE: usize = 128;
+
+/// Bytes registered with one call, about a millisecond in which the engine launches nothing; then it has a turn.
+const REGISTERED_AT_ONCE_BYTES: usize = 32 << 20;
+const BETWEEN_REGISTRATIONS: Duration = Duration::from_micros(200);
 
 /// One way.
 struct Lane {
@@ -183,8 +189,11 @@ impl Mover for CudaMover {
 
     fn prepare(&self, segment: &Arc<SharedMemory>) -> Result<(), String> {
         let at = segment.address().addr().get();
-        let registered =
-            RegisteredMemory::new(&self.context, segment.clone()).map_err(|error| error.to_string())?;
+        let registered = RegisteredMemory::begin(&self.context, segment.clone(), REGISTERED_AT_ONCE_BYTES);
+        let mut registered = registered.map_err(|error| error.to_string())?;
+        while registered.register_next().map_err(|error| error.to_string())? {
+            thread::sleep(BETWEEN_REGISTRATIONS);
+        }
         self.segments.write().insert(at, Arc::new(registered));
         Ok(())
     }
