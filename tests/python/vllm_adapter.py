@@ -143,6 +143,66 @@ def test_neighbours_become_one_piece_and_shared_layers_count_once() -> None:
     assert layout.layout_of(apart, 10)[1] == layout.layout_of(more, 20)[1], "an engine with more memory finds the same"
 
 
+def test_a_layers_place_in_a_block_is_known_where_layers_lie_one_behind_the_other() -> None:
+    names = ["a", "b", "c"]
+    places = {"a": 0, "b": 1, "c": 2}
+    # One tensor of all layers, blocks outermost: layers next, or heads before them.
+    assert layout.layers_of({"all": Tensor((10, 3, 4, 2, 8))}, 10, names) == places
+    assert layout.layers_of({"all": Tensor((10, 2, 3, 4, 8))}, 10, names) == {}, "each head has all layers"
+    assert layout.layers_of({"all": Tensor((3, 10, 4, 2, 8))}, 10, names) == {}, "blocks lie in several places"
+    assert layout.layers_of({"all": Tensor((10, 3, 4, 2, 8))}, 10, names[:2]) == {}
+    # A tensor for each, apart or as parts of one block.
+    apart = {name: Tensor((10, 2, 4), at=4096 + 1000 * at) for at, name in enumerate(names)}
+    assert layout.layers_of(apart, 10, []) == places
+    packed = {name: Tensor((10, 2, 4), at=4096 + 16 * at) for at, name in enumerate(names)}
+    for tensor in packed.values():
+        tensor._strides[0] = 24
+    assert layout.layers_of(packed, 10, []) == places
+    assert layout.layers_of({**apart, "shared": apart["b"]}, 10, []) == {}, "two have the same memory"
+    assert layout.layers_of({**apart, "b": Tensor((10, 2, 8), at=9000)}, 10, []) == {}, "one is larger"
+    config_032 = Record(kv_cache_tensors=[Record(layers=["a", "b"]), Record(layers=["c"])])
+    config_026 = Record(kv_cache_tensors=[Record(shared_by=["a", "x"]), Record(shared_by=["b"])])
+    assert checks.layer_names(config_032) == names and checks.layer_names(config_026) == ["a", "b"]
+
+
+def test_passes_of_which_a_graph_has_the_attention_do_not_ask_for_layers() -> None:
+    def kind(mode: str | None, attention: object = (), **more: object) -> str | None:
+        return vllm.kind_of_pass(Record(attn_metadata=attention, cudagraph_runtime_mode=mode and Record(name=mode), **more))
+
+    assert kind("NONE") and kind("PIECEWISE") and kind("NONE") != kind("PIECEWISE")
+    assert kind("NONE") != kind("NONE", skip_compiled=True)
+    assert kind("FULL") is None and kind("NONE", None) is None and vllm.kind_of_pass(None) is None
+    assert not checks.waits_for_layers(Record(speculative_config=Record())) and checks.waits_for_layers(config())
+
+
+def test_a_pass_asks_for_its_layers_until_it_is_known_that_it_does() -> None:
+    worker = vllm.KvbmConnector(config(), Record(name="WORKER"), cache(FullAttentionSpec(), blocks=16))
+    pool = (ctypes.c_char * (2 * 16 * 64))()
+    at = ctypes.addressof(pool)
+    worker.register_kv_caches({name: Tensor((16, 4, 8), at=at + 1024 * n) for n, name in enumerate("ab")})
+    asked: list[tuple[int, int]] = []
+    native, real = worker._worker.engine, worker._worker.engine.layer
+
+    class Watched:
+        def layer(self, *arguments: int) -> None:
+            asked.append(arguments)
+            real(*arguments)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(native, name)
+
+    worker._worker.engine = Watched()
+    eager = Record(attn_metadata=(), cudagraph_runtime_mode=Record(name="NONE"))
+    for expected in ([(0, 0), (1, 0), (2, 0)], []):
+        asked.clear()
+        worker.start_load_kv(eager)
+        for layer in ("a", "b", "of a layer without memory"):
+            worker.wait_for_layer_load(layer)
+        worker.wait_for_save()
+        assert asked == expected, asked
+    worker.shutdown()
+
+
 def test_tensors_that_do_not_say_which_dimension_counts_blocks_are_refused() -> None:
     refused("no dimension", layout.regions_of, Tensor((7, 3)), 10)
     refused("several dimensions", layout.regions_of, Tensor((10, 10)), 10)

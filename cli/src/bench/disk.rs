@@ -21,7 +21,7 @@ const SIZES: [(&str, usize); 3] = [("64KiB", 64 << 10), ("1MiB", 1 << 20), ("4Mi
 /// I/Os under way, in the engine and in fio.
 const DEPTH: usize = 32;
 /// Turns of each of the two.
-const ALTERNATIONS: usize = 11;
+const ALTERNATIONS: usize = 21;
 const TURN: Duration = Duration::from_millis(600);
 /// Shares of fio's figure that the project demands: of the engine alone, and of a block's whole path.
 const ENGINE_LIMIT: f64 = 0.95;

@@ -82,7 +82,7 @@ def block_spec(kv_cache_config: Any) -> Any:
 def layer_names(kv_cache_config: Any) -> list[str]:
     """Of the engine's KV memory, in the order in which they lie there where one tensor has all of them."""
     names: list[str] = []
-    for tensor in kv_cache_config.kv_cache_tensors:
+    for tensor in getattr(kv_cache_config, "kv_cache_tensors", ()):
         # Where each layer has a tensor, others may use it too.
         names.extend(getattr(tensor, "layers", None) or tensor.shared_by[:1])
     return names
