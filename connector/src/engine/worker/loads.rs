@@ -173,12 +173,14 @@ impl LoadJob {
         self.tell(shared);
     }
 
-    /// The engine need not park the request any more.
-    fn tell(&self, shared: &Shared) {
-        if self.parked && !self.told.swap(true, Ordering::Relaxed) {
+    /// The engine goes on with the request. True the first time.
+    fn tell(&self, shared: &Shared) -> bool {
+        let is_new = !self.told.swap(true, Ordering::Relaxed);
+        if is_new && self.parked {
             shared.loading.lock().end(self.request_id);
             shared.load_ended.notify_all();
         }
+        is_new
     }
 
     fn copy(&self, shared: &Shared) -> Result<Copied, String> {
@@ -246,10 +248,8 @@ impl LoadJob {
     }
 
     fn tell_early(&self, shared: &Shared) {
-        if !self.told.load(Ordering::Relaxed) {
-            shared.counts.layered_loads.fetch_add(1, Ordering::Relaxed);
-            self.tell(shared);
-        }
+        let is_new = self.tell(shared);
+        shared.counts.layered_loads.fetch_add(u64::from(is_new), Ordering::Relaxed);
     }
 }
 

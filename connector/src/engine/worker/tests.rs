@@ -689,6 +689,7 @@ fn a_load_within_the_pass_may_arrive_layer_by_layer_too() {
     rank.through(LAYERS, |half| (0..LAYERS).for_each(|layer| half.layer(layer, 0).unwrap()));
     assert_eq!(rank.page(4), [44; BLOCK]);
     rank.half.pass_done(0).unwrap();
+    assert_eq!(rank.half.counts().layered_loads.load(Ordering::Relaxed), 1);
 }
 
 #[test]
