@@ -149,6 +149,7 @@ def test_a_layers_place_in_a_block_is_known_where_layers_lie_one_behind_the_othe
     # One tensor of all layers, blocks outermost: layers next, or heads before them.
     assert layout.layers_of({"all": Tensor((10, 3, 4, 2, 8))}, 10, names) == places
     assert layout.layers_of({"all": Tensor((10, 2, 3, 4, 8))}, 10, names) == {}, "each head has all layers"
+    assert layout.layers_of({"all": Tensor((10, 3, 3, 4, 8))}, 10, names) == {}, "which of them are the layers?"
     assert layout.layers_of({"all": Tensor((3, 10, 4, 2, 8))}, 10, names) == {}, "blocks lie in several places"
     assert layout.layers_of({"all": Tensor((10, 3, 4, 2, 8))}, 10, names[:2]) == {}
     # A tensor for each, apart or as parts of one block.
@@ -388,9 +389,13 @@ def test_without_a_daemon_every_answer_is_that_there_is_nothing() -> None:
     one = request()
     assert scheduler.get_num_new_matched_tokens(one, 0) == (0, False)
     scheduler.update_state_after_alloc(one, Record(get_block_ids=lambda: ([1, 2, 3],)), 0)
-    metadata = scheduler.build_connector_meta(
-        output([Record(req_id="a", block_ids=([1, 2, 3],), num_computed_tokens=0)], a=9)
-    )
+    of_pass = output([Record(req_id="a", block_ids=([1, 2, 3],), num_computed_tokens=0)], a=9)
+    of_pass.has_sync_kv_loads = False
+    metadata = scheduler.build_connector_meta(of_pass)
+    assert of_pass.has_sync_kv_loads, "loads are to begin before the pass"
+    empty = Record(**{**vars(output()), "has_sync_kv_loads": False})
+    scheduler.build_connector_meta(empty)
+    assert not empty.has_sync_kv_loads and not hasattr(output(a=1), "has_sync_kv_loads")
     worker.bind_connector_metadata(metadata)
     worker.start_load_kv(None)
     worker.wait_for_save()

@@ -82,11 +82,13 @@ def layers_of(tensors: dict[str, Any], blocks: int, names: list[str]) -> dict[st
         regions = regions_of(tensor, blocks)
         dimension, _ = block_dimension(tensor.shape, blocks)
         bytes_of_layer = regions[0][1] // max(len(names), 1)
-        is_outermost = any(
-            size == len(names) and stride * int(tensor.element_size()) == bytes_of_layer
+        # Another dimension of that size, such as that of heads, might be the one that lies outermost.
+        of_that_size = [
+            stride * int(tensor.element_size())
             for at, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-            if at != dimension
-        )
+            if at != dimension and size == len(names)
+        ]
+        is_outermost = of_that_size == [bytes_of_layer]
         return {name: at for at, name in enumerate(names)} if len(regions) == 1 and is_outermost else {}
     each = [regions_of(tensor, blocks) for tensor in tensors.values()]
     pieces = [region for regions in each for region in regions]

@@ -49,6 +49,8 @@ class WorkerHalf:
         self.handshake = KvbmHandshake(layout, self._replicated, sum(region[1] for region in regions))
 
     def bind(self, metadata: KvbmMetadata) -> None:
+        # Whoever asks before loads were started has to wait for all that arrives.
+        self._asks = True
         self.engine.bind(metadata.payload)
         self._loading.update(metadata.loading)
         self._begun = list(metadata.loading)

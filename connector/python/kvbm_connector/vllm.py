@@ -6,7 +6,7 @@
 It translates the engine's objects and decides nothing: what is found, promised, copied and given up, and how long
 anything may take, is the native module's. Versions are told apart by what they have, never by their number:
 
-* loads begin before the pass or behind it; the native module does not mind, a parked request is in neither
+* loads begin before each pass that computes: where a version would begin them behind it, it is told that it may not
 * a pass whose layers ask for what they read may begin before all of it is there; one of a CUDA graph may not
 * layers have tensors of their own, or share one: a block is all pieces of memory that belong to it
 """
@@ -92,6 +92,9 @@ class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
         self._scheduler.allocated(request, blocks, num_external_tokens, self._parked)
 
     def build_connector_meta(self, scheduler_output: Any) -> KvbmMetadata:
+        if scheduler_output.num_scheduled_tokens and hasattr(scheduler_output, "has_sync_kv_loads"):
+            # Else these versions call `start_load_kv` behind the pass, which would not wait for what still arrives.
+            scheduler_output.has_sync_kv_loads = True
         return self._scheduler.build(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:

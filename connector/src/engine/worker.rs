@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -78,6 +78,8 @@ struct Shared {
     shape: PoolShape,
     /// How blocks are brought in layer by layer, if they can be.
     steps: Option<Steps>,
+    /// The engine waits for layers, as far as was seen.
+    trusts: AtomicBool,
     mover: Arc<dyn Mover>,
     host: Arc<dyn Host>,
     generations: Arc<Generations>,
@@ -133,6 +135,7 @@ impl WorkerHalf {
         let shared = Arc::new(Shared {
             shape,
             steps,
+            trusts: AtomicBool::new(false),
             mover,
             host,
             generations,
@@ -245,7 +248,9 @@ impl WorkerHalf {
 
     /// The pass whose metadata is bound has been launched: its blocks are complete when the stream gets here.
     pub fn pass_done(&mut self, stream: u64) -> Result<(), String> {
-        self.arriving.end()?;
+        let ended = self.arriving.end();
+        self.shared.trusts.store(self.arriving.trusts_any(), Ordering::Relaxed);
+        ended?;
         let Some(queue) = self.saves.as_ref().filter(|_| !self.next_saves.is_empty()) else { return Ok(()) };
         let fence = self.shared.mover.fence(stream)?;
         for mut save in std::mem::take(&mut self.next_saves) {

@@ -32,8 +32,8 @@ impl SchedulerHalf {
         let found = self.found_by_now(new, local_tokens, now)?;
         if found > 0 && !is_standing {
             let blocks = found / self.tokens_per_block as usize;
-            // Loads are done one after the other.
-            let is_first = self.loads.is_empty();
+            // Loads are done one after the other. Those of requests that are gone are waited for when their pages are used.
+            let is_first = !self.loads.values().any(|load| self.requests.contains_key(&load.request_id));
             let in_pass = self.mode == LoadMode::Auto && is_first && self.pace.admits(blocks, others);
             if let Some(request) = self.requests.get_mut(&id) {
                 request.parked &= !in_pass;

@@ -44,6 +44,12 @@ impl Arriving {
         self.jobs.push(job);
     }
 
+    /// True once the engine was seen to begin a pass before it asks for its layers, and to ask for all of them. Until then
+    /// nothing is told early.
+    pub fn trusts_any(&self) -> bool {
+        !self.trusted.is_empty()
+    }
+
     /// True where loads within this pass need not be whole when it begins.
     pub fn trusts(&self, pass: &Pass) -> bool {
         matches!(pass, Pass::Layered(kind) if self.trusted.contains(kind))
@@ -78,9 +84,11 @@ impl Arriving {
         Ok(asks)
     }
 
-    /// The pass gets to a layer. One that is not known stands for all.
+    /// The pass gets to a layer. One that is not known stands for all, as does any of a pass that never began.
     pub fn layer(&mut self, layer: usize, stream: u64) -> Result<(), String> {
-        let Some((steps, (_, asked))) = self.steps.zip(self.pass.as_mut()) else { return Ok(()) };
+        let Some((steps, (_, asked))) = self.steps.zip(self.pass.as_mut()) else {
+            return self.jobs.iter().try_for_each(|job| job.hold(stream, None));
+        };
         if let Some(asked) = asked.get_mut(layer) {
             *asked = true;
         }

@@ -199,6 +199,9 @@ impl LoadJob {
         if let Some(steps) = shared.steps.filter(|_| self.in_layers) {
             // To the end: what the device was given cannot be called back.
             let _copying = self.over.lock();
+            if self.called_back.load(Ordering::SeqCst) {
+                return Ok(Copied::CalledBack);
+            }
             self.copy_in_steps(shared, &host, &blocks, &steps)?;
             shared.counts.loaded_blocks.fetch_add(blocks.len() as u64, Ordering::Relaxed);
             shared.speed.lock().loaded(blocks.len(), begun.elapsed());
@@ -248,8 +251,9 @@ impl LoadJob {
     }
 
     fn tell_early(&self, shared: &Shared) {
-        let is_new = self.tell(shared);
-        shared.counts.layered_loads.fetch_add(u64::from(is_new), Ordering::Relaxed);
+        if shared.trusts.load(Ordering::Relaxed) && self.tell(shared) {
+            shared.counts.layered_loads.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 

@@ -69,6 +69,8 @@ struct Gate(Arc<GateParts>);
 
 struct GateParts {
     mover: MemoryMover,
+    /// What the engine's stream gives in place of one that is reached.
+    fence: Mutex<Option<Arc<dyn Fence>>>,
     /// Steps after which the device fails.
     fails_after: Mutex<Option<usize>>,
     /// Blocks that may be moved; blocks that somebody wants to move.
@@ -84,8 +86,8 @@ impl fmt::Debug for Gate {
 
 impl Gate {
     fn new(mover: MemoryMover) -> Self {
-        let (fails_after, state) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(GateParts { mover, fails_after, state, changed: Condvar::new() }))
+        let (fence, fails_after, state) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self(Arc::new(GateParts { mover, fence, fails_after, state, changed: Condvar::new() }))
     }
 
     fn let_through(&self, blocks: usize) {
@@ -131,7 +133,7 @@ impl Mover for Gate {
     }
 
     fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String> {
-        self.0.mover.fence(stream)
+        self.0.fence.lock().take().map_or_else(|| self.0.mover.fence(stream), Ok)
     }
 
     fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
@@ -730,4 +732,58 @@ fn an_engine_whose_device_fails_behind_its_back_is_stopped() {
     assert_eq!((told, rank.half.take_failed()), (vec![7], vec![4]));
     assert!(!rank.half.start_loads(0, layered()).unwrap());
     rank.gate.let_through(LAYERS);
+}
+
+#[test]
+fn an_engine_that_begins_its_passes_too_late_is_told_of_nothing_early() {
+    let mut rank = rank_of(LAYERS, BrokenPromise::IsTold);
+    rank.promise();
+    // Its layers ask, and only then loads are started.
+    for _ in 0..3 {
+        (0..LAYERS).for_each(|layer| rank.half.layer(layer, 0).unwrap());
+        rank.half.start_loads(0, layered()).unwrap();
+        rank.half.pass_done(0).unwrap();
+    }
+    rank.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(true, &[4]) }));
+    rank.half.start_loads(0, Pass::Idle).unwrap();
+    rank.gate.let_through(LAYERS - 1);
+    rank.gate.wait_for_arrival(LAYERS);
+    assert_eq!(rank.finished(&[], &[7]).1, [] as [u64; 0]);
+    rank.gate.let_through(1);
+    assert_eq!(rank.wait_finished(0, 1).1, [7]);
+}
+
+#[test]
+fn layers_of_a_pass_that_did_not_begin_wait_for_all_that_arrives() {
+    let mut rank = layered_rank();
+    rank.load_early();
+    rank.through(LAYERS, |half| half.layer(0, 0).unwrap());
+    assert_eq!(rank.page(4).len(), BLOCK);
+}
+
+/// Ends when it is told to.
+#[derive(Debug)]
+struct Held(Mutex<std::sync::mpsc::Receiver<()>>);
+
+impl Fence for Held {
+    fn wait(&self) -> Result<(), String> {
+        let _ = self.0.lock().recv();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_load_in_layers_that_is_called_back_before_it_begins_writes_nothing() {
+    let mut rank = layered_rank();
+    rank.gate.let_through(LAYERS);
+    let (release, held) = std::sync::mpsc::channel();
+    *rank.gate.0.fence.lock() = Some(Arc::new(Held(Mutex::new(held))));
+    rank.bind(|metadata| metadata.loads.push(Load { in_layers: true, ..load(true, &[4]) }));
+    rank.half.start_loads(0, Pass::Idle).unwrap();
+    rank.bind(|metadata| metadata.voided.push(1));
+    drop(release);
+    let mut told = rank.finished(&[], &[7]).1;
+    told.extend(rank.wait_finished(0, 1 - told.len()).1);
+    assert_eq!((told, rank.page(4)), (vec![7], [0; BLOCK]));
+    assert_eq!(rank.half.counts().cancelled_loads.load(Ordering::Relaxed), 1);
 }
