@@ -173,11 +173,17 @@ def test_passes_of_which_a_graph_has_the_attention_do_not_ask_for_layers() -> No
     assert kind("NONE") and kind("PIECEWISE") and kind("NONE") != kind("PIECEWISE")
     assert kind("NONE") != kind("NONE", skip_compiled=True)
     assert kind("FULL") is None and kind("NONE", None) is None and vllm.kind_of_pass(None) is None
-    assert not checks.waits_for_layers(Record(speculative_config=Record())) and checks.waits_for_layers(config())
+    assert checks.waits_for_layers(config(), "cuda") and not checks.waits_for_layers(config(), "cpu")
+    asked = config({"kvbm.by_layer": "true"})
+    assert checks.waits_for_layers(asked, "cpu")
+    assert not checks.waits_for_layers(config({"kvbm.by_layer": "false"}), "cuda")
+    asked.speculative_config = Record()
+    assert not checks.waits_for_layers(asked, "cuda")
 
 
 def test_a_pass_asks_for_its_layers_until_it_is_known_that_it_does() -> None:
-    worker = vllm.KvbmConnector(config(), Record(name="WORKER"), cache(FullAttentionSpec(), blocks=16))
+    by_layer = config({"kvbm.by_layer": "true"})
+    worker = vllm.KvbmConnector(by_layer, Record(name="WORKER"), cache(FullAttentionSpec(), blocks=16))
     pool = (ctypes.c_char * (2 * 16 * 64))()
     at = ctypes.addressof(pool)
     worker.register_kv_caches({name: Tensor((16, 4, 8), at=at + 1024 * n) for n, name in enumerate("ab")})

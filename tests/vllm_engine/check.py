@@ -92,6 +92,7 @@ class Disturbed:
             "kvbm.endpoint": f"unix:{self.node.socket}",
             "kvbm.lookup_deadline_ms": 1000,
             "kvbm.detach_after_ms": 20000,
+            "kvbm.by_layer": "true",
         }
         engine = Engine(self.folder, self.options.model, "Recorded", extra)
         self._attached(engine)
@@ -174,6 +175,8 @@ def main() -> None:
         finally:
             disturbed.close()
         note(f"kvbm: done, {disturbed.counts}, {figures['worker']}")
+        if not figures["worker"]["layered_loads"]:
+            failures.append("no pass waited for layers")
         for what in ("tokens", "cached", "sums"):
             wrong = differences(reference, seen, what)
             note(f"kvbm beside own, {what}: {len(reference) - len(wrong)} of {len(reference)} equal")

@@ -103,9 +103,13 @@ def prefers_cross_layer(config: Any) -> bool:
     return wanted == "true"
 
 
-def waits_for_layers(config: Any) -> bool:
-    """Whether passes may begin before all layers have arrived. A draft model reads outside of what its hooks show."""
-    return getattr(config, "speculative_config", None) is None
+def waits_for_layers(config: Any, device: str) -> bool:
+    """Whether passes may begin before all layers have arrived. On a CPU only if that is asked for: there the copies and
+    the pass share the cores. A draft model reads outside of what its hooks show."""
+    if getattr(config, "speculative_config", None) is not None:
+        return False
+    wanted = options_of(config).get("by_layer") or os.environ.get(f"{ENVIRONMENT}BY_LAYER")
+    return wanted.lower() == "true" if wanted else device == "cuda"
 
 
 def load_options(config: Any) -> dict[str, str]:

@@ -62,7 +62,7 @@ class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
             self._worker = WorkerHalf(self._engine, int(kv_cache_config.num_blocks), is_replicated(spec))
         self._counted = Counted(self._engine)
         self._cross_layer = prefers_cross_layer(vllm_config)
-        self._layers = layer_names(kv_cache_config) if waits_for_layers(vllm_config) else None
+        self._config, self._layers = vllm_config, layer_names(kv_cache_config)
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:
@@ -111,10 +111,14 @@ class KvbmConnector(ConnectorBase, SupportsHybrid):  # type: ignore[misc]
     # In each worker's process.
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        self._worker.register(kv_caches, self._layers)
+        self._register(kv_caches)
 
     def register_cross_layers_kv_cache(self, kv_cache: Any, attn_backend: Any) -> None:
-        self._worker.register({"all layers": kv_cache}, self._layers)
+        self._register({"all layers": kv_cache})
+
+    def _register(self, tensors: dict[str, Any]) -> None:
+        by_layer = waits_for_layers(self._config, next(iter(tensors.values())).device.type)
+        self._worker.register(tensors, self._layers if by_layer else None)
 
     def get_handshake_metadata(self) -> KvbmHandshake | None:
         return self._worker.handshake
