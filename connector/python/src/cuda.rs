@@ -191,6 +191,13 @@ impl Mover for CudaMover {
         let at = segment.address().addr().get();
         let registered = RegisteredMemory::begin(&self.context, segment.clone(), REGISTERED_AT_ONCE_BYTES);
         let mut registered = registered.map_err(|error| error.to_string())?;
+        // The daemon has provided the pages; this process finds each of them now, and not while the driver holds its
+        // locks. A kernel that cannot do that does it then.
+        for start in (0..segment.bytes()).step_by(REGISTERED_AT_ONCE_BYTES) {
+            if segment.populate(start..segment.bytes().min(start + REGISTERED_AT_ONCE_BYTES)).is_err() {
+                break;
+            }
+        }
         while registered.register_next().map_err(|error| error.to_string())? {
             thread::sleep(BETWEEN_REGISTRATIONS);
         }

@@ -26,9 +26,6 @@ const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(5);
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const PROBE_EVERY_OPEN: Duration = Duration::from_millis(100);
 
-/// Pages of this many bytes are looked up with one call.
-const FOUND_AT_ONCE_BYTES: usize = 16 << 20;
-
 /// What a daemon must be able to do.
 const FEATURE: &str = "engine_pools";
 
@@ -239,13 +236,6 @@ async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> Strin
 fn map(fd: OwnedFd, mover: &dyn crate::engine::pool::Mover) -> Result<Arc<SharedMemory>, String> {
     let memory = SharedMemory::from_fd(fd).map_err(|error| error.to_string())?;
     let memory = Arc::new(memory);
-    // The daemon has provided its pages; this process finds each of them now, and not while a driver holds its locks, or
-    // in the middle of a copy. A kernel that cannot do that does it then.
-    for start in (0..memory.bytes()).step_by(FOUND_AT_ONCE_BYTES) {
-        if memory.populate(start..memory.bytes().min(start + FOUND_AT_ONCE_BYTES)).is_err() {
-            break;
-        }
-    }
     mover.prepare(&memory)?;
     Ok(memory)
 }
