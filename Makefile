@@ -102,7 +102,7 @@ drill-trtllm: $(PACKAGE)
 	$(TRTLLM) -m fake_engine drill $(CONNECTOR)
 	$(TRTLLM) -m fake_engine drill $(CONNECTOR) --tp 2 --overlap
 
-# A real vLLM on the CPU: 6 GB of Python and some twenty minutes, so it is not part of `make test`.
+# A real vLLM on the CPU: 6 GB of Python and some ten minutes, so it is not part of `make test`.
 VLLM_VENV := .venv-vllm
 VLLM_TEST = $(CURDIR)/$(VLLM_VENV)/bin/python tests/vllm_engine/$(1) --kvbm $(CURDIR)/$(KVBM) --model $(CURDIR)/models/tiny
 

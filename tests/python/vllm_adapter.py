@@ -401,7 +401,10 @@ def test_without_a_daemon_every_answer_is_that_there_is_nothing() -> None:
     assert of_pass.has_sync_kv_loads, "loads are to begin before the pass"
     empty = Record(**{**vars(output()), "has_sync_kv_loads": False})
     scheduler.build_connector_meta(empty)
-    assert not empty.has_sync_kv_loads and not hasattr(output(a=1), "has_sync_kv_loads")
+    assert not empty.has_sync_kv_loads, "nothing is computed in it"
+    of_old_version = output(a=1)
+    scheduler.build_connector_meta(of_old_version)
+    assert not hasattr(of_old_version, "has_sync_kv_loads")
     worker.bind_connector_metadata(metadata)
     worker.start_load_kv(None)
     worker.wait_for_save()

@@ -189,10 +189,11 @@ def rival(command: str | None, port: int, environment: dict[str, str], log: Path
             shlex.split(command.replace("{port}", str(port))), env=environment, stdout=out, stderr=out
         )
         try:
-            wait_until(f"{command.split()[0]} listens on {port}", lambda: is_open(port), DAEMON_PATIENCE_S)
-            yield
-        except AssertionError as error:
-            print(f"{error}\n{log.read_text(errors='replace')[-2000:]}", flush=True)
+            try:
+                wait_until(f"{command.split()[0]} listens on {port}", lambda: is_open(port), DAEMON_PATIENCE_S)
+            except AssertionError as error:
+                # The engine will say what it misses.
+                print(f"{error}\n{log.read_text(errors='replace')[-2000:]}", flush=True)
             yield
         finally:
             daemon.kill()

@@ -195,7 +195,7 @@ fn layers_of_a_pass_that_did_not_begin_wait_for_all_that_arrives() {
     let mut rank = layered_rank();
     rank.load_early();
     rank.through(LAYERS, |half| half.layer(0, 0).unwrap());
-    assert_eq!(rank.page(4).len(), BLOCK);
+    assert_eq!(rank.page(4), [44; BLOCK]);
 }
 
 /// Ends when it is told to.
