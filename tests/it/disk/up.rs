@@ -72,39 +72,51 @@ fn attached(up: &Up) {
     });
 }
 
+/// Has a prompt computed, stored and found again after parts were killed, with so many tokens from each tier. A lookup may
+/// always miss, if all that runs here at once is in its way; then all of it is done again, twice at most.
+fn found_after(kill: impl Fn(&Up), expected: [u64; 3]) -> Up {
+    for attempt in 1.. {
+        let up = with_disk(None);
+        let cold = ask_until_on_disk(&up);
+        kill(&up);
+        attached(&up);
+        let warm = ask(&up);
+        println!("computed in {:?}, found {:?} in {:?}", cold.took, warm.cached, warm.took);
+        assert_eq!(warm.text, cold.text);
+        if warm.cached == expected {
+            assert!(warm.took < cold.took, "found in {:?}, computed in {:?}", warm.took, cold.took);
+            return up;
+        }
+        assert_eq!(warm.cached, [0; 3], "all of it or nothing");
+        assert!(attempt < 3, "not found in attempt {attempt}");
+    }
+    unreachable!("the last attempt returns or panics")
+}
+
 #[test]
 fn a_prompt_survives_the_death_of_everything_that_knew_it() {
-    let up = with_disk(None);
-    let cold = ask_until_on_disk(&up);
-    // The frontend is all that is left.
-    up.kill(&["workers", "daemon", "holder"]);
-    let killed = up.pids();
-    eventually("they are gone", || {
-        let alive = |pid: &&u64| std::path::Path::new(&format!("/proc/{pid}/root")).exists();
-        (killed.iter().filter(alive).count() <= 1).then_some(())
-    });
-    attached(&up);
-    let warm = ask(&up);
-    println!("computed in {:?}, from disk in {:?}", cold.took, warm.took);
-    assert_eq!((warm.cached, &warm.text), ([0, 0, CACHED_TOKENS], &cold.text));
+    let everything_but_the_frontend = |up: &Up| {
+        up.kill(&["workers", "daemon", "holder"]);
+        let killed = up.pids();
+        eventually("they are gone", || {
+            let alive = |pid: &&u64| std::path::Path::new(&format!("/proc/{pid}/root")).exists();
+            (killed.iter().filter(alive).count() <= 1).then_some(())
+        });
+    };
+    let up = found_after(everything_but_the_frontend, [0, 0, CACHED_TOKENS]);
     assert_eq!(up.metric("kvbm_onboard_blocks_d2d", ""), BLOCKS);
-    assert!(warm.took < cold.took, "from disk {:?}, computed {:?}", warm.took, cold.took);
 }
 
 #[test]
 fn with_the_holder_alive_the_prompt_is_still_in_host_memory() {
-    let up = with_disk(None);
-    let cold = ask_until_on_disk(&up);
-    let daemon = up.try_metric("kvbm_uptime_seconds", "").unwrap();
-    up.kill(&["workers", "daemon"]);
-    eventually_within(Duration::from_secs(60), "another daemon serves", || {
-        up.try_metric("kvbm_uptime_seconds", "").filter(|age| *age < daemon)
-    });
-    attached(&up);
-    let warm = ask(&up);
-    println!("computed in {:?}, from host in {:?}", cold.took, warm.took);
-    assert_eq!((warm.cached, &warm.text), ([0, CACHED_TOKENS, 0], &cold.text));
-    assert!(warm.took < cold.took, "from host {:?}, computed {:?}", warm.took, cold.took);
+    let workers_and_daemon = |up: &Up| {
+        let daemon = up.try_metric("kvbm_uptime_seconds", "").unwrap();
+        up.kill(&["workers", "daemon"]);
+        eventually_within(Duration::from_secs(60), "another daemon serves", || {
+            up.try_metric("kvbm_uptime_seconds", "").filter(|age| *age < daemon)
+        });
+    };
+    found_after(workers_and_daemon, [0, CACHED_TOKENS, 0]);
 }
 
 #[test]
