@@ -28,6 +28,7 @@ pub mod engine;
 mod error;
 mod exchange;
 mod link;
+mod lookups;
 mod pool_table;
 pub mod serving;
 mod session;

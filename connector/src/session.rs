@@ -265,7 +265,7 @@ async fn next(stream: &mut Streaming<ServerMessage>) -> Result<ServerMessage, Cl
     stream.message().await?.ok_or_else(|| ClientError::unavailable("the daemon ended the stream"))
 }
 
-fn refusal(refused: kvbm_proto::v1::Refused) -> ClientError {
+pub(crate) fn refusal(refused: kvbm_proto::v1::Refused) -> ClientError {
     ClientError::Refused { refusal: refused.refusal(), detail: refused.detail }
 }
 

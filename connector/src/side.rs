@@ -190,7 +190,7 @@ impl AsFd for ArcFd {
 }
 
 /// Path of the side channel beside the gRPC socket.
-fn side_path(socket: &Path) -> PathBuf {
+pub(crate) fn side_path(socket: &Path) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
     path.push(".fd");
     path.into()

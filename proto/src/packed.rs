@@ -57,7 +57,10 @@ pub fn keys(field: &'static str, bytes: &[u8]) -> Result<Vec<[u8; 16]>, Malforme
 
 /// The inverse of [`keys`].
 pub fn pack_keys<'a>(keys: impl IntoIterator<Item = &'a [u8; 16]>) -> Vec<u8> {
-    keys.into_iter().flatten().copied().collect()
+    let keys = keys.into_iter();
+    let mut packed = Vec::with_capacity(keys.size_hint().0 * 16);
+    keys.for_each(|key| packed.extend_from_slice(key));
+    packed
 }
 
 /// A packet of the side channel (`kvbm.sock.fd`): one kind byte, then a name. Descriptors travel as `SCM_RIGHTS`.
@@ -70,6 +73,12 @@ pub enum SideMessage {
     },
     /// Daemon to client: bound. Sent once.
     Bound,
+    /// Client to daemon, first packet of another connection: lookups of the session with this token are asked here, one
+    /// message in each packet. Answered with `Bound`.
+    Lookups {
+        /// From `HelloReply`.
+        token: [u8; 32],
+    },
     /// Either way, with one descriptor: the memory of the pool with this name.
     PoolMemory {
         /// `pool_uuid` of `Adoption` or `PoolReply`.
@@ -98,6 +107,7 @@ impl SideMessage {
         match self {
             Self::Bind { token } => [b"B".as_slice(), token].concat(),
             Self::Bound => b"A".to_vec(),
+            Self::Lookups { token } => [b"L".as_slice(), token].concat(),
             Self::PoolMemory { uuid } => [b"P".as_slice(), uuid].concat(),
             Self::DeviceMemory { uuid } => [b"D".as_slice(), uuid].concat(),
             Self::PoolWords { uuid } => [b"W".as_slice(), uuid].concat(),
@@ -110,6 +120,7 @@ impl SideMessage {
         match bytes.split_first() {
             Some((b'B', rest)) => Ok(Self::Bind { token: digest("token", rest)? }),
             Some((b'A', [])) => Ok(Self::Bound),
+            Some((b'L', rest)) => Ok(Self::Lookups { token: digest("token", rest)? }),
             Some((b'P', rest)) => Ok(Self::PoolMemory { uuid: uuid("pool_uuid", rest)? }),
             Some((b'D', rest)) => Ok(Self::DeviceMemory { uuid: uuid("pool_uuid", rest)? }),
             Some((b'W', rest)) => Ok(Self::PoolWords { uuid: uuid("pool_uuid", rest)? }),
@@ -120,7 +131,7 @@ impl SideMessage {
             _ => Err(Malformed {
                 field: "kind",
                 actual: bytes.len(),
-                expected: "expected a packet of kind B, A, P, D, W or S",
+                expected: "expected a packet of kind B, A, L, P, D, W or S",
             }),
         }
     }
@@ -149,6 +160,7 @@ mod tests {
     fn side_messages_round_trip() {
         for message in [
             SideMessage::Bind { token: [3; 32] },
+            SideMessage::Lookups { token: [4; 32] },
             SideMessage::Bound,
             SideMessage::PoolMemory { uuid: [9; 16] },
             SideMessage::DeviceMemory { uuid: [6; 16] },

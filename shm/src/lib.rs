@@ -20,4 +20,4 @@ pub use memory::{Copies, SharedMemory};
 pub use pool_memory::{DeviceMemory, POOL_HEADER_BYTES, POOL_STEPS_OFFSET, PoolLayout, PoolMemory};
 pub use pool_words::{PinState, PinnedSlot, PoolWords};
 pub use process_watch::ProcessWatch;
-pub use side_socket::{Packet, Peer, SideListener, SideSocket};
+pub use side_socket::{Packet, Peer, Received, SideListener, SideSocket};

@@ -6,7 +6,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
@@ -14,7 +14,7 @@ use rustix::io::{IoSlice, IoSliceMut};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
-    listen, recvmsg, sendmsg, socket_with, sockopt,
+    listen, recv, recvmsg, sendmsg, socket_with, sockopt,
 };
 
 use crate::{Error, ProcessWatch};
@@ -43,6 +43,17 @@ pub struct Peer {
     pub pid: u32,
     /// User id: the trust domain.
     pub uid: u32,
+}
+
+/// What was received, as far as it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Received {
+    /// A packet of so many bytes.
+    Packet(usize),
+    /// End of file.
+    End,
+    /// Nothing in time.
+    Nothing,
 }
 
 /// One end of a connection. Non-blocking; use it with the runtime's readiness.
@@ -110,6 +121,40 @@ impl SideSocket {
         }
         bytes.truncate(received.bytes);
         Ok(Some((bytes, fds)))
+    }
+
+    /// Receives one packet without descriptors into `buffer`, on a thread that has nothing else to do: it looks again and
+    /// again for `awake`, so that it need not be woken, and sleeps for the rest of `limit`.
+    pub fn receive_within(
+        &self,
+        buffer: &mut [u8],
+        awake: Duration,
+        limit: Duration,
+    ) -> Result<Received, Error> {
+        let begun = Instant::now();
+        loop {
+            match recv(&self.0, &mut *buffer, RecvFlags::TRUNC) {
+                Ok((_, 0)) => return Ok(Received::End),
+                Ok((_, bytes)) if bytes > buffer.len() => {
+                    return Err(Error::refused(format!(
+                        "a packet has {bytes} bytes, at most {} fit",
+                        buffer.len()
+                    )));
+                }
+                Ok((_, bytes)) => return Ok(Received::Packet(bytes)),
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(Error::system("receive on", "side channel")(errno)),
+            }
+            let waited = begun.elapsed();
+            if waited >= limit {
+                return Ok(Received::Nothing);
+            }
+            if waited < awake {
+                std::hint::spin_loop();
+            } else {
+                self.wait_readable(limit - waited)?;
+            }
+        }
     }
 
     /// Waits until there is something to receive, an end of file included; false if nothing came in time.
@@ -253,6 +298,31 @@ mod tests {
         assert!(!server.receive().unwrap_err().is_would_block());
         drop(client);
         assert!(server.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn packets_are_received_awake_or_asleep_and_in_time_or_not() {
+        let (_dir, _listener, client, server) = pair();
+        let (awake, asleep, long) = (Duration::from_secs(60), Duration::ZERO, Duration::from_secs(60));
+        let mut buffer = [0; 1000];
+        assert_eq!(
+            server.receive_within(&mut buffer, asleep, Duration::from_millis(5)).unwrap(),
+            Received::Nothing
+        );
+        for awake in [awake, asleep] {
+            let sender = client.try_clone().unwrap();
+            let later = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(5));
+                sender.send(&[7; 900], None).unwrap();
+            });
+            assert_eq!(server.receive_within(&mut buffer, awake, long).unwrap(), Received::Packet(900));
+            assert_eq!(buffer[..900], [7; 900]);
+            later.join().unwrap();
+        }
+        client.send(&[1; 1001], None).unwrap();
+        assert!(server.receive_within(&mut buffer, awake, long).is_err());
+        client.hang_up();
+        assert_eq!(server.receive_within(&mut buffer, asleep, long).unwrap(), Received::End);
     }
 
     #[test]

@@ -312,7 +312,7 @@ fn what_was_promised_is_loaded_though_the_daemon_died() {
 fn a_daemon_that_hangs_holds_up_one_lookup_and_caching_resumes() {
     let mut node = small_node();
     let mut engine = Engine::start(&node, 1, LoadMode::Parked).wait_attached();
-    engine.serve(&prompt(1));
+    assert_eq!(engine.serve(&prompt(1)), 0);
     engine.serve_until_found(&prompt(1));
     node.daemon().signal(Signal::STOP);
     let took = |engine: &mut Engine| {
@@ -330,8 +330,36 @@ fn a_daemon_that_hangs_holds_up_one_lookup_and_caching_resumes() {
     // What is to be saved is let go of when the session is.
     assert_eq!(engine.serve(&prompt(2)), 0);
     node.daemon().signal(Signal::CONT);
+    // What the late answer held is given back, and the next lookup goes the same way as the first.
+    let on_stream = engine.ranks[0].figure("lookups_on_stream");
+    node.assert_idle();
     engine.serve_until_found(&prompt(1));
+    assert_eq!(engine.ranks[0].figure("lookups_on_stream"), on_stream);
     assert_eq!(engine.broken_promises(), 0);
+}
+
+#[test]
+fn the_engines_thread_asks_by_itself_and_more_than_fits_a_packet_on_the_stream() {
+    for how in How::together_and_apart(LoadMode::Parked, PoolChoice::Auto) {
+        let node = small_node();
+        let mut engine = Engine::start_with(&node, 1, how).wait_attached();
+        let on_stream = |engine: &Engine| {
+            let figures = engine.scheduler().figures().0;
+            figures.iter().find(|(name, _)| *name == "lookups_on_stream").unwrap().1
+        };
+        engine.serve(&prompt(1));
+        let before = on_stream(&engine);
+        engine.scheduler().expect_query();
+        engine.serve_until_found(&prompt(1));
+        assert_eq!(on_stream(&engine), before);
+        let long = Random::new(9).tokens(5_000 * TOKENS);
+        let (id, found, _) = engine.query(&long);
+        engine.scheduler().request_finished(id);
+        assert_eq!((found, on_stream(&engine)), (0, before + 1));
+        assert_eq!(engine.broken_promises(), 0);
+        drop(engine);
+        node.assert_idle();
+    }
 }
 
 #[test]

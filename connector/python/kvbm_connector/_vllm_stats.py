@@ -18,6 +18,7 @@ FIGURES = {
     "dropped_saves": "Saves that nobody took.",
     "broken_promises": "Loads that failed, so that their tokens were computed.",
     "lookup_timeouts": "Lookups that the daemon did not answer in time.",
+    "lookups_on_stream": "Lookups that went the long way, through the session's stream.",
     "lookups_skipped": "Lookups that were not asked because the daemon was away or slow.",
     "disk_waits": "Requests that waited for blocks from disk.",
     "attaches": "Times a session with the daemon was opened.",

@@ -145,6 +145,9 @@ impl Engine {
         local_tokens: usize,
         others: usize,
     ) -> PyResult<(Option<usize>, bool)> {
+        if tokens.is_some() {
+            self.process.expect_query();
+        }
         let tokens = tokens.map(words).transpose()?;
         let prompt = core::Prompt { lora_name, ..prompt_of(id, tokens, salt, items) };
         self.guard(py, |process| {
@@ -287,6 +290,9 @@ impl Engine {
         items: Vec<ItemTuple>,
         local_tokens: usize,
     ) -> PyResult<(usize, bool)> {
+        if get_tokens.is_some() {
+            self.process.expect_query();
+        }
         let list = get_tokens.map(|get| get.call1((0,))).transpose()?;
         let tokens = list.as_ref().map(|list| list.extract::<Tokens>()).transpose()?;
         let prompt = prompt_of(id, tokens.and_then(|tokens| tokens.0), salt, items);

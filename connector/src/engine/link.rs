@@ -28,14 +28,18 @@ use super::pool::{Mover, PoolShape};
 use super::scheduler::{Arrival, Directory, Look, Promised};
 use super::settings::EngineSettings;
 use crate::client::Client;
+use crate::lookups::Lookups;
 use crate::session::Question;
 
 mod ask;
 mod attach;
 mod breaker;
+mod direct;
 mod wait;
 
+use ask::Found;
 use breaker::Breaker;
+use direct::Direct;
 
 /// Sessions that are over whose mappings are kept, at most.
 const FORMER_MAX: usize = 4;
@@ -51,6 +55,8 @@ pub struct LinkCounts {
     pub lookups_skipped: AtomicU64,
     /// Lookups that found blocks.
     pub lookups_found: AtomicU64,
+    /// Lookups on the session's stream, because the connection for lookups was not to be had.
+    pub lookups_on_stream: AtomicU64,
     /// Requests that waited for blocks from disk.
     pub disk_waits: AtomicU64,
 }
@@ -85,6 +91,8 @@ struct Attachment {
     client: Client,
     pool: Option<OpenPool>,
     namespaces: tokio::sync::Mutex<HashMap<Namespace, u32>>,
+    /// Where the engine's thread asks by itself. `None` while a late answer is waited for, and where there is no such.
+    lookups: Mutex<Option<Lookups>>,
     /// Set to end it.
     given_up: watch::Sender<bool>,
 }
@@ -238,7 +246,7 @@ impl EngineLink {
         keys: &[SequenceHash],
         skip: usize,
         meanwhile: &mut dyn FnMut(),
-    ) -> Option<(Option<Promised>, usize)> {
+    ) -> Option<Found> {
         let inner = &self.0;
         let begun = Instant::now();
         let asked = inner.current().zip(inner.breaker.patience(begun));
@@ -246,11 +254,13 @@ impl EngineLink {
             inner.counts.lookups_skipped.fetch_add(1, Ordering::Relaxed);
             return None;
         };
-        let (asking, keys) = (inner.clone(), keys.to_vec());
-        let asked = attachment.clone();
-        let mut answer = Box::pin(async move { asking.look_up(&asked, namespace, &keys, skip).await });
-        let _entered = inner.handle.enter();
-        match wait::until(&mut answer, begun + patience, meanwhile) {
+        let deadline = begun + patience;
+        let told = match inner.ask_directly(&attachment, (namespace, keys, skip), deadline, meanwhile) {
+            Some(Direct::Told(found)) => Some(found),
+            Some(Direct::Late) => None,
+            None => self.ask_on_stream(attachment, (namespace, keys, skip), deadline, meanwhile),
+        };
+        match told {
             Some(found) => {
                 let now = Instant::now();
                 inner.breaker.answered(now, now - begun);
@@ -259,16 +269,36 @@ impl EngineLink {
             None => {
                 inner.counts.lookup_timeouts.fetch_add(1, Ordering::Relaxed);
                 inner.breaker.open(Instant::now());
-                let late = inner.clone();
-                // It says whether the daemon lives; what it brings goes back.
-                inner.handle.spawn(async move {
-                    if let Some((Some(promised), _)) = answer.await {
-                        late.take_back(&attachment, promised.lease);
-                    }
-                });
                 None
             }
         }
+    }
+
+    /// `None`: not in time.
+    fn ask_on_stream(
+        &self,
+        attachment: Arc<Attachment>,
+        (namespace, keys, skip): (Namespace, &[SequenceHash], usize),
+        deadline: Instant,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Option<Option<Found>> {
+        let inner = &self.0;
+        inner.counts.lookups_on_stream.fetch_add(1, Ordering::Relaxed);
+        let (asking, keys) = (inner.clone(), keys.to_vec());
+        let asked = attachment.clone();
+        let mut answer = Box::pin(async move { asking.look_up(&asked, namespace, &keys, skip).await });
+        let _entered = inner.handle.enter();
+        let found = wait::until(&mut answer, deadline, meanwhile);
+        if found.is_none() {
+            let late = inner.clone();
+            // It says whether the daemon lives; what it brings goes back.
+            inner.handle.spawn(async move {
+                if let Some((Some(promised), _)) = answer.await {
+                    late.take_back(&attachment, promised.lease);
+                }
+            });
+        }
+        found
     }
 
     fn found(&self, promised: Option<Promised>) -> Option<Promised> {

@@ -156,6 +156,13 @@ impl EngineProcess {
         self.parts.lock().as_ref().is_some_and(|parts| parts.link.link().is_attached())
     }
 
+    /// A query follows as soon as its tokens have been read: the daemon can be awake by then.
+    pub fn expect_query(&self) {
+        if let Some(parts) = &*self.parts.lock() {
+            parts.link.link().expect();
+        }
+    }
+
     /// Tokens behind the first `local_tokens` that will be there without being computed, and whether the engine is to
     /// park the request until they are. `meanwhile` is run at most once, while the daemon is waited for.
     pub fn query(&self, prompt: Prompt, local_tokens: usize, meanwhile: &mut dyn FnMut()) -> (usize, bool) {
@@ -291,6 +298,7 @@ impl EngineProcess {
                     ("attaches", &counts.attaches),
                     ("lookup_timeouts", &counts.lookup_timeouts),
                     ("lookups_skipped", &counts.lookups_skipped),
+                    ("lookups_on_stream", &counts.lookups_on_stream),
                     ("lookups_found", &counts.lookups_found),
                     ("disk_waits", &counts.disk_waits),
                 ]

@@ -185,6 +185,7 @@ fn serve_side(listener: &SideListener, state: &Mutex<State>, stop: &AtomicBool) 
                             state.arrived.insert(uuid.to_vec(), memory);
                         }
                         SideMessage::Bound
+                        | SideMessage::Lookups { .. }
                         | SideMessage::PoolWords { .. }
                         | SideMessage::HostSegment { .. } => panic!("clients do not say that"),
                     },

@@ -18,6 +18,7 @@ use tracing::field::Empty;
 use tracing::{Span, info_span};
 
 use super::End;
+use super::lookups::find_for_engine;
 use super::outbound::{Answer, Outbound};
 use super::side::{Ahead, Side, ahead};
 use crate::core::Core;
@@ -219,7 +220,7 @@ impl Attached {
         let pool = (message.pool_id > 0).then_some(PoolId(message.pool_id));
         let namespace = NamespaceId(message.namespace_id);
         if self.core.manager.is_of_engine(self.id, namespace) {
-            return self.find_for_engine(message, &keys, &retention);
+            return find_for_engine(&self.core, self.id, message, &keys, &retention);
         }
         if message.hold || message.skip_blocks > 0 {
             return Err(invalid(

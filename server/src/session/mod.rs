@@ -10,6 +10,7 @@
 //! when its side channel is at end of file *and* its pidfd is readable; silence never counts.
 
 mod attached;
+mod lookups;
 mod outbound;
 mod side;
 mod table;
@@ -19,7 +20,7 @@ use std::time::Duration;
 
 use kvbm::{Refused, SessionId, TrustDomain};
 use kvbm_proto::v1::{self, ClientMessage, client_message::Body as Ask, server_message::Body};
-use kvbm_proto::{PROTOCOL_VERSION, SideMessage};
+use kvbm_proto::{LOOKUP_CHANNEL, PROTOCOL_VERSION, SideMessage};
 use tokio::time::timeout;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status, Streaming};
@@ -155,7 +156,7 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
     let table::Entered { side, over } = entered;
     let reply = v1::HelloReply {
         protocol_version: PROTOCOL_VERSION,
-        features: vec![ENGINE_POOLS.to_owned()],
+        features: vec![ENGINE_POOLS.to_owned(), LOOKUP_CHANNEL.to_owned()],
         session_id: id.0,
         token: token.to_vec(),
         daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -187,6 +188,8 @@ async fn run(core: Arc<Core>, uid: u32, mut inbound: Streaming<ClientMessage>, o
         outbound.end(status);
     }
     drop((outbound, inbound));
+    // Before what it holds is given up: a lookup would hold more.
+    core.sessions.end_lookups(id).await;
     core.workers.remove(id);
     if let (End::Stopping, Some(side)) = (&end, &mut side) {
         // Whoever is still writing would lose what it has not read yet if the connection were cut now.

@@ -225,6 +225,9 @@ async fn greet(core: Arc<Core>, socket: SideSocket) -> Result<(), String> {
     let Some(first) = first else { return Err("it was closed without a word".to_owned()) };
     match SideMessage::decode(&first.bytes) {
         Ok(SideMessage::Bind { token }) => core.sessions.bind(&token, peer.uid, side),
+        Ok(SideMessage::Lookups { token }) => {
+            super::lookups::start(&core, &token, peer.uid, side.socket.into_inner().0)
+        }
         Ok(other) => Err(format!("its first packet is {other:?}")),
         Err(malformed) => Err(malformed.to_string()),
     }

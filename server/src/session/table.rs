@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
 use kvbm::SessionId;
+use kvbm_shm::SideSocket;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +41,16 @@ struct View {
     phase: Phase,
     opened: Instant,
     over: CancellationToken,
+    token: Token,
+    lookups: Option<OpenLookups>,
+}
+
+/// A connection for lookups.
+#[derive(Debug)]
+struct OpenLookups {
+    socket: SideSocket,
+    /// Closed when the thread that serves it has ended.
+    ended: oneshot::Receiver<()>,
 }
 
 /// How far a session is.
@@ -83,7 +94,9 @@ impl Sessions {
         let over = CancellationToken::new();
         inner.waiting.insert(token, Waiting { session: id, uid, side: sender });
         let (opened, phase) = (Instant::now(), Phase::Attaching);
-        inner.sessions.insert(id, View { uid, client, pid: None, phase, opened, over: over.clone() });
+        let (pid, lookups) = (None, None);
+        let view = View { uid, client, pid, phase, opened, over: over.clone(), token, lookups };
+        inner.sessions.insert(id, view);
         Some(Entered { side, over })
     }
 
@@ -103,6 +116,42 @@ impl Sessions {
         waiting.side.send(side).map_err(|_| "its session has ended".to_owned())
     }
 
+    /// Gives a connection for lookups to the attached session with this token, which has none yet. What is returned with
+    /// the session is dropped when nothing is looked up there any more.
+    pub fn open_lookups(
+        &self,
+        token: &Token,
+        uid: u32,
+        socket: SideSocket,
+    ) -> Result<(SessionId, oneshot::Sender<()>), String> {
+        let mut inner = self.0.lock();
+        let of_token = inner.sessions.iter_mut().find(|(_, view)| view.token == *token);
+        let Some((session, view)) = of_token.filter(|(_, view)| view.phase == Phase::Attached) else {
+            return Err("its token is of no attached session".to_owned());
+        };
+        if view.uid != uid {
+            return Err(format!("user {uid} presents the token of user {}", view.uid));
+        }
+        if view.lookups.is_some() {
+            return Err("its session has a connection for lookups".to_owned());
+        }
+        let (ended, has_ended) = oneshot::channel();
+        view.lookups = Some(OpenLookups { socket, ended: has_ended });
+        Ok((*session, ended))
+    }
+
+    /// Returns when nothing is looked up in a session any more, and nothing will be.
+    pub async fn end_lookups(&self, id: SessionId) {
+        let lookups = self.0.lock().sessions.get_mut(&id).and_then(|view| {
+            view.phase = Phase::Silent;
+            view.lookups.take()
+        });
+        if let Some(lookups) = lookups {
+            lookups.socket.hang_up();
+            let _ = lookups.ended.await;
+        }
+    }
+
     pub fn set_phase(&self, id: SessionId, phase: Phase) {
         if let Some(view) = self.0.lock().sessions.get_mut(&id) {
             view.phase = phase;
@@ -117,7 +166,8 @@ impl Sessions {
 
     pub fn leave(&self, id: SessionId) {
         let mut inner = self.0.lock();
-        inner.sessions.remove(&id);
+        let lookups = inner.sessions.remove(&id).and_then(|view| view.lookups);
+        lookups.into_iter().for_each(|lookups| lookups.socket.hang_up());
         inner.waiting.retain(|_, waiting| waiting.session != id);
     }
 

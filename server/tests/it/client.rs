@@ -83,6 +83,7 @@ pub struct Client {
     pub stream: Stream,
     pub side: SideSocket,
     pub session: u64,
+    pub hello: v1::HelloReply,
 }
 
 pub struct Pool {
@@ -109,11 +110,15 @@ impl Client {
         let mut stream = Stream::open(socket).await;
         let reply = stream.hello().await;
         let side = SideSocket::connect(&side_path(socket)).unwrap();
-        let token = reply.token.try_into().unwrap();
+        let token = reply.token.clone().try_into().unwrap();
         side.send(&SideMessage::Bind { token }.encode(), None).unwrap();
         wait_readable(&side);
         assert_eq!(side.receive().unwrap().unwrap().bytes, b"A");
-        Self { stream, side, session: reply.session_id }
+        Self { stream, side, session: reply.session_id, hello: reply }
+    }
+
+    pub fn token(&self) -> [u8; 32] {
+        self.hello.token.clone().try_into().unwrap()
     }
 
     pub async fn ask(&mut self, body: Ask) -> Body {

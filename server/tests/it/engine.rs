@@ -17,7 +17,7 @@ const MODE: &str = "KVBM_TEST_ENGINE_MODE";
 const BLOCKS: u32 = 200;
 
 /// A pool of an engine, with what came on the side channel about it.
-struct EnginePool {
+pub struct EnginePool {
     id: u32,
     words: PoolWords,
     memory: SharedMemory,
@@ -45,7 +45,7 @@ fn pool_bytes() -> usize {
 }
 
 impl EnginePool {
-    async fn open(client: &mut Client, mode: v1::PoolMode, engine: u8) -> Self {
+    pub async fn open(client: &mut Client, mode: v1::PoolMode, engine: u8) -> Self {
         let memory = SharedMemory::create("engine", pool_bytes()).unwrap();
         let mut open = open_pool(mode, engine);
         if mode == v1::PoolMode::Ipc {
@@ -115,6 +115,21 @@ impl EnginePool {
         }
     }
 
+    /// Of a staged pool: writes blocks and has them stored.
+    pub async fn store_all(&self, client: &mut Client, namespace: u32, keys: &[[u8; 16]]) {
+        let reply = client.store_reply(self.store(namespace, keys, false)).await;
+        assert_eq!(reply.verdicts, verdicts(StoreVerdict::Write, keys.len()));
+        let slots = reply.slots.unwrap();
+        for (at, key) in keys.iter().enumerate() {
+            let (segment, offset) = self.slot(&slots, at);
+            segment.write(offset, &content(key));
+            self.words.clear_pin(slots.pins[at]);
+        }
+        let done = v1::StoreDone { store_id: reply.store_id, copied: vec![1; keys.len()] };
+        client.stream.send(Ask::StoreDone(done)).await;
+        client.sync().await;
+    }
+
     fn slot(&self, slots: &v1::Slots, at: usize) -> (&SharedMemory, usize) {
         let offset = slots.indices[at] as usize * self.reply.slot_stride as usize;
         (&self.segments[&slots.segments[at]], offset + self.reply.shard_offset as usize)
@@ -146,7 +161,7 @@ impl Client {
     }
 }
 
-fn verdicts(verdict: StoreVerdict, count: usize) -> Vec<u8> {
+pub fn verdicts(verdict: StoreVerdict, count: usize) -> Vec<u8> {
     vec![verdict as u8; count]
 }
 

@@ -10,6 +10,7 @@ mod death;
 mod engine;
 mod events;
 mod flow;
+mod lookups;
 mod pins;
 mod remote;
 mod retention;

@@ -23,6 +23,9 @@ const COPY_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a daemon may take for a sign of life while a request waits for its drives, in deadlines of lookups.
 const SIGN_OF_LIFE_PATIENCE: u32 = 3;
 
+/// What is in host memory, held, and how many blocks behind it are on disk.
+pub(super) type Found = (Option<Promised>, usize);
+
 impl Attachment {
     /// Says something that needs no answer. What cannot be said goes with the session.
     pub async fn tell(&self, message: Question) {
@@ -72,21 +75,12 @@ impl Inner {
         namespace: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-    ) -> Option<(Option<Promised>, usize)> {
+    ) -> Option<Found> {
         let found = async {
             let namespace_id = self.namespace_id(attachment, namespace).await?;
-            let question = v1::Match {
-                namespace_id,
-                keys: pack_keys(keys.iter().map(|key| &key.0)),
-                pool_id: attachment.pool.as_ref().map_or(0, |pool| pool.id),
-                skip_blocks: u32::try_from(skip).map_err(ClientError::malformed)?,
-                hold: true,
-                ..v1::Match::default()
-            };
+            let question = match_message(attachment, namespace_id, keys, skip);
             let reply = attachment.ask(Question::Match(question), self.patience()).await?;
-            let reply: v1::MatchReply = answer!(reply, Match)?;
-            let on_disk = reply.disk_blocks as usize;
-            Ok((promised(reply, keys.len() - skip)?, on_disk))
+            found_in(answer!(reply, Match)?, keys.len() - skip)
         };
         self.judge(attachment, found.await)
     }
@@ -177,7 +171,7 @@ impl Inner {
     }
 
     /// What an answer, or its absence, says about the daemon.
-    fn judge<T>(&self, attachment: &Arc<Attachment>, result: Result<T, ClientError>) -> Option<T> {
+    pub(super) fn judge<T>(&self, attachment: &Arc<Attachment>, result: Result<T, ClientError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             // Full, or not of a mind to: an answer like others. Only one that does not know this session's pool, because
@@ -213,6 +207,28 @@ impl Inner {
         attachment.given_up.send_replace(true);
         given_up
     }
+}
+
+/// Asks for the blocks behind the first `skip`, of which there are some, to be held.
+pub(super) fn match_message(
+    attachment: &Attachment,
+    namespace_id: u32,
+    keys: &[SequenceHash],
+    skip: usize,
+) -> v1::Match {
+    v1::Match {
+        namespace_id,
+        keys: pack_keys(keys.iter().map(|key| &key.0)),
+        pool_id: attachment.pool.as_ref().map_or(0, |pool| pool.id),
+        skip_blocks: u32::try_from(skip).expect("there is a key for each"),
+        hold: true,
+        ..v1::Match::default()
+    }
+}
+
+pub(super) fn found_in(reply: v1::MatchReply, asked: usize) -> Result<Found, ClientError> {
+    let on_disk = reply.disk_blocks as usize;
+    Ok((promised(reply, asked)?, on_disk))
 }
 
 fn promised(reply: v1::MatchReply, asked: usize) -> Result<Option<Promised>, ClientError> {

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::{Attachment, HostMemory, Inner, OpenPool, RegisteredPool, WritePins};
+use super::{Attachment, HostMemory, Inner, OpenPool, RegisteredPool, WritePins, direct};
 use crate::ClientError;
 use crate::client::{Client, answer};
 use crate::engine::PoolChoice;
@@ -87,7 +87,10 @@ async fn attach(
     };
     let (given_up, _) = watch::channel(false);
     let namespaces = tokio::sync::Mutex::default();
-    let attachment = Attachment { client, pool, namespaces, given_up };
+    // Only the process of the scheduler half looks up.
+    let looks_up = pool.is_none() || (settings.rank == 0 && settings.apart.is_none());
+    let lookups = if looks_up { direct::open(&client, settings).await } else { None };
+    let attachment = Attachment { client, pool, namespaces, lookups: lookups.into(), given_up };
     inner.register_known(&attachment).await?;
     Ok(Arc::new(attachment))
 }

@@ -1,14 +1,10 @@
 //! What an engine that owns its KV memory may ask.
 
-use kvbm::ledger::{
-    EngineAsks, EngineId, EnginePoolIdentity, EnginePoolMode, Matched, SegmentId, StoreBlock, StoreId,
-    Verdict,
-};
+use kvbm::ledger::{EngineId, EnginePoolIdentity, EnginePoolMode, SegmentId, StoreBlock, StoreId, Verdict};
 use kvbm::{
     CommitBlock, Export, Fence, Fragment, LeaseId, NamespaceId, OpenEnginePool, OpenedEnginePool, Outcome,
-    PoolId, Refused, Retention, StoreRequest,
+    PoolId, Refused, StoreRequest,
 };
-use kvbm_hash::SequenceHash;
 use kvbm_proto::v1::{self, server_message::Body};
 use kvbm_proto::{SideMessage, digest, uuid};
 use kvbm_shm::PoolWords;
@@ -194,43 +190,7 @@ impl Attached {
         self.core.manager.segments_mapped(self.id, PoolId(message.pool_id), &segments)
     }
 
-    // ---- finding and loading --------------------------------------------------------------------------------------------
-
-    pub(super) fn find_for_engine(
-        &self,
-        message: &v1::Match,
-        keys: &[SequenceHash],
-        retention: &[Option<Retention>],
-    ) -> Result<Body, Refused> {
-        let namespace = NamespaceId(message.namespace_id);
-        let skip = usize::try_from(message.skip_blocks).unwrap_or(usize::MAX);
-        let asks = EngineAsks { hashes: keys, skip, hold: message.hold, retention };
-        let found = self.core.manager.match_for_engine(self.id, namespace, asks)?;
-        let matched: &Matched = &found.matched;
-        if let Some(recorder) = &self.core.recorder {
-            recorder.matched(&self.core.manager, namespace, keys.to_vec(), matched);
-        }
-        let slots = message.hold.then(|| v1::Slots {
-            segments: found.slots.iter().map(|(place, _)| place.segment.0).collect(),
-            indices: found.slots.iter().map(|(place, _)| place.index).collect(),
-            generations: found.slots.iter().map(|(_, generation)| *generation).collect(),
-            pins: Vec::new(),
-        });
-        Ok(Body::Match(v1::MatchReply {
-            device: Vec::new(),
-            host_blocks: wire::count(matched.host_blocks),
-            disk_blocks: wire::count(matched.disk_blocks),
-            lease_id: matched.lease.map_or(0, |lease| lease.0),
-            lease_ms: if message.hold {
-                0
-            } else {
-                u32::try_from(self.core.config.lease_ms).unwrap_or(u32::MAX)
-            },
-            slots,
-            pin: found.pin.map_or(0, |pin| pin.pin),
-            peer_blocks: 0,
-        }))
-    }
+    // ---- loading --------------------------------------------------------------------------------------------
 
     /// Answered when the copies have ended, without a place in the queue of answers until then: who waits for a load must
     /// be able to cancel it.
