@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from daemon import Node
-from served import Served, free_port, kvbm_config, prompts
+from served import ONE_THREAD, Served, free_port, kvbm_config, prompts
 
 
 def main() -> None:
@@ -76,8 +76,9 @@ def main() -> None:
         servers: dict[str, Served] = {}
         try:
             time.sleep(20)
-            servers["kvbm"] = Served(folder, options.model, kvbm_config(node.socket, lookup_deadline_ms=200))
-            servers["lmcache"] = Served(folder, options.model, lmcache, LMCACHE_TRACK_USAGE="false")
+            ours = kvbm_config(node.socket, lookup_deadline_ms=200)
+            servers["kvbm"] = Served(folder, options.model, ours, **ONE_THREAD)
+            servers["lmcache"] = Served(folder, options.model, lmcache, LMCACHE_TRACK_USAGE="false", **ONE_THREAD)
             for at in range(options.rounds + 1):
                 for prompt in asked:
                     for which, server in servers.items():

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from daemon import Node, wait_until
-from served import Served, kvbm_config, prompts
+from served import ONE_THREAD, Served, kvbm_config, prompts
 
 TOKENS = 4
 DELAY_MS = 100
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         node = Node(options.kvbm, folder, "--cpu-cache-gb", "0.5")
-        server = Served(folder, options.model, kvbm_config(folder / "kvbm.sock"))
+        server = Served(folder, options.model, kvbm_config(folder / "kvbm.sock"), **ONE_THREAD)
         try:
             drill = Drill(server, prompts(5, options.prompts, options.prompt_tokens))
             drill.each("warming up")

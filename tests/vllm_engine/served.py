@@ -28,6 +28,10 @@ def prompts(seed: int, count: int, tokens: int) -> list[list[int]]:
     return [[rng.randrange(3, 4000) for _ in range(tokens)] for _ in range(count)]
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""For servers whose times are compared: with a thread on each core, all wait whenever something else needs a core."""
+
+
 class Served:
     """An OpenAI server of vLLM on the CPU."""
 
