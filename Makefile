@@ -114,6 +114,7 @@ test-vllm: build wheel $(VLLM_VENV)/installed
 # The daemon killed, stopped and started again under that engine; wants a machine with little else to do.
 drill-vllm: test-vllm
 	$(call VLLM_TEST,drill.py)
+	$(call VLLM_TEST,drill_bench.py)
 
 $(VLLM_VENV)/installed: tests/vllm_engine/setup.sh tests/vllm_engine/requirements.txt
 	tests/vllm_engine/setup.sh $(VLLM_VENV)

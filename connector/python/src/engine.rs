@@ -22,6 +22,9 @@ use crate::requests::{ItemTuple, ReportTuple, prompt_of, report_of, words};
 /// `(address, bytes, stride, pages)` of memory of a layer group.
 type RegionTuple = (usize, usize, usize, u32);
 
+/// Hashing fewer tokens takes less than waking a thread.
+const BYTES_TO_ANNOUNCE: usize = 2048 * size_of::<u32>();
+
 /// The socket that an address names; without one the environment's, or that of `kvbm up`.
 #[pyfunction]
 #[pyo3(signature = (address=None))]
@@ -145,7 +148,8 @@ impl Engine {
         local_tokens: usize,
         others: usize,
     ) -> PyResult<(Option<usize>, bool)> {
-        if tokens.is_some() {
+        // Such an engine asks again in each step as long as a request waits.
+        if tokens.is_some_and(|tokens| tokens.len() >= BYTES_TO_ANNOUNCE) {
             self.process.expect_query();
         }
         let tokens = tokens.map(words).transpose()?;

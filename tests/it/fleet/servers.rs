@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A server that does not outlive the test.
 pub struct Server(Child);
@@ -71,11 +72,15 @@ pub fn nats_is_there() -> bool {
     is_there("nats-server", "KVBM_TEST_NATS")
 }
 
-/// Two neighbouring ports that nobody uses now.
+/// Two neighbouring ports for a server that may be started again: nobody uses them now, and nobody is given them later who
+/// asks for any port or makes a connection, for they are below those that the kernel gives out.
 pub fn free_ports() -> u16 {
+    const PORTS: std::ops::Range<u32> = 20_000..32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+        let pair = std::process::id() + NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = (PORTS.start + 2 * pair % (PORTS.end - PORTS.start)) as u16;
+        if (port..port + 2).all(|port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()) {
             return port;
         }
     }
