@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kvbm", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=120, help="of each run")
+    parser.add_argument("--requests", type=int, default=60, help="of each run")
     parser.add_argument("--struck-runs", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
