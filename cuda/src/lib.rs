@@ -10,7 +10,7 @@
 //!
 //! Memory that is handed to another process, or that the GPU may write at any time, is never reached through references:
 //! bytes are copied in and out. What the compiler cannot check (kernels, copies between raw addresses) is `unsafe`.
-//! [`copy_engine`] puts copies of blocks on a thread per GPU, behind an interface that needs no unsafe code.
+//! [`copy_engine`] puts copies of blocks on two threads per GPU, behind an interface that needs no unsafe code.
 
 mod batch;
 mod blas;

@@ -1,54 +1,30 @@
-//! A GPU as the executor sees it.
+//! One direction of a GPU as the executor sees it.
 
 use super::device::CopyDevice;
-use super::{CopyMemory, Direction};
+use super::CopyMemory;
 use crate::{BatchCopier, Context, Driver, Error, Event, RawCopy, Stream};
 
-/// Streams of both directions, and marks that were used before.
+/// The streams of one direction, and marks that were used before.
 #[derive(Debug)]
 pub(super) struct CudaDevice {
     context: Context,
-    onboard: Streams,
-    offload: Streams,
+    /// They take turns.
+    streams: Vec<Stream>,
+    turn: usize,
     copier: BatchCopier,
     spare: Vec<Event>,
 }
 
-/// Streams that take turns.
-#[derive(Debug)]
-struct Streams {
-    streams: Vec<Stream>,
-    turn: usize,
-}
-
-impl Streams {
-    fn new(context: &Context, count: usize) -> Result<Self, Error> {
-        let streams = (0..count.max(1)).map(|_| Stream::new(context)).collect::<Result<_, _>>()?;
-        Ok(Self { streams, turn: 0 })
-    }
-
-    fn current(&self) -> &Stream {
-        &self.streams[self.turn]
-    }
-}
-
 impl CudaDevice {
-    /// With so many streams for each direction.
+    /// With so many streams.
     pub fn new(driver: &Driver, context: &Context, streams: usize) -> Result<Self, Error> {
         Ok(Self {
             context: context.clone(),
-            onboard: Streams::new(context, streams)?,
-            offload: Streams::new(context, streams)?,
+            streams: (0..streams.max(1)).map(|_| Stream::new(context)).collect::<Result<_, _>>()?,
+            turn: 0,
             copier: BatchCopier::new(driver),
             spare: Vec::new(),
         })
-    }
-
-    fn streams(&mut self, direction: Direction) -> &mut Streams {
-        match direction {
-            Direction::Onboard => &mut self.onboard,
-            Direction::Offload => &mut self.offload,
-        }
     }
 }
 
@@ -62,24 +38,19 @@ impl CopyDevice for CudaDevice {
         }
     }
 
-    unsafe fn issue(&mut self, direction: Direction, copies: &[RawCopy]) -> Result<(), Error> {
-        let streams = match direction {
-            Direction::Onboard => &self.onboard,
-            Direction::Offload => &self.offload,
-        };
+    unsafe fn issue(&mut self, copies: &[RawCopy]) -> Result<(), Error> {
         // SAFETY: the caller's promise.
-        unsafe { self.copier.copy(streams.current(), copies) }
+        unsafe { self.copier.copy(&self.streams[self.turn], copies) }
     }
 
-    fn mark(&mut self, direction: Direction) -> Result<Event, Error> {
+    fn mark(&mut self) -> Result<Event, Error> {
         let event = match self.spare.pop() {
             Some(event) => event,
             None => Event::new(&self.context)?,
         };
-        let streams = self.streams(direction);
-        event.record(streams.current())?;
+        event.record(&self.streams[self.turn])?;
         // What is marked is done with; the next piece need not wait for it.
-        streams.turn = (streams.turn + 1) % streams.streams.len();
+        self.turn = (self.turn + 1) % self.streams.len();
         Ok(event)
     }
 
@@ -92,7 +63,7 @@ impl CopyDevice for CudaDevice {
     }
 
     fn finish(&mut self) {
-        for stream in self.onboard.streams.iter().chain(&self.offload.streams) {
+        for stream in &self.streams {
             if let Err(error) = stream.synchronize() {
                 tracing::warn!(gpu = %self.context.device().uuid, %error, "copies of a GPU ended with an error");
             }

@@ -1,7 +1,7 @@
-//! What others hold of the thread of a GPU: batches go in, figures come out.
+//! What others hold of the threads of a GPU: batches go in, figures come out.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -76,80 +76,103 @@ pub struct Figures {
     pub bytes: [u64; 2],
     /// Time during which something was in flight.
     pub busy: [Duration; 2],
-    /// Rate that the pacer allows now, bytes per second; `None`: copies go as fast as they can.
+    /// Rate that the pacer allows offloads now, bytes per second; `None`: they go as fast as they can.
     pub paced_bytes_per_second: Option<u64>,
 }
 
 /// The copy engine of one GPU. Dropping it ends what is in flight, and fails what waits.
 pub struct CopyEngine {
-    shared: Arc<Shared>,
+    /// By direction: onboard, offload. One thread could not issue small copies of both as fast as the GPU moves them.
+    directions: [Running; 2],
     reaches: fn(&CopyMemory) -> bool,
+    queue: usize,
+}
+
+/// A direction and its thread.
+struct Running {
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread and its owners share.
+/// What the thread of a direction and its owners share.
 pub(super) struct Shared {
     pub inbox: Mutex<Inbox>,
     pub changed: Condvar,
-    queue: usize,
+    /// Of the whole GPU, set by whichever thread finds out first.
+    pub out_of_service: Arc<OnceLock<Arc<Error>>>,
 }
 
 /// What is asked of the thread, and what it tells.
 #[derive(Default)]
 pub(super) struct Inbox {
     pub batches: Vec<CopyBatch>,
-    /// Accepted and not ended, by direction.
-    pub open: [usize; 2],
+    /// Accepted and not ended.
+    pub open: usize,
     pub closed_lanes: Vec<LaneId>,
     /// Where engines tell how fast they decode; changed: the thread has not yet taken notice.
     pub engines: Vec<(LaneId, StepWords)>,
     pub engines_changed: bool,
     pub full_rate: bool,
     pub stopping: bool,
-    pub out_of_service: Option<Arc<Error>>,
-    pub figures: Figures,
+    pub figures: DirectionFigures,
 }
 
-/// Of a direction, in pairs.
-pub(super) fn index(direction: Direction) -> usize {
-    match direction {
-        Direction::Onboard => 0,
-        Direction::Offload => 1,
-    }
+/// [`Figures`] of one direction.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DirectionFigures {
+    pub batches: u64,
+    pub failed: u64,
+    pub bytes: u64,
+    pub busy: Duration,
+    pub paced_bytes_per_second: Option<u64>,
 }
 
 impl CopyEngine {
-    /// Starts the thread of a GPU.
+    /// Starts the threads of a GPU.
     pub fn start(driver: &Driver, context: &Context, config: CopyEngineConfig) -> Result<Self, Error> {
-        let device = CudaDevice::new(driver, context, config.streams)?;
-        let name = format!("gpu-{}", context.device().ordinal);
         let node = context.device().numa_node;
-        let on_its_node = move || {
-            node.into_iter().for_each(topology::stay_on);
-            device
+        let on_its_node = |device| {
+            move || {
+                node.into_iter().for_each(topology::stay_on);
+                device
+            }
         };
-        Ok(Self::start_over(on_its_node, &name, config))
+        let device = || CudaDevice::new(driver, context, config.streams);
+        let devices = [device()?, device()?].map(on_its_node);
+        Ok(Self::start_over(devices, &format!("gpu-{}", context.device().ordinal), &config))
     }
 
     /// Starts an engine that copies between memories of the host: for tests, and where there is no GPU.
     pub fn start_on_host(config: CopyEngineConfig) -> Self {
-        Self::start_over(MemcpyDevice::new, "gpu-none", config)
+        Self::start_over([MemcpyDevice::new; 2], "gpu-none", &config)
     }
 
+    /// Over a device for each direction: onboard, offload.
     pub(super) fn start_over<D: CopyDevice>(
-        device: impl FnOnce() -> D + Send + 'static,
+        devices: [impl FnOnce() -> D + Send + 'static; 2],
         name: &str,
-        config: CopyEngineConfig,
+        config: &CopyEngineConfig,
     ) -> Self {
-        let shared =
-            Arc::new(Shared { inbox: Mutex::default(), changed: Condvar::new(), queue: config.queue.max(1) });
-        let for_thread = shared.clone();
-        let run = move || Executor::new(device(), for_thread, &config).run();
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(run)
-            .expect("a process that cannot start a thread per GPU cannot serve");
-        Self { shared, reaches: D::reaches, thread: Some(thread) }
+        let out_of_service = Arc::default();
+        let [onboard, offload] = devices;
+        let start = |device, way| Running::start(device, format!("{name}-{way}"), config, &out_of_service);
+        let directions = [start(onboard, "in"), start(offload, "out")];
+        Self { directions, reaches: D::reaches, queue: config.queue.max(1) }
+    }
+
+    fn shared(&self, direction: Direction) -> &Shared {
+        match direction {
+            Direction::Onboard => &self.directions[0].shared,
+            Direction::Offload => &self.directions[1].shared,
+        }
+    }
+
+    /// Asks something of both threads.
+    fn order(&self, mut each: impl FnMut(&mut Inbox)) {
+        for Running { shared, .. } in &self.directions {
+            each(&mut shared.inbox.lock());
+            shared.changed.notify_one();
+        }
     }
 
     /// Takes a batch, or gives it back at once and says why.
@@ -158,73 +181,98 @@ impl CopyEngine {
         if !batch.memories.iter().all(self.reaches) {
             return refuse(batch, Refusal::Unreachable);
         }
-        let mut inbox = self.shared.inbox.lock();
-        if let Some(error) = &inbox.out_of_service {
+        let shared = self.shared(batch.direction);
+        let mut inbox = shared.inbox.lock();
+        if let Some(error) = shared.out_of_service.get() {
             return refuse(batch, Refusal::OutOfService(error.clone()));
         }
         if inbox.stopping {
             return refuse(batch, Refusal::Stopped);
         }
-        let open = &mut inbox.open[index(batch.direction)];
-        if *open >= self.shared.queue {
+        if inbox.open >= self.queue {
             return refuse(batch, Refusal::Full);
         }
-        *open += 1;
+        inbox.open += 1;
         inbox.batches.push(batch);
-        self.shared.changed.notify_one();
+        shared.changed.notify_one();
         Ok(())
     }
 
     /// True if a batch of that direction would be accepted now.
     pub fn has_room(&self, direction: Direction) -> bool {
-        let inbox = self.shared.inbox.lock();
-        inbox.out_of_service.is_none() && !inbox.stopping && inbox.open[index(direction)] < self.shared.queue
+        let shared = self.shared(direction);
+        let inbox = shared.inbox.lock();
+        shared.out_of_service.get().is_none() && !inbox.stopping && inbox.open < self.queue
     }
 
     /// Fails what waits in a lane. What is in flight ends first, as it does.
     pub fn close_lane(&self, lane: LaneId) {
-        let mut inbox = self.shared.inbox.lock();
-        inbox.closed_lanes.push(lane);
-        inbox.engines.retain(|(other, _)| *other != lane);
-        inbox.engines_changed = true;
-        self.shared.changed.notify_one();
+        self.order(|inbox| {
+            inbox.closed_lanes.push(lane);
+            inbox.engines.retain(|(other, _)| *other != lane);
+            inbox.engines_changed = true;
+        });
     }
 
     /// Paces copies in the background by what the engine of a lane tells, until the lane is closed.
-    pub fn pace_by(&self, lane: LaneId, words: StepWords) {
-        let mut inbox = self.shared.inbox.lock();
-        inbox.engines.retain(|(other, _)| *other != lane);
-        inbox.engines.push((lane, words));
-        inbox.engines_changed = true;
-        self.shared.changed.notify_one();
+    pub fn pace_by(&self, lane: LaneId, words: &StepWords) {
+        self.order(|inbox| {
+            inbox.engines.retain(|(other, _)| *other != lane);
+            inbox.engines.push((lane, words.clone()));
+            inbox.engines_changed = true;
+        });
     }
 
     /// Lets copies in the background go as fast as they can, or paces them again: when the host needs the room.
     pub fn set_full_rate(&self, full_rate: bool) {
-        self.shared.inbox.lock().full_rate = full_rate;
-        self.shared.changed.notify_one();
+        self.order(|inbox| inbox.full_rate = full_rate);
     }
 
     /// Why the GPU is out of service, if it is.
     pub fn out_of_service(&self) -> Option<Arc<Error>> {
-        self.shared.inbox.lock().out_of_service.clone()
+        self.directions[0].shared.out_of_service.get().cloned()
     }
 
     /// What it has done so far.
     pub fn figures(&self) -> Figures {
-        self.shared.inbox.lock().figures
+        let both = self.directions.each_ref().map(|running| running.shared.inbox.lock().figures);
+        Figures {
+            batches: both.map(|figures| figures.batches),
+            failed: both.map(|figures| figures.failed),
+            bytes: both.map(|figures| figures.bytes),
+            busy: both.map(|figures| figures.busy),
+            paced_bytes_per_second: both[1].paced_bytes_per_second,
+        }
+    }
+}
+
+impl Running {
+    fn start<D: CopyDevice>(
+        device: impl FnOnce() -> D + Send + 'static,
+        name: String,
+        config: &CopyEngineConfig,
+        out_of_service: &Arc<OnceLock<Arc<Error>>>,
+    ) -> Self {
+        let out_of_service = out_of_service.clone();
+        let shared = Arc::new(Shared { inbox: Mutex::default(), changed: Condvar::new(), out_of_service });
+        let (for_thread, config) = (shared.clone(), config.clone());
+        let run = move || Executor::new(device(), for_thread, &config).run();
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(run)
+            .expect("a process that cannot start two threads per GPU cannot serve");
+        Self { shared, thread: Some(thread) }
     }
 }
 
 impl Drop for CopyEngine {
     fn drop(&mut self) {
-        self.shared.inbox.lock().stopping = true;
-        self.shared.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // The last share may be dropped by a callback, on the thread itself: then it ends by itself.
-            if thread.thread().id() != std::thread::current().id() {
-                let _ = thread.join();
-            }
+        self.order(|inbox| inbox.stopping = true);
+        let threads = self.directions.each_mut().map(|running| running.thread.take());
+        // The last share may be dropped by a callback, on one of the threads: then both end by themselves.
+        let current = std::thread::current().id();
+        if threads.iter().flatten().all(|thread| thread.thread().id() != current) {
+            threads.into_iter().flatten().for_each(|thread| drop(thread.join()));
         }
     }
 }

@@ -1,14 +1,14 @@
-//! The thread of a GPU: takes orders, issues pieces, tells ends.
+//! The thread of one direction of a GPU: takes orders, issues pieces, tells ends.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::{CopyBatch, CopyEnd, CopyFailure};
 use super::device::CopyDevice;
-use super::engine::{CopyEngineConfig, Shared, index};
+use super::engine::{CopyEngineConfig, Shared};
 use super::pacer::{Allowance, Pacer, PacerConfig};
 use super::route::{Ended, Limits, Route};
-use super::{Direction, LaneId, StepWords, Urgency};
+use super::{LaneId, StepWords, Urgency};
 use crate::Error;
 
 /// How long the thread looks without sleeping while somebody waits: falling asleep and waking up takes as long as a copy of
@@ -23,7 +23,7 @@ const LOOK_LATER: Duration = Duration::from_micros(200);
 pub(super) struct Executor<D: CopyDevice> {
     device: D,
     shared: Arc<Shared>,
-    routes: [Route<D>; 2],
+    route: Route<D>,
     limits: Limits,
     started: Instant,
     pacer_config: PacerConfig,
@@ -45,7 +45,7 @@ impl<D: CopyDevice> Executor<D> {
         Self {
             device,
             shared,
-            routes: [Direction::Onboard, Direction::Offload].map(Route::new),
+            route: Route::new(),
             limits,
             started: now,
             pacers: Vec::new(),
@@ -60,11 +60,14 @@ impl<D: CopyDevice> Executor<D> {
     pub fn run(mut self) {
         loop {
             let stopping = self.take_orders();
+            if let Some(error) = self.shared.out_of_service.get().cloned() {
+                return self.leave_service(error);
+            }
             let progress = match self.work() {
                 Ok(progress) => progress,
-                Err(error) => return self.leave_service(error),
+                Err(error) => return self.leave_service(Arc::new(error)),
             };
-            let idle = self.routes.iter().all(Route::is_idle);
+            let idle = self.route.is_idle();
             if stopping && idle {
                 return self.device.finish();
             }
@@ -78,14 +81,13 @@ impl<D: CopyDevice> Executor<D> {
                 }
                 drop(inbox);
                 self.looked = Instant::now();
-            } else if self.routes.iter().any(Route::is_demanded) && now.duration_since(self.progressed) < SPIN
-            {
+            } else if self.route.is_demanded() && now.duration_since(self.progressed) < SPIN {
                 std::thread::yield_now();
             } else {
                 let mut inbox = self.shared.inbox.lock();
                 if inbox.has_no_orders() {
-                    let in_flight = self.routes.iter().any(Route::is_in_flight);
-                    self.shared.changed.wait_for(&mut inbox, if in_flight { LOOK_AGAIN } else { LOOK_LATER });
+                    let limit = if self.route.is_in_flight() { LOOK_AGAIN } else { LOOK_LATER };
+                    self.shared.changed.wait_for(&mut inbox, limit);
                 }
             }
         }
@@ -114,13 +116,11 @@ impl<D: CopyDevice> Executor<D> {
         }
         let now = Instant::now();
         for batch in batches {
-            self.routes[index(batch.direction)].accept(batch, now);
+            self.route.accept(batch, now);
         }
-        for route in &mut self.routes {
-            closed.iter().for_each(|lane| route.close_lane(*lane));
-            if stopping {
-                route.close();
-            }
+        closed.iter().for_each(|lane| self.route.close_lane(*lane));
+        if stopping {
+            self.route.close();
         }
         stopping
     }
@@ -129,34 +129,20 @@ impl<D: CopyDevice> Executor<D> {
     fn work(&mut self) -> Result<bool, Error> {
         let now = Instant::now();
         let since = now.duration_since(std::mem::replace(&mut self.looked, now));
-        let busy =
-            self.routes.each_ref().map(|route| if route.is_in_flight() { since } else { Duration::ZERO });
+        let busy = if self.route.is_in_flight() { since } else { Duration::ZERO };
         let mut ended = Vec::new();
-        let settled =
-            self.routes.iter_mut().try_for_each(|route| route.settle(&mut self.device, now, &mut ended));
+        let settled = self.route.settle(&mut self.device, now, &mut ended);
         let mut progress = !ended.is_empty();
         self.tell(ended, busy);
         settled?;
         let mut allowance = self.allowance(now);
         let mut spent = 0;
-        // A piece of each direction in turn, onboard first: neither waits until all of the other is issued.
-        loop {
-            let mut issued = false;
-            for route in &mut self.routes {
-                let Some((bytes, urgency)) = route.issue(&mut self.device, self.limits, now, allowance)?
-                else {
-                    continue;
-                };
-                issued = true;
-                if urgency == Urgency::Background {
-                    spent += bytes;
-                    allowance = allowance.less(bytes);
-                }
-            }
-            if !issued {
-                break;
-            }
+        while let Some((bytes, urgency)) = self.route.issue(&mut self.device, self.limits, now, allowance)? {
             progress = true;
+            if urgency == Urgency::Background {
+                spent += bytes;
+                allowance = allowance.less(bytes);
+            }
         }
         self.blind.spend(spent);
         self.pacers.iter_mut().for_each(|(.., pacer)| pacer.spend(spent));
@@ -179,7 +165,7 @@ impl<D: CopyDevice> Executor<D> {
         self.pacers.iter().map(|(.., pacer)| pacer.allowance()).fold(Allowance::Unlimited, Allowance::smaller)
     }
 
-    fn tell(&mut self, ended: Vec<Ended>, busy: [Duration; 2]) {
+    fn tell(&mut self, ended: Vec<Ended>, busy: Duration) {
         let rate = match self.full_rate {
             true => None,
             false => self.pacers.iter().filter_map(|(.., pacer)| pacer.rate()).reduce(f64::min),
@@ -187,18 +173,15 @@ impl<D: CopyDevice> Executor<D> {
         {
             let mut inbox = self.shared.inbox.lock();
             inbox.figures.paced_bytes_per_second = rate.map(|rate| rate as u64);
-            for (total, more) in inbox.figures.busy.iter_mut().zip(busy) {
-                *total += more;
-            }
-            for (batch, end) in &ended {
-                let at = index(batch.direction);
-                inbox.open[at] -= 1;
+            inbox.figures.busy += busy;
+            inbox.open -= ended.len();
+            for (_, end) in &ended {
                 match end {
                     CopyEnd::Done { bytes, .. } => {
-                        inbox.figures.batches[at] += 1;
-                        inbox.figures.bytes[at] += bytes;
+                        inbox.figures.batches += 1;
+                        inbox.figures.bytes += bytes;
                     }
-                    CopyEnd::Failed(_) => inbox.figures.failed[at] += 1,
+                    CopyEnd::Failed(_) => inbox.figures.failed += 1,
                 }
             }
         }
@@ -209,23 +192,19 @@ impl<D: CopyDevice> Executor<D> {
     }
 
     /// The device is of no more use: everything ends as failed.
-    fn leave_service(mut self, error: Error) {
-        let error = Arc::new(error);
-        tracing::error!(%error, "a GPU is out of service: its blocks are not copied any more; restart the daemon");
+    fn leave_service(mut self, error: Arc<Error>) {
+        if self.shared.out_of_service.set(error.clone()).is_ok() {
+            tracing::error!(%error, "a GPU is out of service: its blocks are not copied any more; restart the daemon");
+        }
         self.device.finish();
-        let left: Vec<CopyBatch> = {
-            let mut inbox = self.shared.inbox.lock();
-            inbox.out_of_service = Some(error.clone());
-            std::mem::take(&mut inbox.batches)
-        };
+        // Nothing is accepted any more: whoever submits asks under this lock.
+        let left: Vec<CopyBatch> = std::mem::take(&mut self.shared.inbox.lock().batches);
         let now = Instant::now();
         for batch in left {
-            self.routes[index(batch.direction)].accept(batch, now);
+            self.route.accept(batch, now);
         }
         let mut ended = Vec::new();
-        for route in &mut self.routes {
-            route.abandon(&CopyFailure::OutOfService(error.clone()), &mut ended);
-        }
-        self.tell(ended, [Duration::ZERO; 2]);
+        self.route.abandon(&CopyFailure::OutOfService(error), &mut ended);
+        self.tell(ended, Duration::ZERO);
     }
 }

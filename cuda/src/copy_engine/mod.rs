@@ -1,4 +1,4 @@
-//! Copies of blocks between a GPU and the host: one thread per GPU, two streams, batches only.
+//! Copies of blocks between a GPU and the host: a thread and a stream per direction of a GPU, batches only.
 //!
 //! ```text
 //!   submit ──► queue of the direction ──► lanes ──► pieces on the stream ──► ended, in order ──► the batch's callback
@@ -9,7 +9,8 @@
 //!
 //! * *Exactly one end.* Every batch that was accepted ends once, as done or failed; those of a lane and direction in the
 //!   order in which they were submitted. An end is told only when the GPU does not touch the batch's memory any more.
-//! * *Onboard first.* Whenever there is room, pieces of onboards are issued before those of offloads.
+//! * *Neither direction waits for the other.* Each has its own thread, queue and room among the bytes in flight: with
+//!   small blocks, issuing takes as long as copying.
 //! * *A failure is the batch's own* as long as CUDA goes on. After an error that does not go away the GPU is out of
 //!   service: what is there ends as failed, and nothing more is accepted.
 //! * *Fences are awaited on the host,* not by streams: a few waiting streams can stop a whole GPU.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::batch::{CopyBatch, CopyEnd, CopyFailure};
 use super::device::CopyDevice;
 use super::lanes::{BatchId, Lanes};
-use super::{Allowance, Direction, LaneId, Urgency};
+use super::{Allowance, LaneId, Urgency};
 use crate::Error;
 
 /// How much is issued at a time.
@@ -41,7 +41,6 @@ struct Piece<M> {
 
 /// One direction.
 pub(super) struct Route<D: CopyDevice> {
-    direction: Direction,
     lanes: Lanes,
     active: HashMap<BatchId, Active>,
     in_flight: VecDeque<Piece<D::Mark>>,
@@ -53,9 +52,8 @@ pub(super) struct Route<D: CopyDevice> {
 pub(super) type Ended = (CopyBatch, CopyEnd);
 
 impl<D: CopyDevice> Route<D> {
-    pub fn new(direction: Direction) -> Self {
+    pub fn new() -> Self {
         Self {
-            direction,
             lanes: Lanes::default(),
             active: HashMap::new(),
             in_flight: VecDeque::new(),
@@ -157,7 +155,7 @@ impl<D: CopyDevice> Route<D> {
             bytes += copy.bytes as u64;
         }
         // SAFETY: the batch holds the memories that its copies were checked against, until its last piece has ended.
-        let issued = unsafe { device.issue(self.direction, &rest[..count]) };
+        let issued = unsafe { device.issue(&rest[..count]) };
         active.issued += count;
         let mut is_last = active.issued == active.batch.copies.len();
         if let Err(error) = issued {
@@ -174,7 +172,7 @@ impl<D: CopyDevice> Route<D> {
             self.lanes.turn_taken(lane);
         }
         // Without a mark nobody would know when the copies end.
-        let mark = Some(device.mark(self.direction)?);
+        let mark = Some(device.mark()?);
         self.in_flight.push_back(Piece { batch: id, mark, bytes, is_last });
         self.in_flight_bytes += bytes;
         Ok(bytes)

@@ -272,7 +272,7 @@ fn an_engine_that_is_busy_is_spared_until_another_takes_its_place() {
     let page = Arc::new(SharedMemory::create("words", 4096).unwrap());
     let (busy, idle) = (StepWords::new(page.clone(), 0), StepWords::new(page, 64));
     busy.begin();
-    engine.pace_by(LANE, busy);
+    engine.pace_by(LANE, &busy);
     let (pool, host) = (memory(1), memory(1));
     let (sender, ends) = channel();
     let background = sender.clone();
@@ -285,7 +285,7 @@ fn an_engine_that_is_busy_is_spared_until_another_takes_its_place() {
     engine.submit(batch(Direction::Offload, LaneId(2), 1, &sender)).unwrap();
     assert_eq!(next(&ends).0, 1);
     assert!(ends.try_recv().is_err());
-    engine.pace_by(LANE, idle);
+    engine.pace_by(LANE, &idle);
     assert_eq!(next(&ends).0, 0);
 }
 
@@ -297,10 +297,10 @@ fn memory_that_the_engine_does_not_reach_is_refused() {
         fn reaches(_: &CopyMemory) -> bool {
             false
         }
-        unsafe fn issue(&mut self, _: Direction, _: &[RawCopy]) -> Result<(), Error> {
+        unsafe fn issue(&mut self, _: &[RawCopy]) -> Result<(), Error> {
             unreachable!()
         }
-        fn mark(&mut self, _: Direction) -> Result<(), Error> {
+        fn mark(&mut self) -> Result<(), Error> {
             unreachable!()
         }
         fn is_reached(&mut self, _: &()) -> Result<bool, Error> {
@@ -309,17 +309,16 @@ fn memory_that_the_engine_does_not_reach_is_refused() {
         fn recycle(&mut self, _: ()) {}
         fn finish(&mut self) {}
     }
-    let engine = CopyEngine::start_over(|| Blind, "gpu-test", small());
+    let engine = CopyEngine::start_over([|| Blind; 2], "gpu-test", &small());
     let mut batch = CopyBatch::new(Direction::Offload, LANE, Urgency::Demanded, |_| unreachable!());
     batch.copy((&memory(1), 0), (&memory(1), 0), BLOCK);
     assert!(matches!(engine.submit(batch), Err(NotAccepted { reason: Refusal::Unreachable, .. })));
 }
 
-/// Fails calls by their number: as CUDA refuses one call, or as it fails for good. Remembers which way each went.
+/// Fails calls by their number: as CUDA refuses one call, or as it fails for good.
 struct Failing {
     inner: MemcpyDevice,
     calls: usize,
-    ways: std::sync::mpsc::Sender<Direction>,
     refuse: Vec<usize>,
     break_at: usize,
 }
@@ -333,9 +332,8 @@ impl CopyDevice for Failing {
     fn reaches(memory: &CopyMemory) -> bool {
         MemcpyDevice::reaches(memory)
     }
-    unsafe fn issue(&mut self, direction: Direction, copies: &[RawCopy]) -> Result<(), Error> {
+    unsafe fn issue(&mut self, copies: &[RawCopy]) -> Result<(), Error> {
         self.calls += 1;
-        let _ = self.ways.send(direction);
         if self.calls >= self.break_at {
             return Err(cuda_error(700));
         }
@@ -343,10 +341,10 @@ impl CopyDevice for Failing {
             return Err(cuda_error(1));
         }
         // SAFETY: the caller's promise.
-        unsafe { self.inner.issue(direction, copies) }
+        unsafe { self.inner.issue(copies) }
     }
-    fn mark(&mut self, direction: Direction) -> Result<Self::Mark, Error> {
-        self.inner.mark(direction)
+    fn mark(&mut self) -> Result<Self::Mark, Error> {
+        self.inner.mark()
     }
     fn is_reached(&mut self, mark: &Self::Mark) -> Result<bool, Error> {
         self.inner.is_reached(mark)
@@ -360,9 +358,8 @@ impl CopyDevice for Failing {
 }
 
 fn failing(refuse: Vec<usize>, break_at: usize) -> CopyEngine {
-    let ways = channel().0;
-    let device = move || Failing { inner: MemcpyDevice::new(), calls: 0, ways, refuse, break_at };
-    CopyEngine::start_over(device, "gpu-test", small())
+    let device = |refuse| move || Failing { inner: MemcpyDevice::new(), calls: 0, refuse, break_at };
+    CopyEngine::start_over([device(refuse.clone()), device(refuse)], "gpu-test", &small())
 }
 
 #[test]
@@ -418,27 +415,56 @@ fn an_error_that_stays_takes_the_gpu_out_of_service_and_ends_everything() {
 }
 
 #[test]
-fn onboards_go_first_and_neither_waits_for_all_of_the_other() {
-    let ((ways, seen), (go, may_go)) = (channel(), channel::<()>());
-    let device = move || {
-        may_go.recv().expect("the test says when");
-        Failing { inner: MemcpyDevice::new(), calls: 0, ways, refuse: vec![], break_at: usize::MAX }
-    };
-    let engine = CopyEngine::start_over(device, "gpu-test", small());
-    let (pool, host) = (memory(9), memory(18));
+fn an_error_in_one_direction_ends_what_waits_in_the_other() {
+    let engine = failing(vec![], 1);
+    let words = Arc::new(SharedMemory::create("words", 4096).unwrap());
+    let (pool, host) = (memory(1), memory(1));
     let (sender, ends) = channel();
-    for (number, direction) in [Direction::Offload, Direction::Onboard].into_iter().enumerate() {
-        let mut batch = batch(direction, LANE, number, &sender);
-        for block in 0..9 {
-            let (near, far) = ((&pool, block * BLOCK), (&host, (9 * number + block) * BLOCK));
-            let (from, to) = if direction == Direction::Offload { (near, far) } else { (far, near) };
-            batch.copy(from, to, BLOCK);
-        }
-        engine.submit(batch).unwrap();
+    let fence = Fence { memory: words, offset: 0, value: 1, limit: Duration::from_secs(60) };
+    engine.submit(batch(Direction::Onboard, LANE, 0, &sender).after(fence)).unwrap();
+    let mut fatal = batch(Direction::Offload, LANE, 1, &sender);
+    fatal.copy((&pool, 0), (&host, 0), BLOCK);
+    engine.submit(fatal).unwrap();
+    for _ in 0..2 {
+        let (number, end) = next(&ends);
+        assert!(matches!(end, CopyEnd::Failed(CopyFailure::OutOfService(_))), "{number}: {end:?}");
     }
-    go.send(()).unwrap();
-    assert!(is_done(&next(&ends).1) && is_done(&next(&ends).1));
-    // Each batch takes three pieces, for all of which there is room.
-    let turn = [Direction::Onboard, Direction::Offload];
-    assert_eq!(seen.try_iter().collect::<Vec<_>>(), [turn, turn, turn].concat());
+    for direction in [Direction::Onboard, Direction::Offload] {
+        let refused = engine.submit(batch(direction, LANE, 2, &sender)).unwrap_err();
+        assert!(matches!(refused.reason, Refusal::OutOfService(_)));
+        assert!(!engine.has_room(direction));
+    }
+}
+
+#[test]
+fn neither_direction_waits_for_the_other() {
+    for blocked in [Direction::Onboard, Direction::Offload] {
+        let [onboard, offload] = [channel::<()>(), channel()];
+        let device = |may_go: Receiver<()>| {
+            move || {
+                may_go.recv().expect("the test says when");
+                MemcpyDevice::new()
+            }
+        };
+        let engine =
+            CopyEngine::start_over([device(onboard.1), device(offload.1)], "gpu-test", &small());
+        let (pool, host) = (memory(9), memory(9));
+        let (sender, ends) = channel();
+        for (number, direction) in [Direction::Onboard, Direction::Offload].into_iter().enumerate() {
+            let mut batch = batch(direction, LANE, number, &sender);
+            (0..9).for_each(|block| batch.copy((&pool, block * BLOCK), (&host, block * BLOCK), BLOCK));
+            engine.submit(batch).unwrap();
+        }
+        let (first, second) = match blocked {
+            Direction::Onboard => (offload.0, onboard.0),
+            Direction::Offload => (onboard.0, offload.0),
+        };
+        first.send(()).unwrap();
+        let number = usize::from(blocked == Direction::Onboard);
+        let (ended, end) = next(&ends);
+        assert!(ended == number && is_done(&end), "{ended}: {end:?}");
+        assert!(ends.try_recv().is_err());
+        second.send(()).unwrap();
+        assert!(is_done(&next(&ends).1));
+    }
 }

@@ -169,7 +169,7 @@ pub fn paced(gpu: &Gpu) -> Outcome {
         pairs: scatter(128, 3).into_iter().zip(scatter(128, 5)).collect(),
         ends: channel(),
     };
-    feeder.engine.pace_by(LaneId(1), decoder.words.clone());
+    feeder.engine.pace_by(LaneId(1), &decoder.words);
     let seconds = Duration::from_secs;
     let phase = |time: Duration, copies: bool| -> Result<((f64, f64), f64), String> {
         let first = decoder.decodes()?;

@@ -229,7 +229,7 @@ impl EngineMemory for GpuExports {
     }
 
     fn pace_by(&self, words: &Arc<SharedMemory>, offset: usize) {
-        self.gpu.engine().pace_by(self.lane, StepWords::new(Arc::clone(words), offset));
+        self.gpu.engine().pace_by(self.lane, &StepWords::new(Arc::clone(words), offset));
     }
 }
 
