@@ -64,6 +64,11 @@ impl Lookups {
         self.socket.send(&message.encode_to_vec(), None).map_err(ClientError::unavailable)
     }
 
+    /// True if the answer to the last question can be had without waiting.
+    pub fn is_answered(&self) -> Result<bool, ClientError> {
+        self.socket.wait_readable(Duration::ZERO).map_err(ClientError::unavailable)
+    }
+
     /// The answer to the last question; `None`: not in time.
     pub fn answer(&mut self, deadline: Instant) -> Result<Option<MatchReply>, ClientError> {
         let limit = deadline.saturating_duration_since(Instant::now());
@@ -172,8 +177,9 @@ mod tests {
     fn an_answer_that_is_late_can_be_waited_for_and_the_next_is_of_the_next_question() {
         let (mut lookups, daemon) = open();
         lookups.ask(v1::Match::default()).unwrap();
-        assert_eq!(lookups.answer(soon()), Ok(None));
+        assert_eq!((lookups.is_answered(), lookups.answer(soon())), (Ok(false), Ok(None)));
         daemon.answer(found(3));
+        assert_eq!(lookups.is_answered(), Ok(true));
         assert_eq!(lookups.answer(later()).unwrap().unwrap().host_blocks, 3);
         lookups.ask(v1::Match::default()).unwrap();
         daemon.answer(found(4));

@@ -163,7 +163,7 @@ impl Engine {
         self.next_id += 1;
         let prompt = Prompt { id, tokens: tokens.to_vec(), cacheable: true, ..Prompt::default() };
         let Some(apart) = &self.apart else {
-            let (found, parked) = self.scheduler().query(prompt, 0, &mut || {});
+            let (found, parked) = self.scheduler().query(prompt, 0, &mut || false);
             return (id, found, parked);
         };
         match apart.look_up(prompt, 0, 0) {

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::cuda::CudaMover;
-use crate::numbers::{Pages, Tokens};
+use crate::numbers::{Pages, SpentList, Tokens};
 use crate::options::Options;
 use crate::requests::{ItemTuple, ReportTuple, prompt_of, report_of, words};
 
@@ -38,6 +38,8 @@ pub(crate) struct Engine {
     process: core::EngineProcess,
     /// Whatever owns the registered memory.
     owner: Mutex<Option<Py<PyAny>>>,
+    /// Of the last query.
+    spent: Mutex<Option<SpentList>>,
 }
 
 #[pymethods]
@@ -80,7 +82,11 @@ impl Engine {
         };
         let settings =
             settings.with_environment(variable).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        Ok(Self { process: core::EngineProcess::new(settings), owner: Mutex::new(None) })
+        Ok(Self {
+            process: core::EngineProcess::new(settings),
+            owner: Mutex::default(),
+            spent: Mutex::default(),
+        })
     }
 
     /// A process of an engine whose scheduler half is a process of its own. `engine` is the name that all share;
@@ -125,7 +131,11 @@ impl Engine {
         };
         let settings =
             settings.with_environment(|name| options.variable(name)).map_err(|error| options.wrong(error))?;
-        Ok(Self { process: core::EngineProcess::new(settings), owner: Mutex::new(None) })
+        Ok(Self {
+            process: core::EngineProcess::new(settings),
+            owner: Mutex::default(),
+            spent: Mutex::default(),
+        })
     }
 
     /// Makes this the process of the scheduler half.
@@ -300,16 +310,19 @@ impl Engine {
         let list = get_tokens.map(|get| get.call1((0,))).transpose()?;
         let tokens = list.as_ref().map(|list| list.extract::<Tokens>()).transpose()?;
         let prompt = prompt_of(id, tokens.and_then(|tokens| tokens.0), salt, items);
-        // So many numbers take a while to be given back. The engine's thread does that while it waits for the daemon.
-        let mut list = list.map(Bound::unbind);
-        let mut meanwhile = || Python::attach(|_| drop(list.take()));
-        self.guard(py, |process| {
+        // The engine's thread gives them back while it waits for the daemon, and what is left when it calls next.
+        let mut spent = list.and_then(SpentList::new);
+        let mut meanwhile = || Python::attach(|py| spent.as_mut().is_some_and(|list| list.shorten(py)));
+        let found = self.guard(py, |process| {
             Ok(process.query(core::Prompt { lora, ..prompt }, local_tokens, &mut meanwhile))
-        })
+        });
+        *self.spent.lock() = spent;
+        found
     }
 
     /// The engine says where a request's blocks are.
     fn allocated(&self, py: Python<'_>, id: u64, pages: Vec<Pages>) -> PyResult<()> {
+        drop(self.spent.lock().take());
         let pages: Vec<Vec<i32>> = pages.into_iter().map(|group| group.0).collect();
         self.guard(py, |process| process.allocated(id, &pages))
     }

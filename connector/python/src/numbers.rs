@@ -46,6 +46,30 @@ pub(crate) fn behind_prompt(list: Borrowed<'_, '_, PyAny>, prompt: &[u32]) -> (u
     (0, list.extract().unwrap_or(Tokens(None)))
 }
 
+/// A list that was read and is nobody else's. Giving back all of its numbers takes as long as reading them.
+pub(crate) struct SpentList(Py<PyList>);
+
+/// Numbers that are given back at a time, in some 30 us.
+const GIVEN_BACK: usize = 4096;
+
+impl SpentList {
+    /// `None`: it is somebody else's too, so it is let go of and stays as it is.
+    pub fn new(list: Bound<'_, PyAny>) -> Option<Self> {
+        let list = list.cast_into::<PyList>().ok()?;
+        // SAFETY: it is an object, and this thread is attached to the interpreter.
+        let owners = unsafe { ffi::Py_REFCNT(list.as_ptr()) };
+        (owners == 1).then(|| Self(list.unbind()))
+    }
+
+    /// Gives back a part. True: there is more.
+    pub fn shorten(&mut self, py: Python<'_>) -> bool {
+        let list = self.0.bind(py);
+        let end = list.len();
+        // What cannot be given back in parts is given back as a whole, later.
+        list.del_slice(end.saturating_sub(GIVEN_BACK), end).is_ok() && end > GIVEN_BACK
+    }
+}
+
 fn begins_with(list: Borrowed<'_, '_, PyList>, prompt: &[u32]) -> bool {
     let mut expected = prompt.iter();
     each(list, 0..prompt.len(), |word| expected.next().is_some_and(|token| c_ulong::from(*token) == word))

@@ -245,7 +245,7 @@ impl EngineLink {
         namespace: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Option<Found> {
         let inner = &self.0;
         let begun = Instant::now();
@@ -280,7 +280,7 @@ impl EngineLink {
         attachment: Arc<Attachment>,
         (namespace, keys, skip): (Namespace, &[SequenceHash], usize),
         deadline: Instant,
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Option<Option<Found>> {
         let inner = &self.0;
         inner.counts.lookups_on_stream.fetch_add(1, Ordering::Relaxed);
@@ -331,13 +331,13 @@ impl Directory for EngineLink {
         namespace: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Option<Promised> {
         self.found(self.ask(namespace, keys, skip, meanwhile)?.0)
     }
 
     fn look_up_patiently(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Look {
-        let Some((promised, on_disk)) = self.ask(namespace, keys, skip, &mut || {}) else {
+        let Some((promised, on_disk)) = self.ask(namespace, keys, skip, &mut || false) else {
             return Look::Now(None);
         };
         if on_disk > 0 {

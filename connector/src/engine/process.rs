@@ -164,8 +164,13 @@ impl EngineProcess {
     }
 
     /// Tokens behind the first `local_tokens` that will be there without being computed, and whether the engine is to
-    /// park the request until they are. `meanwhile` is run at most once, while the daemon is waited for.
-    pub fn query(&self, prompt: Prompt, local_tokens: usize, meanwhile: &mut dyn FnMut()) -> (usize, bool) {
+    /// park the request until they are. `meanwhile` is run while the daemon is waited for, as long as it returns true.
+    pub fn query(
+        &self,
+        prompt: Prompt,
+        local_tokens: usize,
+        meanwhile: &mut dyn FnMut() -> bool,
+    ) -> (usize, bool) {
         let Some(base) = self.parts.lock().as_ref().map(|parts| parts.base) else { return (0, false) };
         let new = self.request_of(base, prompt);
         let now = self.now();

@@ -63,18 +63,18 @@ const REQUESTS_MAX: usize = 65_536;
 pub(crate) trait Directory: Send + Sync {
     /// The longest prefix of `keys` in host memory, if it reaches beyond the first `skip`: the slots of the blocks
     /// behind those, which stay as they are until they are released. Nothing when in doubt, or too slow. Where there is
-    /// something to wait for, `meanwhile` is run once while it is waited for.
+    /// something to wait for, `meanwhile` is run until it is there, as long as it returns true.
     fn look_up(
         &self,
         namespace: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Option<Promised>;
 
     /// The same for an engine that asks again: what is on disk may be worth waiting for. Nothing is held meanwhile.
     fn look_up_patiently(&self, namespace: Namespace, keys: &[SequenceHash], skip: usize) -> Look {
-        Look::Now(self.look_up(namespace, keys, skip, &mut || {}))
+        Look::Now(self.look_up(namespace, keys, skip, &mut || false))
     }
 
     /// No rank has heard of these slots, and none will.
@@ -285,7 +285,7 @@ impl SchedulerHalf {
         new: NewRequest,
         local_tokens: usize,
         now: Duration,
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> usize {
         self.counts.queries += 1;
         self.forget(new.id);

@@ -1,7 +1,7 @@
 //! One direction of a GPU as the executor sees it.
 
-use super::device::CopyDevice;
 use super::CopyMemory;
+use super::device::CopyDevice;
 use crate::{BatchCopier, Context, Driver, Error, Event, RawCopy, Stream};
 
 /// The streams of one direction, and marks that were used before.

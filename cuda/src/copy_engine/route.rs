@@ -10,6 +10,10 @@ use super::lanes::{BatchId, Lanes};
 use super::{Allowance, LaneId, Urgency};
 use crate::Error;
 
+/// Copies of the first piece when nothing is in flight. Issuing one copy takes about as long as moving 32 KiB, and a GPU may
+/// not begin before a call has ended: pieces grow with what is in flight, so that it begins soon and is never out of work.
+const FIRST_COPIES: usize = 32;
+
 /// How much is issued at a time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
@@ -35,6 +39,7 @@ struct Piece<M> {
     batch: BatchId,
     /// `None`: nothing to wait for, except its place in the order.
     mark: Option<M>,
+    copies: usize,
     bytes: u64,
     is_last: bool,
 }
@@ -45,6 +50,7 @@ pub(super) struct Route<D: CopyDevice> {
     active: HashMap<BatchId, Active>,
     in_flight: VecDeque<Piece<D::Mark>>,
     in_flight_bytes: u64,
+    in_flight_copies: usize,
     next_id: BatchId,
 }
 
@@ -58,6 +64,7 @@ impl<D: CopyDevice> Route<D> {
             active: HashMap::new(),
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
+            in_flight_copies: 0,
             next_id: 0,
         }
     }
@@ -147,7 +154,7 @@ impl<D: CopyDevice> Route<D> {
         active.begun.get_or_insert(now);
         let rest = &active.batch.copies[active.issued..];
         let (mut count, mut bytes) = (0, 0);
-        for copy in rest {
+        for copy in rest.iter().take(self.in_flight_copies.max(FIRST_COPIES)) {
             if count > 0 && bytes + copy.bytes as u64 > piece_bytes {
                 break;
             }
@@ -173,8 +180,9 @@ impl<D: CopyDevice> Route<D> {
         }
         // Without a mark nobody would know when the copies end.
         let mark = Some(device.mark()?);
-        self.in_flight.push_back(Piece { batch: id, mark, bytes, is_last });
+        self.in_flight.push_back(Piece { batch: id, mark, copies: count, bytes, is_last });
         self.in_flight_bytes += bytes;
+        self.in_flight_copies += count;
         Ok(bytes)
     }
 
@@ -188,6 +196,7 @@ impl<D: CopyDevice> Route<D> {
             }
             let piece = self.in_flight.pop_front().expect("looked at above");
             self.in_flight_bytes -= piece.bytes;
+            self.in_flight_copies -= piece.copies;
             if let Some(mark) = piece.mark {
                 device.recycle(mark);
             }
@@ -219,6 +228,7 @@ impl<D: CopyDevice> Route<D> {
         self.lanes = Lanes::default();
         self.in_flight.clear();
         self.in_flight_bytes = 0;
+        self.in_flight_copies = 0;
         let mut left: Vec<_> = self.active.drain().collect();
         left.sort_by_key(|(id, _)| *id);
         for (_, active) in left {
@@ -231,7 +241,7 @@ impl<D: CopyDevice> Route<D> {
     fn give_up(&mut self, id: BatchId, failure: CopyFailure) {
         let active = self.active.get_mut(&id).expect("waiting batches are active");
         active.failure = Some(failure);
-        self.in_flight.push_back(Piece { batch: id, mark: None, bytes: 0, is_last: true });
+        self.in_flight.push_back(Piece { batch: id, mark: None, copies: 0, bytes: 0, is_last: true });
     }
 
     fn end(&mut self, id: BatchId, now: Instant) -> Ended {

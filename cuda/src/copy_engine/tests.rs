@@ -437,6 +437,52 @@ fn an_error_in_one_direction_ends_what_waits_in_the_other() {
 }
 
 #[test]
+fn the_first_piece_is_short_and_pieces_grow_with_what_is_in_flight() {
+    /// Tells how many copies came with each call. None of them ends before the test says so.
+    struct Counting(std::sync::mpsc::Sender<usize>, Arc<std::sync::atomic::AtomicBool>);
+    impl CopyDevice for Counting {
+        type Mark = ();
+        fn reaches(_: &CopyMemory) -> bool {
+            true
+        }
+        unsafe fn issue(&mut self, copies: &[RawCopy]) -> Result<(), Error> {
+            self.0.send(copies.len()).expect("the test listens");
+            Ok(())
+        }
+        fn mark(&mut self) -> Result<(), Error> {
+            Ok(())
+        }
+        fn is_reached(&mut self, (): &()) -> Result<bool, Error> {
+            Ok(self.1.load(Ordering::Acquire))
+        }
+        fn recycle(&mut self, (): ()) {}
+        fn finish(&mut self) {}
+    }
+    let (calls, ended) = (channel(), Arc::<std::sync::atomic::AtomicBool>::default());
+    let device = || {
+        let (calls, ended) = (calls.0.clone(), ended.clone());
+        move || Counting(calls, ended)
+    };
+    let engine = CopyEngine::start_over([device(), device()], "gpu-test", &CopyEngineConfig::default());
+    let (pool, host) = (memory(300), memory(300));
+    let (sender, ends) = channel();
+    let submit = |number| {
+        let mut batch = batch(Direction::Onboard, LANE, number, &sender);
+        (0..300).for_each(|block| batch.copy((&host, block * BLOCK), (&pool, block * BLOCK), BLOCK));
+        engine.submit(batch).unwrap();
+    };
+    let seen = |count: usize| -> Vec<usize> {
+        (0..count).map(|_| calls.1.recv_timeout(Duration::from_secs(20)).unwrap()).collect()
+    };
+    submit(0);
+    assert_eq!(seen(5), [32, 32, 64, 128, 44]);
+    submit(1);
+    assert_eq!(seen(1), [300]);
+    ended.store(true, Ordering::Release);
+    assert!(is_done(&next(&ends).1) && is_done(&next(&ends).1));
+}
+
+#[test]
 fn neither_direction_waits_for_the_other() {
     for blocked in [Direction::Onboard, Direction::Offload] {
         let [onboard, offload] = [channel::<()>(), channel()];
@@ -446,8 +492,7 @@ fn neither_direction_waits_for_the_other() {
                 MemcpyDevice::new()
             }
         };
-        let engine =
-            CopyEngine::start_over([device(onboard.1), device(offload.1)], "gpu-test", &small());
+        let engine = CopyEngine::start_over([device(onboard.1), device(offload.1)], "gpu-test", &small());
         let (pool, host) = (memory(9), memory(9));
         let (sender, ends) = channel();
         for (number, direction) in [Direction::Onboard, Direction::Offload].into_iter().enumerate() {

@@ -60,7 +60,7 @@ impl Inner {
         attachment: &Arc<Attachment>,
         (namespace, keys, skip): (Namespace, &[SequenceHash], usize),
         deadline: Instant,
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Option<Direct> {
         if keys.len() > LOOKUP_KEYS_MAX {
             return None;
@@ -70,7 +70,7 @@ impl Inner {
         let question = match_message(attachment, namespace_id, keys, skip);
         let mut lookups = attachment.lookups.try_lock()?.take()?;
         let answered = lookups.ask(question).and_then(|()| {
-            meanwhile();
+            while meanwhile() && Instant::now() < deadline && !lookups.is_answered()? {}
             lookups.answer(deadline)
         });
         match answered.transpose() {

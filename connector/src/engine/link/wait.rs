@@ -18,19 +18,20 @@ impl Wake for Unpark {
 }
 
 /// What the future comes to, if it does before the deadline. It may go on elsewhere afterwards. Unless it comes to
-/// something at once, `meanwhile` is run when it is under way.
+/// something at once, `meanwhile` is run while it is under way, as long as it returns true.
 pub(super) fn until<F: Future + Unpin>(
     future: &mut F,
     deadline: Instant,
-    meanwhile: &mut dyn FnMut(),
+    meanwhile: &mut dyn FnMut() -> bool,
 ) -> Option<F::Output> {
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut context = Context::from_waker(&waker);
     if let Poll::Ready(answer) = Pin::new(&mut *future).poll(&mut context) {
         return Some(answer);
     }
-    meanwhile();
+    let mut more = true;
     loop {
+        more = more && meanwhile();
         if let Poll::Ready(answer) = Pin::new(&mut *future).poll(&mut context) {
             return Some(answer);
         }
@@ -38,7 +39,9 @@ pub(super) fn until<F: Future + Unpin>(
         if left.is_zero() {
             return None;
         }
-        std::thread::park_timeout(left);
+        if !more {
+            std::thread::park_timeout(left);
+        }
     }
 }
 
@@ -53,16 +56,25 @@ mod tests {
     #[test]
     fn an_answer_is_had_when_it_comes_and_a_late_one_by_who_goes_on_waiting() {
         let (answer, mut answered) = oneshot::channel();
-        let mut times = 0;
-        assert_eq!(until(&mut answered, Instant::now() + Duration::from_millis(5), &mut || times += 1), None);
-        assert_eq!(times, 1, "meanwhile");
+        assert_eq!(until(&mut answered, Instant::now() + Duration::from_millis(5), &mut || false), None);
         let later = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(5));
             answer.send(7).unwrap();
         });
         let long = Instant::now() + Duration::from_secs(60);
-        assert_eq!(until(&mut answered, long, &mut || {}), Some(Ok(7)));
+        assert_eq!(until(&mut answered, long, &mut || false), Some(Ok(7)));
         later.join().unwrap();
+        let (answer, mut answered) = oneshot::channel();
+        let (mut answer, mut parts) = (Some(answer), 0);
+        let mut meanwhile = || {
+            parts += 1;
+            if parts == 3 {
+                answer.take().unwrap().send(9).unwrap();
+            }
+            true
+        };
+        assert_eq!(until(&mut answered, long, &mut meanwhile), Some(Ok(9)));
+        assert_eq!(parts, 3, "nothing more is done once the answer is there");
         let (answer, mut answered) = oneshot::channel();
         answer.send(8).unwrap();
         let unused = &mut || panic!("there is nothing to wait for");

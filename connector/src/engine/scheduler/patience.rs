@@ -52,7 +52,7 @@ impl SchedulerHalf {
         }
         if self.waits.remove(&new.id).is_some() {
             // It waited once; what has not come by now is computed.
-            return Some(self.query(new, local_tokens, now, &mut || {}));
+            return Some(self.query(new, local_tokens, now, &mut || false));
         }
         self.counts.queries += 1;
         self.forget(new.id);

@@ -23,7 +23,7 @@ impl Directory for Shelf {
         _: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-        _: &mut dyn FnMut(),
+        _: &mut dyn FnMut() -> bool,
     ) -> Option<Promised> {
         let found = (*self.blocks.lock()).min(keys.len()).saturating_sub(skip);
         let mut next = self.next.lock();
@@ -76,7 +76,7 @@ fn report(id: u64, tokens: Vec<u32>, pages: Vec<i32>, computed: usize, scheduled
 
 impl Engine {
     fn query(&mut self, id: u64, count: usize, local: usize) -> usize {
-        self.half.query(request(id, count), local, Duration::ZERO, &mut || {})
+        self.half.query(request(id, count), local, Duration::ZERO, &mut || false)
     }
 
     fn allocated(&mut self, id: u64, pages: &[i32]) {
@@ -325,7 +325,7 @@ fn requests_that_vanish_are_forgotten() {
 fn what_is_not_in_the_key_is_neither_looked_up_nor_saved() {
     let mut engine = engine(LoadMode::Parked, 9);
     let opaque = NewRequest { cacheable: false, ..request(1, 9) };
-    assert_eq!(engine.half.query(opaque, 0, Duration::ZERO, &mut || {}), 0);
+    assert_eq!(engine.half.query(opaque, 0, Duration::ZERO, &mut || false), 0);
     engine.allocated(1, &[0, 1, 2]);
     let metadata = engine.build(vec![report(1, tokens(9), vec![0, 1, 2], 0, 9)], vec![]);
     assert_eq!((metadata.saves.len(), metadata.loads.len()), (0, 0));
@@ -379,7 +379,7 @@ fn blocks_that_did_not_arrive_are_given_again_but_not_all_the_time() {
 #[test]
 fn blocks_of_another_size_than_said_are_not_cached() {
     let served = |half: &mut SchedulerHalf, id: u64, tokens_count: usize, blocks: usize| {
-        half.query(request(id, tokens_count), 0, Duration::ZERO, &mut || {});
+        half.query(request(id, tokens_count), 0, Duration::ZERO, &mut || false);
         let pages: Vec<i32> = (0..blocks as i32).collect();
         assert!(half.allocated(id, std::slice::from_ref(&pages), Duration::ZERO));
         let reported = report(id, tokens(tokens_count), pages, 0, tokens_count);
@@ -436,7 +436,7 @@ fn pages_of_a_window_are_not_saved_later_than_their_pass() {
             _: Namespace,
             _: &[SequenceHash],
             _: usize,
-            _: &mut dyn FnMut(),
+            _: &mut dyn FnMut() -> bool,
         ) -> Option<Promised> {
             None
         }
@@ -446,7 +446,7 @@ fn pages_of_a_window_are_not_saved_later_than_their_pass() {
         }
     }
     let mut half = SchedulerHalf::new(ENGINE, SIZE as u32, LoadMode::Parked, Arc::new(Away)).windowed();
-    half.query(request(1, 8), 0, Duration::ZERO, &mut || {});
+    half.query(request(1, 8), 0, Duration::ZERO, &mut || false);
     assert!(half.allocated(1, &[vec![0, 1]], Duration::ZERO));
     half.build(vec![report(1, tokens(8), vec![0, 1], 0, 8)], vec![], Duration::ZERO);
     half.directory = Arc::new(Shelf::default());

@@ -29,7 +29,7 @@ impl Directory for Shelf {
         _: Namespace,
         keys: &[SequenceHash],
         skip: usize,
-        _: &mut dyn FnMut(),
+        _: &mut dyn FnMut() -> bool,
     ) -> Option<Promised> {
         let found = (*self.in_host.lock()).min(keys.len()).saturating_sub(skip);
         if found == 0 {
@@ -46,7 +46,7 @@ impl Directory for Shelf {
         if *self.on_disk.lock() > 0 {
             return Look::Later(Arrival { ended: self.arrived.clone(), patience: Duration::from_secs(3) });
         }
-        Look::Now(self.look_up(namespace, keys, skip, &mut || {}))
+        Look::Now(self.look_up(namespace, keys, skip, &mut || false))
     }
 
     fn take_back(&self, lease: Lease) {
