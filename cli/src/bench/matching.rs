@@ -82,6 +82,7 @@ impl Catalog {
             pin_budget_bytes: 0,
             rescue: Duration::from_secs(3),
             shard_wait: Duration::from_secs(10),
+            one_domain: true,
             offload_priority_min: 0,
         });
         ledger.set_segments(Some(SlotsIn::bytes(SEGMENT)));

@@ -151,6 +151,7 @@ impl<'a> Drive<'a> {
             pin_budget_bytes: 0,
             rescue: Duration::from_secs(3),
             shard_wait: Duration::from_secs(10),
+            one_domain: true,
         };
         let mut ledger = Ledger::new(config);
         // Each tier is one segment of as many slots as were asked for.

@@ -7,15 +7,16 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvbm_connector::engine::{
     BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape, issued_at_once,
 };
 use kvbm_cuda::{
     BatchCopier, Context, DeviceAddress, DeviceName, Driver, Error, Event, IpcHandle, RawCopy,
-    RegisteredMemory, Stream,
+    RegisteredMemory, Stream, chunk_plan,
 };
 use kvbm_shm::SharedMemory;
 use parking_lot::{Mutex, RwLock};
@@ -27,9 +28,13 @@ const BATCH_BLOCKS_MAX: usize = 64;
 /// Copies given to the driver in one call, at most: while it takes them, the engine's thread launches nothing.
 const PIECES_AT_ONCE: usize = 128;
 
-/// Bytes registered with one call, about a millisecond in which the engine launches nothing; then it has a turn.
-const REGISTERED_AT_ONCE_BYTES: usize = 32 << 20;
-const BETWEEN_REGISTRATIONS: Duration = Duration::from_micros(200);
+/// Bytes registered with one call, up to a millisecond in which the engine launches nothing.
+const REGISTERED_AT_ONCE_BYTES: usize = 8 << 20;
+
+/// An engine that saved or loaded so recently is at work. A step launches hundreds of kernels, each of which may have to wait
+/// for a call; then calls get a twentieth of the time, so that few steps meet one.
+const AT_WORK: Duration = Duration::from_millis(200);
+const PAUSES_AT_WORK: u32 = 19;
 
 /// One way.
 struct Lane {
@@ -48,6 +53,9 @@ pub(crate) struct CudaMover {
     /// Host segments by where they are mapped.
     segments: RwLock<HashMap<usize, Arc<RegisteredMemory>>>,
     callable_back: bool,
+    made: Instant,
+    /// When the engine last saved or loaded, in milliseconds behind `made`; 0: never.
+    at_work: AtomicU64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -79,6 +87,8 @@ impl CudaMover {
             segments: RwLock::default(),
             context,
             callable_back: true,
+            made: Instant::now(),
+            at_work: AtomicU64::new(0),
         })
     }
 
@@ -115,6 +125,16 @@ impl CudaMover {
             regions.push(ExportedRegion { export, offset });
         }
         Ok(Exported { exports, regions })
+    }
+
+    fn note_work(&self) {
+        let now = u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.at_work.store(now.max(1), Ordering::Relaxed);
+    }
+
+    fn is_at_work(&self) -> bool {
+        let last = self.at_work.load(Ordering::Relaxed);
+        last > 0 && self.made.elapsed() < Duration::from_millis(last) + AT_WORK
     }
 
     fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
@@ -191,15 +211,15 @@ impl Mover for CudaMover {
         let at = segment.address().addr().get();
         let registered = RegisteredMemory::begin(&self.context, segment.clone(), REGISTERED_AT_ONCE_BYTES);
         let mut registered = registered.map_err(|error| error.to_string())?;
-        // The daemon has provided the pages; this process finds each of them now, and not while the driver holds its
-        // locks. A kernel that cannot do that does it then.
-        for start in (0..segment.bytes()).step_by(REGISTERED_AT_ONCE_BYTES) {
-            if segment.populate(start..segment.bytes().min(start + REGISTERED_AT_ONCE_BYTES)).is_err() {
-                break;
+        for piece in chunk_plan(segment.bytes(), REGISTERED_AT_ONCE_BYTES) {
+            let begun = Instant::now();
+            // The daemon has provided the pages; this process finds them now, and not while the driver holds its locks. A
+            // kernel that cannot do that does it then.
+            let _ = segment.populate(piece);
+            registered.register_next().map_err(|error| error.to_string())?;
+            if self.is_at_work() {
+                thread::sleep(begun.elapsed() * PAUSES_AT_WORK);
             }
-        }
-        while registered.register_next().map_err(|error| error.to_string())? {
-            thread::sleep(BETWEEN_REGISTRATIONS);
         }
         self.segments.write().insert(at, Arc::new(registered));
         Ok(())
@@ -212,6 +232,7 @@ impl Mover for CudaMover {
     }
 
     fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String> {
+        self.note_work();
         let event = Event::new(&self.context).map_err(|error| error.to_string())?;
         // SAFETY: the engine passes a stream of its own, which it keeps.
         unsafe { event.record_foreign(stream) }.map_err(|error| error.to_string())?;
@@ -219,6 +240,7 @@ impl Mover for CudaMover {
     }
 
     fn load(&self, blocks: &[BlockCopy<'_>]) -> Result<(), String> {
+        self.note_work();
         self.copy(blocks, Way::In)
     }
 
@@ -228,6 +250,7 @@ impl Mover for CudaMover {
         steps: &[Range<usize>],
         begun: &mut dyn FnMut(Arc<dyn Fence>),
     ) -> Result<(), String> {
+        self.note_work();
         let mut lane = self.loads.lock();
         let issued: Result<(), String> = steps.iter().try_for_each(|step| {
             // SAFETY: who loads keeps pages, slots and segments until the last fence was reached; if not all were

@@ -119,6 +119,8 @@ pub struct LedgerConfig {
     pub rescue: Duration,
     /// How long a block waits for shards that nobody has begun to copy.
     pub shard_wait: Duration,
+    /// There is one trust domain and will be no other: engines are given host segments before anything is in them.
+    pub one_domain: bool,
 }
 
 /// What happened since the start, in blocks.

@@ -236,7 +236,7 @@ impl SegmentTier {
         assert!(known.is_none(), "a class is restored once, before it is used");
     }
 
-    /// Processes of a domain are given a segment, which has a class of that domain.
+    /// Processes of a domain are given a segment, which has a class of that domain or none.
     pub fn expose(&mut self, segment: SegmentId, to: TrustDomain) {
         self.exposed.entry(segment).or_insert(Exposed { to, earlier: false });
     }
@@ -378,7 +378,12 @@ impl SegmentTier {
         self.classes.get_mut(&richest)?.surrender(may_go, &allowances, rights.now)
     }
 
-    /// Segments that no class owns.
+    /// Segments that no class owns, the one that is taken next first.
+    pub fn free(&self) -> impl Iterator<Item = SegmentId> + '_ {
+        self.free.iter().rev().copied()
+    }
+
+    /// How many those are.
     pub fn free_segments(&self) -> usize {
         self.free.len()
     }

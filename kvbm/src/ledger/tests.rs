@@ -124,6 +124,7 @@ impl World {
             pin_budget_bytes: 12 * 4096,
             rescue: Duration::from_secs(3),
             shard_wait: Duration::from_secs(10),
+            one_domain: false,
         };
         let mut ledger = Ledger::new(config);
         ledger.set_segments(Some(SlotsIn::bytes(4 * 4096)));

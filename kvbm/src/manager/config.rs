@@ -55,6 +55,8 @@ pub struct ManagerConfig {
     pub rescue: Duration,
     /// How long a block waits for shards that nobody has begun to copy.
     pub shard_wait: Duration,
+    /// Sessions are of one trust domain only: engines are given host segments before anything is in them.
+    pub one_domain: bool,
     /// Maps the memory of engines that own theirs.
     pub exports: Arc<dyn MapExports>,
     /// Waits so long after each copied block. For drills that must hit a copy in flight; zero otherwise.
@@ -82,6 +84,7 @@ impl Default for ManagerConfig {
             pin_budget_bytes: PIN_BUDGET_BYTES,
             rescue: Duration::from_secs(3),
             shard_wait: Duration::from_secs(10),
+            one_domain: false,
             exports: Arc::new(MapShared),
             copy_delay: Duration::ZERO,
             secret: 0x5DEE_CE66_D1CE_4E5B,

@@ -214,6 +214,7 @@ impl Manager {
             pin_budget_bytes: config.pin_budget_bytes,
             rescue: config.rescue,
             shard_wait: config.shard_wait,
+            one_domain: config.one_domain,
         });
         let shared = Arc::new(Shared {
             started: Instant::now(),

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::Shared;
-use crate::store::{OwnedPool, Pages, SegmentNodes};
+use crate::store::{OwnedPool, SegmentNodes};
 
 /// Populating is bound by the kernel zeroing pages: a few threads help on large machines, more do not.
 const THREADS_MAX: usize = 8;
@@ -64,8 +64,7 @@ pub(super) fn run_pool(shared: &Shared, pool: &OwnedPool) {
 
 fn add_segment(shared: &Shared, bytes: usize, node: Option<u32>) -> bool {
     let stopping = || shared.stopping.load(Ordering::SeqCst);
-    let pages = if shared.disk.is_some() { Pages::Large } else { Pages::Any };
-    match shared.host.add(bytes, pages, node, stopping) {
+    match shared.host.add(bytes, node, stopping) {
         Ok(Some(segment)) => {
             let memory = Arc::clone(&shared.host.segments()[segment.0 as usize]);
             if let Some(Err(error)) = shared.warm.as_ref().map(|warm| warm.add(segment, &memory)) {
@@ -77,6 +76,7 @@ fn add_segment(shared: &Shared, bytes: usize, node: Option<u32>) -> bool {
             shared.pools.all().iter().for_each(|pool| pool.prepare(&memory));
             shared.engines.prepare(&memory);
             shared.with_ledger(|ledger, _| ledger.add_segment_on(segment, node));
+            shared.engines.segments_changed();
             true
         }
         Ok(None) => false,

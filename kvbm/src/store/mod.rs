@@ -18,7 +18,7 @@ pub(crate) use engine_memory::{EnginePoolMemory, MappedBlocks};
 pub use gpu_memory::MapGpus;
 #[cfg(test)]
 pub(crate) use gpu_memory::StandInGpus;
-pub(crate) use host::{HostSegments, Pages, segment_plan};
+pub(crate) use host::{HostSegments, segment_plan};
 pub(crate) use nodes::SegmentNodes;
 pub use pools::is_gpu;
 pub(crate) use pools::{OwnedPool, Pools};

@@ -193,6 +193,7 @@ impl Config {
             batch_blocks: bounded(self.batch_blocks),
             lease: Duration::from_millis(self.lease_ms),
             shard_wait: Duration::from_millis(self.shard_wait_ms),
+            one_domain: self.allowed_uids.is_empty(),
             rescue: Duration::from_millis(self.rescue_ms),
             exports: Arc::new(MapShared),
             orphan_pools_max: bounded(self.orphan_pools_max),

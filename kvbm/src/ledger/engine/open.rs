@@ -157,15 +157,18 @@ impl Ledger {
 
     // ---- host segments in the hands of engines ----------------------------------------------------------------------
 
-    /// Host segments that a session is to have and was not given yet. They are given now.
+    /// Host segments that a session is to have and was not given yet. They are given now: those of its class and, where
+    /// nobody else's blocks will ever be in them, those that have none yet. An engine that decodes suffers when host memory
+    /// is made known to its GPU, so that is best done before it begins.
     pub fn give_segments(&mut self, session: SessionId) -> Vec<SegmentId> {
-        let Self { engines, host, .. } = self;
+        let Self { engines, host, config, .. } = self;
         let mine = engines.pools.values().filter(|pool| pool.owner == EngineOwner::Session(session));
         let mut new = Vec::new();
         for class in mine.map(|pool| pool.identity.class()) {
             let given = engines.given.entry(session).or_default();
-            let segments: Vec<_> = host.class(class).into_iter().flat_map(|table| table.segments()).collect();
-            for segment in segments {
+            let own = host.class(class).into_iter().flat_map(|table| table.segments());
+            let ahead = host.free().filter(|_| config.one_domain);
+            for segment in own.chain(ahead).collect::<Vec<_>>() {
                 if given.insert(segment) {
                     host.expose(segment, class.domain);
                     new.push(segment);

@@ -517,6 +517,8 @@ impl Nodes {
 
 fn walk(mode: EnginePoolMode, shards: u32, ops: &[Op]) {
     let mut nodes = Nodes::new(mode, shards);
+    // Either way, all that holds holds.
+    nodes.ledger.config.one_domain = ops.len().is_multiple_of(2);
     nodes.ledger.add_segment(SegmentId(0));
     nodes.start();
     for op in ops {
@@ -692,6 +694,25 @@ fn a_dead_engine_is_rescued_dearest_first_until_the_time_is_up() {
     nodes.tick(3000);
     assert_eq!(nodes.ledger.engine_pools().count(), 0, "the time is up");
     assert!(nodes.ledger.tally().rescue_left > 0);
+}
+
+#[test]
+fn where_there_is_one_domain_engines_are_given_memory_before_anything_is_in_it() {
+    let given = |one_domain: bool| {
+        let mut nodes = Nodes::new(EnginePoolMode::Staged, 1);
+        nodes.ledger.config.one_domain = one_domain;
+        (0..3).for_each(|segment| nodes.ledger.add_segment(SegmentId(segment)));
+        let session = nodes.ledger.open_session(TrustDomain(1));
+        assert_eq!(nodes.ledger.give_segments(session), [], "it has no pool");
+        nodes.namespace(session);
+        nodes.ledger.add_engine_pool(session, nodes.identity(1, 0)).unwrap();
+        let first = nodes.ledger.give_segments(session);
+        nodes.ledger.add_segment(SegmentId(3));
+        (first, nodes.ledger.give_segments(session), nodes.ledger.give_segments(session))
+    };
+    assert_eq!(given(false), (vec![SegmentId(2)], vec![], vec![]));
+    let all = vec![SegmentId(2), SegmentId(1), SegmentId(0)];
+    assert_eq!(given(true), (all, vec![SegmentId(3)], vec![]));
 }
 
 #[test]

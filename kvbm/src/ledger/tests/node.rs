@@ -57,6 +57,7 @@ impl Node {
             pin_budget_bytes: 8 * BLOCK,
             rescue: Duration::from_secs(3),
             shard_wait: Duration::from_secs(10),
+            one_domain: false,
         });
         let cut = |blocks: usize| SlotsIn::bytes(blocks * BLOCK as usize);
         if sizes.host > 0 {
