@@ -1,6 +1,7 @@
 //! Graphs: work recorded once and issued with one call.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::ptr;
 
 use crate::sys::{call, cu};
@@ -49,6 +50,37 @@ impl Graph {
         // SAFETY: the caller's promise.
         unsafe { call!(cuGraphLaunch(self.raw, stream.raw())) }
     }
+}
+
+/// As long as this lives, what the calling thread asks of the driver is permitted beside recordings of other threads, and
+/// does not spoil them. Libraries forbid by default that any thread of their process registers memory, waits for an event
+/// or the like while they record; what is asked here has nothing to do with what they record.
+#[derive(Debug)]
+pub struct BesideRecordings {
+    before: cu::CUstreamCaptureMode,
+    /// It is of one thread.
+    _thread: PhantomData<*const ()>,
+}
+
+impl BesideRecordings {
+    /// From now on.
+    pub fn begin() -> Result<Self, Error> {
+        let relaxed = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        Ok(Self { before: exchange(relaxed)?, _thread: PhantomData })
+    }
+}
+
+impl Drop for BesideRecordings {
+    fn drop(&mut self) {
+        let _ = exchange(self.before);
+    }
+}
+
+/// Sets what the calling thread may ask beside recordings, and returns what it was.
+fn exchange(mut mode: cu::CUstreamCaptureMode) -> Result<cu::CUstreamCaptureMode, Error> {
+    // SAFETY: reads and writes one mode.
+    unsafe { call!(cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
+    Ok(mode)
 }
 
 impl Drop for Graph {

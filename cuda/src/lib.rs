@@ -37,7 +37,7 @@ pub use context::Context;
 pub use driver::{Device, DeviceName, Driver};
 pub use error::Error;
 pub use event::Event;
-pub use graph::Graph;
+pub use graph::{BesideRecordings, Graph};
 pub use host::{REGISTER_CHUNK_BYTES, RegisteredMemory, chunk_plan};
 pub use ipc::{IpcHandle, IpcMemory};
 pub use memory::{DeviceAddress, DeviceMemory, DeviceRange};

@@ -16,7 +16,7 @@ macro_rules! call {
 pub(crate) use call;
 
 /// Functions that this crate cannot do without. The bindings would panic where one is missing.
-const REQUIRED: [&str; 65] = [
+const REQUIRED: [&str; 66] = [
     "cuCtxEnablePeerAccess",
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
@@ -82,6 +82,7 @@ const REQUIRED: [&str; 65] = [
     "cuStreamWaitEvent",
     "cuStreamWaitValue32_v2",
     "cuStreamWriteValue32_v2",
+    "cuThreadExchangeStreamCaptureMode",
 ];
 
 /// The first function of [`REQUIRED`] that the loaded driver lacks. Only to be called when the library is there.

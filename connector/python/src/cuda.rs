@@ -15,8 +15,8 @@ use kvbm_connector::engine::{
     BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape, issued_at_once,
 };
 use kvbm_cuda::{
-    BatchCopier, Context, DeviceAddress, DeviceName, Driver, Error, Event, IpcHandle, RawCopy,
-    RegisteredMemory, Stream, chunk_plan,
+    BatchCopier, BesideRecordings, Context, DeviceAddress, DeviceName, Driver, Error, Event, IpcHandle,
+    RawCopy, RegisteredMemory, Stream, chunk_plan,
 };
 use kvbm_shm::SharedMemory;
 use parking_lot::{Mutex, RwLock};
@@ -138,6 +138,7 @@ impl CudaMover {
     }
 
     fn copy(&self, blocks: &[BlockCopy<'_>], way: Way) -> Result<(), String> {
+        let _beside = BesideRecordings::begin().map_err(|error| error.to_string())?;
         let mut lane = if way == Way::In { self.loads.lock() } else { self.saves.lock() };
         let whole = 0..self.shape.block_bytes();
         // SAFETY: the copies have ended before this function returns.
@@ -209,6 +210,8 @@ impl Mover for CudaMover {
 
     fn prepare(&self, segment: &Arc<SharedMemory>) -> Result<(), String> {
         let at = segment.address().addr().get();
+        // The engine may be recording its graphs.
+        let _beside = BesideRecordings::begin().map_err(|error| error.to_string())?;
         let registered = RegisteredMemory::begin(&self.context, segment.clone(), REGISTERED_AT_ONCE_BYTES);
         let mut registered = registered.map_err(|error| error.to_string())?;
         for piece in chunk_plan(segment.bytes(), REGISTERED_AT_ONCE_BYTES) {
@@ -228,6 +231,7 @@ impl Mover for CudaMover {
     fn release(&self, segment: &SharedMemory) {
         let released = self.segments.write().remove(&segment.address().addr().get());
         // Outside the lock: it waits for the GPU.
+        let _beside = BesideRecordings::begin();
         drop(released);
     }
 
@@ -251,6 +255,7 @@ impl Mover for CudaMover {
         begun: &mut dyn FnMut(Arc<dyn Fence>),
     ) -> Result<(), String> {
         self.note_work();
+        let _beside = BesideRecordings::begin().map_err(|error| error.to_string())?;
         let mut lane = self.loads.lock();
         let issued: Result<(), String> = steps.iter().try_for_each(|step| {
             // SAFETY: who loads keeps pages, slots and segments until the last fence was reached; if not all were
@@ -283,6 +288,7 @@ struct Reached(Event);
 
 impl Fence for Reached {
     fn wait(&self) -> Result<(), String> {
+        let _beside = BesideRecordings::begin().map_err(|error| error.to_string())?;
         self.0.synchronize().map_err(|error| error.to_string())
     }
 
