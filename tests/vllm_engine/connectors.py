@@ -69,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser, modes: str) -> None:
     )
     parser.add_argument("--lmcache-daemon")
     parser.add_argument("--pegaflow-daemon")
+    parser.add_argument(
+        "--graphs", action="store_true", help="decode by CUDA graphs, recorded when the engine starts, uncompiled"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--socket", default="", help=argparse.SUPPRESS)
@@ -131,10 +134,12 @@ def make_llm(options: argparse.Namespace, max_model_len: int, **more: Any) -> An
     config = transfer_config(options)
     if config is not None:
         more.update(kv_transfer_config=config, disable_hybrid_kv_cache_manager=True)
+    if options.graphs:
+        more["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     return LLM(
         str(folder),
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=not options.graphs,
         max_model_len=max_model_len,
         dtype="bfloat16",
         gpu_memory_utilization=0.6,

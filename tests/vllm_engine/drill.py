@@ -105,7 +105,7 @@ def main() -> None:
             wait_until("a block is found", drill.finds)
             drill.each("first asked")
             blocks = options.prompts * ((options.prompt_tokens + TOKENS - 1) // 32)
-            wait_until("all is saved", lambda: node.host_blocks() >= blocks)
+            wait_until(f"all {blocks} blocks are saved", lambda: node.host_blocks() >= blocks)
             drill.each("found", 2)
             for at in range(options.strikes):
                 for struck, strike, restored, restore in (

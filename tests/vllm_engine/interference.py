@@ -2,10 +2,12 @@
 
     interference.py --modes none,native,kvbm,lmcache,pegaflow --kvbm target/ci/kvbm --starts 2
 
-`--batch` requests decode. Quiet windows and busy ones take turns. In a busy one prompts come beside them, one after the
-other, that host memory has and the engine's own cache has not any more (there are more of them than it has room for),
-so that each is onboarded; and short new ones, whose blocks are offloaded. An engine without a connector gets the short
-ones only: what they cost by being computed. Told are the gaps between tokens of those that decode: TPOT.
+`--batch` requests decode. Quiet windows and busy ones take turns. In a busy one prompts come beside them that host memory
+has and the engine's own cache has not any more (there are more of them than it has room for), so that each is
+onboarded; and short new ones, whose blocks are offloaded. Both come at set times, so that every connector has the same
+to do; one that has not come to its end by then puts off the next (`--onboard-every-s 0`: always as soon as the last one
+ended). An engine without a connector gets the short ones only: what they cost by being computed. Told are the gaps
+between tokens of those that decode: TPOT.
 """
 
 from __future__ import annotations
@@ -85,12 +87,13 @@ def one(options: argparse.Namespace) -> None:
     for window in range(windows):
         busy, ends = window % 2 == 1, time.monotonic() + options.window_s
         onboarding = new = None
-        next_new = time.monotonic()
+        next_new = next_onboarding = time.monotonic()
         last: dict[str, float] = {}
         gaps.append([])
         while time.monotonic() < ends:
-            if busy and kept and onboarding is None:
+            if busy and kept and onboarding is None and time.monotonic() > next_onboarding:
                 onboarding, turn = add(kept[turn % len(kept)], 1), turn + 1
+                next_onboarding += options.onboard_every_s
             if busy and new is None and time.monotonic() > next_new:
                 new, next_new = add(prompt_of(options.new_length), 1), next_new + options.new_every_s
             outputs, now = step(), time.monotonic()
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of prompts that are onboarded")
     parser.add_argument("--new-length", type=int, default=512, help="tokens of new prompts")
     parser.add_argument("--new-every-s", type=float, default=0.25)
+    parser.add_argument("--onboard-every-s", type=float, default=0.2)
     parser.add_argument("--max-len", type=int, default=16384)
     parser.add_argument("--windows", type=int, default=9, help="quiet, busy, quiet, ...")
     parser.add_argument("--window-s", type=float, default=3)

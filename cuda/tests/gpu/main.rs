@@ -7,6 +7,7 @@
 mod batches;
 mod compute;
 mod engine;
+mod graphs;
 mod interference;
 mod leaks;
 mod patterns;
@@ -31,7 +32,7 @@ type Outcome = Result<String, String>;
 
 type Test = (&'static str, fn(&Gpu) -> Outcome);
 
-const TESTS: [Test; 22] = [
+const TESTS: [Test; 23] = [
     ("the_gpu_is_described", describe),
     ("each_batch_form_copies_scattered_blocks", batches::each_form),
     ("a_refused_copy_leaves_the_gpu_usable", batches::refused),
@@ -51,6 +52,7 @@ const TESTS: [Test; 22] = [
     ("each_batch_form_copies_from_gpu_to_gpu", two_gpus::each_form),
     ("host_memory_is_registered_once_for_all_gpus", two_gpus::registered_once),
     ("kernels_and_graphs_run", compute::kernels),
+    ("graphs_are_recorded_beside_our_threads", graphs::beside),
     ("matrix_products_are_right", compute::products),
     ("background_copies_leave_decoding_alone", interference::paced),
     ("killed_processes_leak_nothing", leaks::cycles),

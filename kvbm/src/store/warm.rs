@@ -108,12 +108,14 @@ impl WarmTables {
     }
 
     /// A segment that an earlier daemon left, as number `segment`, if it can be used: with what is in it, if it is bound.
-    /// One into which a drive may still be writing for the dead daemon cannot.
+    /// One into which a drive may still be writing for the dead daemon cannot, nor can one that nothing was in unless there is but
+    /// `one_domain`: anybody's processes may have been given it.
     pub fn adopt(
         &self,
         segment: SegmentId,
         found: &WarmSegment,
         segment_bytes: usize,
+        one_domain: bool,
     ) -> Option<Option<FoundSegment>> {
         let table = SegmentTable::from_memory(Arc::clone(&found.table));
         let usable = found.fingerprint == fingerprint(segment_bytes)
@@ -127,7 +129,11 @@ impl WarmTables {
                 && binding.stride.is_multiple_of(PAGE_BYTES)
                 && segment_bytes / binding.stride == binding.slots as usize
         });
-        if bound.as_ref().is_some_and(|binding| (0..binding.slots).any(|index| table.is_reading(index))) {
+        let refused = match &bound {
+            Some(binding) => (0..binding.slots).any(|index| table.is_reading(index)),
+            None => !one_domain,
+        };
+        if refused {
             return None;
         }
         if segment.0 != found.index {

@@ -28,9 +28,8 @@ impl Shared {
         for segment in found {
             // Those that can be used close ranks: where a segment lies says nothing about what is in it.
             let number = SegmentId(there);
-            let usable = (there < count).then(|| warm.adopt(number, &segment, segment_bytes)).flatten();
-            // What nothing was in may have been given to anybody's processes.
-            let usable = usable.filter(|content| content.is_some() || self.config.one_domain);
+            let adopt = || warm.adopt(number, &segment, segment_bytes, self.config.one_domain);
+            let usable = (there < count).then(adopt).flatten();
             surplus.push(segment.index);
             let index = segment.index;
             let Some(content) = usable else { continue };

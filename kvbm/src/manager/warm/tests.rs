@@ -108,9 +108,9 @@ fn a_slot_that_was_being_filled_is_free() {
     assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 8);
     let table = crate::store::WarmTables::new(Box::new(kept.clone()), 0);
     let segments = kept.warm().found;
-    segments
-        .iter()
-        .for_each(|segment| drop(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes())));
+    segments.iter().for_each(|segment| {
+        drop(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes(), true))
+    });
     // The fifth block is overwritten just when its daemon dies.
     table.clear(std::iter::once(manager.inspect(|ledger| ledger.host_place(keys[4])).unwrap()));
     let next = start(with_host(1 << 20), &kept);
@@ -134,6 +134,36 @@ fn memory_that_is_cut_otherwise_is_given_up() {
         "{sizes:?}"
     );
     [manager, larger].iter().for_each(Manager::stop);
+}
+
+/// Where one user alone may attach, memory is given to engines before anything is in it. The next daemon may admit others.
+#[test]
+fn memory_that_nothing_was_in_has_a_successor_where_there_is_one_domain_only() {
+    for one_domain in [false, true] {
+        let kept = Kept::default();
+        let manager = start(with_host(1 << 20), &kept);
+        let engine = Engine::attach(&manager, true);
+        let keys = engine.keys(&(0..16).collect::<Vec<_>>());
+        assert_eq!(engine.offloaded(&engine.compute(&keys)).blocks_done, 4);
+        let bound = manager.inspect(|ledger| ledger.host_place(keys[0])).unwrap().segment.0;
+        let memory = |index: u32| Arc::clone(&kept.segments.lock()[&index].memory);
+        let unbound: Vec<_> = kept.segments.lock().keys().copied().filter(|index| *index != bound).collect();
+        assert!(!unbound.is_empty());
+        let at = memory(bound).bytes() - 8;
+        unbound.iter().for_each(|index| memory(*index).write(at, b"was here"));
+        let next = start(ManagerConfig { one_domain, ..with_host(1 << 20) }, &kept);
+        assert_eq!(found(&Engine::attach(&next, true), &keys), 4);
+        let is_old = |memory: Arc<SharedMemory>| {
+            let mut end = [0; 8];
+            memory.read(at, &mut end);
+            end == *b"was here"
+        };
+        let old = kept.segments.lock().values().filter(|segment| is_old(Arc::clone(&segment.memory))).count();
+        assert_eq!(old, if one_domain { unbound.len() } else { 0 });
+        assert_eq!(kept.segments.lock().len(), unbound.len() + 1);
+        next.inspect(Ledger::check_integrity);
+        [manager, next].iter().for_each(Manager::stop);
+    }
 }
 
 /// The holder may give us anything: nothing of it is believed that is not consistent.
@@ -167,7 +197,7 @@ fn a_segment_into_which_a_dead_daemons_drive_may_write_has_no_successor() {
     let table = crate::store::WarmTables::new(Box::new(kept.clone()), 0);
     let segments = kept.warm().found;
     for segment in &segments {
-        assert!(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes()).is_some());
+        assert!(table.adopt(SegmentId(segment.index), segment, segment.memory.bytes(), true).is_some());
     }
     let place = manager.inspect(|ledger| ledger.host_place(keys[4])).unwrap();
     let old = segments.iter().find(|segment| segment.index == place.segment.0).unwrap();
