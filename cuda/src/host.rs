@@ -64,6 +64,25 @@ impl RegisteredMemory {
         found.map(|()| true)
     }
 
+    /// Unregisters it without waiting for the GPU, as dropping it does: that would be a wait for all work of this process,
+    /// which is not permitted either while any of it is being recorded.
+    ///
+    /// # Safety
+    /// What the GPU was told to copy from or to it has ended.
+    pub unsafe fn end(mut self) {
+        self.unregister();
+    }
+
+    fn unregister(&mut self) {
+        let chunks = std::mem::take(&mut self.addresses).len();
+        for chunk in chunk_plan(self.memory.bytes(), self.chunk_bytes).take(chunks) {
+            // SAFETY: the chunk lies within the mapping.
+            let start = unsafe { self.memory.address().add(chunk.start) }.as_ptr().cast();
+            // SAFETY: registered by `register_next`, unregistered once.
+            let _ = unsafe { call!(cuMemHostUnregister(start)) };
+        }
+    }
+
     /// The memory itself.
     pub fn memory(&self) -> &Arc<SharedMemory> {
         &self.memory
@@ -88,13 +107,10 @@ impl RegisteredMemory {
 
 impl Drop for RegisteredMemory {
     fn drop(&mut self) {
-        // What the GPU was told to copy must end while the pages are pinned.
-        let _ = self.context.synchronize();
-        for chunk in chunk_plan(self.memory.bytes(), self.chunk_bytes).take(self.addresses.len()) {
-            // SAFETY: the chunk lies within the mapping.
-            let start = unsafe { self.memory.address().add(chunk.start) }.as_ptr().cast();
-            // SAFETY: registered by `register_next`, unregistered once.
-            let _ = unsafe { call!(cuMemHostUnregister(start)) };
+        if !self.addresses.is_empty() {
+            // What the GPU was told to copy must end while the pages are pinned.
+            let _ = self.context.synchronize();
+            self.unregister();
         }
     }
 }

@@ -96,8 +96,8 @@ def main() -> None:
         folder = Path(name)
         node = Node(options.kvbm, folder, "--cpu-cache-gb", "0.5")
         server = Served(folder, options.model, kvbm_config(folder / "kvbm.sock"), **ONE_THREAD)
+        drill = Drill(server, prompts(5, options.prompts, options.prompt_tokens))
         try:
-            drill = Drill(server, prompts(5, options.prompts, options.prompt_tokens))
             drill.each("warming up")
             del drill.times["warming up"]
             drill.each("no daemon", 3)
@@ -124,6 +124,10 @@ def main() -> None:
             node.kill()
             drill.each("no daemon", 2)
             drill.judge()
+        except AssertionError as error:
+            drill.failures.append(str(error))
+            if status := node.status():
+                print(status)
         finally:
             server.kill()
             node.close()

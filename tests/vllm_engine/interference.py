@@ -2,21 +2,23 @@
 
     interference.py --modes none,native,kvbm,lmcache,pegaflow --kvbm target/ci/kvbm --starts 2
 
-`--batch` requests decode. Quiet windows and busy ones take turns. In a busy one prompts come beside them that host memory
-has and the engine's own cache has not any more (there are more of them than it has room for), so that each is
-onboarded; and short new ones, whose blocks are offloaded. Both come at set times, so that every connector has the same
-to do; one that has not come to its end by then puts off the next (`--onboard-every-s 0`: always as soon as the last one
-ended). An engine without a connector gets the short ones only: what they cost by being computed. Told are the gaps
-between tokens of those that decode: TPOT.
+`--batch` requests decode. Quiet windows and busy ones take turns. In a busy one prompts come beside them that host
+memory has and the engine's own cache has not any more (there are more of them than it has room for), so that each is
+onboarded; and short new ones, whose blocks are offloaded. Both come at set times, so that every connector has the
+same to do; one that has not come to its end by then puts off the next (`--onboard-every-s 0`: always as soon as the
+last one ended). An engine without a connector gets the short ones only: what they cost by being computed. Told are
+the gaps between tokens of those that decode: TPOT; and how many cores the engine's processes use.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import connectors
@@ -82,6 +84,7 @@ def one(options: argparse.Namespace) -> None:
             if made.request_id in decoding:
                 decoding[made.request_id] = len(made.outputs[0].token_ids)
     gaps: list[list[float]] = []
+    cores: list[float] = []
     found = asked = 0
     turn = 0
     for window in range(windows):
@@ -90,6 +93,7 @@ def one(options: argparse.Namespace) -> None:
         next_new = next_onboarding = time.monotonic()
         last: dict[str, float] = {}
         gaps.append([])
+        begun, used = time.monotonic(), cpu_seconds()
         while time.monotonic() < ends:
             if busy and kept and onboarding is None and time.monotonic() > next_onboarding:
                 onboarding, turn = add(kept[turn % len(kept)], 1), turn + 1
@@ -107,9 +111,23 @@ def one(options: argparse.Namespace) -> None:
                     found += made.num_cached_tokens or 0
                 elif made.finished and made.request_id == new:
                     new = None
+        cores.append((cpu_seconds() - used) / (time.monotonic() - begun))
         until_done(onboarding, new)
     engine.abort_request(list(decoding))
-    connectors.tell(options, {"mode": options.one, "gaps": gaps, "found": found, "asked": asked})
+    connectors.tell(options, {"mode": options.one, "gaps": gaps, "cores": cores, "found": found, "asked": asked})
+
+
+def cpu_seconds() -> float:
+    """Of all processes of this one's session, which are the engine's."""
+    session, ticks = str(os.getsid(0)), 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # It has ended.
+        if fields[3] == session:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def at(values: list[float], quantile: float) -> float:
@@ -119,8 +137,8 @@ def at(values: list[float], quantile: float) -> float:
 
 def table(results: list[dict[str, Any]], modes: list[str]) -> str:
     lines = [
-        "| connector | TPOT quiet p50, p99 ms | busy p50, p99 ms | onboarded, of tokens asked for |",
-        "|---|---|---|---|",
+        "| connector | TPOT quiet p50, p99 ms | busy p50, p99 ms | cores quiet, busy | onboarded, of tokens asked |",
+        "|---|---|---|---|---|",
     ]
     for mode in modes:
         of_mode = [result for result in results if result["mode"] == mode]
@@ -131,9 +149,13 @@ def table(results: list[dict[str, Any]], modes: list[str]) -> str:
             # The first window is one in which things settle.
             windows = [gaps for result in of_mode for gaps in result["gaps"][2 - busy :: 2] if gaps]
             cells.append(", ".join(f"{statistics.median(at(gaps, q) for gaps in windows):.2f}" for q in (0.5, 0.99)))
+        used = ", ".join(
+            f"{statistics.median(cores for result in of_mode for cores in result['cores'][2 - busy :: 2]):.2f}"
+            for busy in (0, 1)
+        )
         found, asked = (sum(result[name] for result in of_mode) for name in ("found", "asked"))
         share = f"{found / asked:.3f} of {asked}" if asked else ""
-        lines.append(f"| {mode} | {cells[0]} | {cells[1]} | {share} |")
+        lines.append(f"| {mode} | {cells[0]} | {cells[1]} | {used} | {share} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 //! Moves blocks of engines whose KV memory is on a GPU, on streams of our own in the engine's process.
 //!
 //! Batch copies only, which the copy engines do: a kernel would take its turns with the engine's. Each way has a stream,
-//! so that loads never wait behind saves.
+//! so that loads never wait behind saves. Who waits sleeps: the cores are the engine's.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -76,7 +76,7 @@ impl CudaMover {
             Ok(Mutex::new(Lane {
                 stream: Stream::new(&context)?,
                 copier: BatchCopier::new(&driver),
-                done: Event::new(&context)?,
+                done: Event::restful(&context)?,
             }))
         };
         Ok(Self {
@@ -219,7 +219,11 @@ impl Mover for CudaMover {
             // The daemon has provided the pages; this process finds them now, and not while the driver holds its locks. A
             // kernel that cannot do that does it then.
             let _ = segment.populate(piece);
-            registered.register_next().map_err(|error| error.to_string())?;
+            if let Err(error) = registered.register_next() {
+                // SAFETY: nobody was told of it.
+                unsafe { registered.end() };
+                return Err(error.to_string());
+            }
             if self.is_at_work() {
                 thread::sleep(begun.elapsed() * PAUSES_AT_WORK);
             }
@@ -230,14 +234,17 @@ impl Mover for CudaMover {
 
     fn release(&self, segment: &SharedMemory) {
         let released = self.segments.write().remove(&segment.address().addr().get());
-        // Outside the lock: it waits for the GPU.
         let _beside = BesideRecordings::begin();
-        drop(released);
+        if let Some(memory) = released.and_then(Arc::into_inner) {
+            // SAFETY: copies have ended when `copy` returns, and whoever loads in steps keeps the segment until the last
+            // fence was reached (see `issue`). One that still issues copies has a share in it: then it is dropped there.
+            unsafe { memory.end() };
+        }
     }
 
     fn fence(&self, stream: u64) -> Result<Arc<dyn Fence>, String> {
         self.note_work();
-        let event = Event::new(&self.context).map_err(|error| error.to_string())?;
+        let event = Event::restful(&self.context).map_err(|error| error.to_string())?;
         // SAFETY: the engine passes a stream of its own, which it keeps.
         unsafe { event.record_foreign(stream) }.map_err(|error| error.to_string())?;
         Ok(Arc::new(Reached(event)))
@@ -261,7 +268,7 @@ impl Mover for CudaMover {
             // SAFETY: who loads keeps pages, slots and segments until the last fence was reached; if not all were
             // issued, those that were have ended when this returns.
             unsafe { self.issue(&mut lane, blocks, step, Way::In) }?;
-            let there = Event::new(&self.context).map_err(|error| error.to_string())?;
+            let there = Event::restful(&self.context).map_err(|error| error.to_string())?;
             there.record(&lane.stream).map_err(|error| error.to_string())?;
             begun(Arc::new(Reached(there)));
             Ok(())

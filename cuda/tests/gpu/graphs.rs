@@ -5,37 +5,73 @@ use std::sync::Arc;
 use std::thread;
 
 use cudarc::driver::sys as cu;
-use kvbm_cuda::{BesideRecordings, Error, Event, RegisteredMemory, Stream};
+use kvbm_cuda::{BesideRecordings, DeviceMemory, DeviceRange, Error, Event, RegisteredMemory, Stream};
 use kvbm_shm::SharedMemory;
 
 use crate::{Gpu, Outcome};
 
 const BYTES: usize = 8 << 20;
 
+/// What our threads ask, by its name.
+const ASKED: [(&str, Ask); 4] =
+    [("wait", wait), ("register", register), ("unregister", unregister), ("load", load)];
+
+type Ask = fn(&Gpu) -> Result<(), Error>;
+
 pub fn beside(gpu: &Gpu) -> Outcome {
-    let guarded = || -> Result<(), Error> {
-        let _beside = BesideRecordings::begin()?;
-        asked(gpu)
-    };
-    match recorded(gpu, guarded)? {
-        (Ok(()), 0) => {}
-        (asked, ended) => return Err(format!("asked: {asked:?}; the recording ended with {ended}")),
+    let mut refused = Vec::new();
+    for (name, ask) in ASKED {
+        let guarded = || BesideRecordings::begin().and_then(|_beside| ask(gpu));
+        match recorded(gpu, guarded)? {
+            (Ok(()), 0) => {}
+            (asked, ended) => return Err(format!("{name}: {asked:?}; the recording ended with {ended}")),
+        }
+        // What libraries forbid: where the driver does not mind, the guard is of no use.
+        match recorded(gpu, || ask(gpu))? {
+            (Ok(()), 0) => {}
+            (asked, ended) => refused.push(format!("{name} ({asked:?}, {ended})")),
+        }
     }
-    // What libraries forbid: if the driver does not mind, the guard is of no use here.
-    let (asked, ended) = recorded(gpu, || asked(gpu))?;
-    let refused = asked.err().map_or("nothing".into(), |error| error.to_string());
-    Ok(format!("without the guard {refused} is refused, and the recording ends with {ended}"))
+    if refused.is_empty() {
+        return Err("nothing is refused without the guard, so this shows nothing".into());
+    }
+    Ok(format!("refused without the guard: {}", refused.join(", ")))
 }
 
-/// Waits, registers and unregisters, as for a host segment.
-fn asked(gpu: &Gpu) -> Result<(), Error> {
+fn wait(gpu: &Gpu) -> Result<(), Error> {
     let stream = Stream::new(&gpu.context)?;
-    let event = Event::new(&gpu.context)?;
+    let event = Event::restful(&gpu.context)?;
     event.record(&stream)?;
-    event.synchronize()?;
-    let memory = Arc::new(SharedMemory::create("kvbm-gpu-test", BYTES).expect("there is memory"));
-    let mut registered = RegisteredMemory::begin(&gpu.context, memory, BYTES)?;
-    registered.register_next().map(|_| ())
+    event.synchronize()
+}
+
+fn registered(gpu: &Gpu) -> Result<RegisteredMemory, Error> {
+    let memory = SharedMemory::create("kvbm-gpu-test", BYTES).expect("there is memory");
+    let mut registered = RegisteredMemory::begin(&gpu.context, Arc::new(memory), BYTES)?;
+    registered.register_next()?;
+    Ok(registered)
+}
+
+/// It stays registered: unregistering is another matter.
+fn register(gpu: &Gpu) -> Result<(), Error> {
+    registered(gpu).map(std::mem::forget)
+}
+
+fn unregister(gpu: &Gpu) -> Result<(), Error> {
+    // SAFETY: nothing is copied.
+    registered(gpu).map(|registered| unsafe { registered.end() })
+}
+
+fn load(gpu: &Gpu) -> Result<(), Error> {
+    let (host, stream) = (registered(gpu)?, Stream::new(&gpu.context)?);
+    let memory = DeviceMemory::allocate(&gpu.context, BYTES)?;
+    // SAFETY: both are there until the copy has ended.
+    unsafe { stream.copy(memory.address(), host.device_address(0), BYTES) }?;
+    stream.synchronize()?;
+    // SAFETY: it has.
+    unsafe { host.end() };
+    std::mem::forget(memory);
+    Ok(())
 }
 
 /// Records in the mode that libraries use by default, while another thread runs `ask`. What that returned, and the code with
