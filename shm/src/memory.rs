@@ -100,6 +100,12 @@ impl SharedMemory {
         Ok(memory)
     }
 
+    /// Names the memory behind a descriptor, among all there is as long as the descriptor is open.
+    pub fn id_of(fd: BorrowedFd<'_>) -> Result<(u64, u64), Error> {
+        let stat = fs::fstat(fd).map_err(Error::system("stat", "memfd"))?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes

@@ -334,6 +334,8 @@ fn a_daemon_that_hangs_holds_up_one_lookup_and_caching_resumes() {
     let on_stream = engine.ranks[0].figure("lookups_on_stream");
     node.assert_idle();
     engine.serve_until_found(&prompt(1));
+    // Host memory that the session before had mapped was not mapped once more.
+    assert!(engine.ranks[0].figure("segments_kept") >= 1);
     assert_eq!(engine.ranks[0].figure("lookups_on_stream"), on_stream);
     assert_eq!(engine.broken_promises(), 0);
 }

@@ -21,6 +21,7 @@ FIGURES = {
     "lookups_on_stream": "Lookups that went the long way, through the session's stream.",
     "lookups_skipped": "Lookups that were not asked because the daemon was away or slow.",
     "disk_waits": "Requests that waited for blocks from disk.",
+    "segments_kept": "Host segments that were mapped already when a session brought them.",
     "attaches": "Times a session with the daemon was opened.",
 }
 

@@ -1,6 +1,7 @@
 //! Host memory as a worker half uses it: mapped segments, and the pins that keep slots in place.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvbm_hash::{Namespace, SequenceHash};
@@ -15,28 +16,47 @@ use super::pool::Mover;
 pub(crate) struct HostMemory {
     pub words: Arc<PoolWords>,
     pub writes: Arc<WritePins>,
-    pub segments: RwLock<HashMap<u32, Arc<SharedMemory>>>,
+    pub segments: RwLock<HashMap<u32, Arc<MappedSegment>>>,
     /// Bytes from one slot to the next.
     pub slot_stride: usize,
     /// Bytes from the start of a slot to this rank's part.
     pub shard_offset: usize,
     /// Bytes of this rank's part.
     pub block_bytes: usize,
-    pub mover: Arc<dyn Mover>,
 }
 
-impl Drop for HostMemory {
+/// A host segment that the mover was told of, until this is dropped. Sessions that are given the same memory share it: a
+/// device takes long to learn of memory.
+#[derive(Debug)]
+pub(crate) struct MappedSegment {
+    memory: Arc<SharedMemory>,
+    mover: Arc<dyn Mover>,
+}
+
+impl MappedSegment {
+    /// Maps what the daemon sent.
+    pub fn new(fd: OwnedFd, mover: Arc<dyn Mover>) -> Result<Self, String> {
+        let memory = Arc::new(SharedMemory::from_fd(fd).map_err(|error| error.to_string())?);
+        mover.prepare(&memory)?;
+        Ok(Self { memory, mover })
+    }
+
+    /// Names the memory; see [`SharedMemory::id_of`].
+    pub fn id(&self) -> Option<(u64, u64)> {
+        SharedMemory::id_of(self.memory.fd()).ok()
+    }
+}
+
+impl Drop for MappedSegment {
     fn drop(&mut self) {
-        for segment in self.segments.get_mut().values() {
-            self.mover.release(segment);
-        }
+        self.mover.release(&self.memory);
     }
 }
 
 impl HostMemory {
     /// The segment of a slot, and where in it this rank's part begins. `None`: this process has not mapped it.
     pub fn place(&self, segment: u32, index: u32) -> Option<(Arc<SharedMemory>, usize)> {
-        let memory = self.segments.read().get(&segment)?.clone();
+        let memory = self.segments.read().get(&segment)?.memory.clone();
         let offset = (index as usize).checked_mul(self.slot_stride)?.checked_add(self.shard_offset)?;
         let end = offset.checked_add(self.block_bytes)?;
         (end <= memory.bytes()).then_some((memory, offset))

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 use super::export::Exported;
 use super::generations::Generations;
-use super::host::{Host, HostMemory, StoreRequest, Stored, Write, WritePins, Writes};
+use super::host::{Host, HostMemory, MappedSegment, StoreRequest, Stored, Write, WritePins, Writes};
 use super::metadata::Lease;
 use super::pool::{Mover, PoolShape};
 use super::scheduler::{Arrival, Directory, Look, Promised};
@@ -59,6 +59,8 @@ pub struct LinkCounts {
     pub lookups_on_stream: AtomicU64,
     /// Requests that waited for blocks from disk.
     pub disk_waits: AtomicU64,
+    /// Host segments that were mapped already when a session brought them.
+    pub segments_kept: AtomicU64,
 }
 
 /// What was registered.
@@ -203,6 +205,12 @@ impl Inner {
     fn memories(&self) -> Vec<Arc<HostMemory>> {
         let current = self.current().and_then(|attachment| Some(attachment.pool.as_ref()?.host.clone()));
         current.into_iter().chain(self.former.lock().iter().rev().cloned()).collect()
+    }
+
+    /// Segments of all of them, by the names of their memory.
+    fn mapped(&self) -> HashMap<(u64, u64), Arc<MappedSegment>> {
+        let of = |host: Arc<HostMemory>| host.segments.read().values().cloned().collect::<Vec<_>>();
+        self.memories().into_iter().flat_map(of).filter_map(|mapped| Some((mapped.id()?, mapped))).collect()
     }
 
     fn keep(&self, host: Arc<HostMemory>) {

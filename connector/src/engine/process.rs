@@ -306,6 +306,7 @@ impl EngineProcess {
                     ("lookups_on_stream", &counts.lookups_on_stream),
                     ("lookups_found", &counts.lookups_found),
                     ("disk_waits", &counts.disk_waits),
+                    ("segments_kept", &counts.segments_kept),
                 ]
                 .map(|(name, count)| (name, count.load(Ordering::Relaxed))),
             );

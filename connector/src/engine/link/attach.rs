@@ -1,8 +1,9 @@
 //! Opening a session, and looking after it until it ends.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvbm_proto::v1;
@@ -16,6 +17,7 @@ use crate::ClientError;
 use crate::client::{Client, answer};
 use crate::engine::PoolChoice;
 use crate::engine::export::ExportedMemory;
+use crate::engine::host::MappedSegment;
 use crate::engine::settings::EngineSettings;
 use crate::session::Question;
 
@@ -25,6 +27,9 @@ const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How often a daemon is asked for a sign of life, and how often after it missed a lookup.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const PROBE_EVERY_OPEN: Duration = Duration::from_millis(100);
+
+/// How long what an earlier session had mapped is kept after the last segment that came.
+const KNOWN_KEPT: Duration = Duration::from_millis(200);
 
 /// What a daemon must be able to do.
 const FEATURE: &str = "engine_pools";
@@ -43,7 +48,7 @@ pub(super) async fn run(inner: Arc<Inner>, mut named: watch::Receiver<Option<[u8
             Ok(attachment) => {
                 pause = first;
                 said.clear();
-                inner.counts.attaches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                inner.counts.attaches.fetch_add(1, Ordering::Relaxed);
                 tracing::info!(rank = inner.settings.rank, "attached to the daemon");
                 let reason = serve(&inner, attachment).await;
                 tracing::info!(rank = inner.settings.rank, reason, "not attached to the daemon any more");
@@ -138,11 +143,9 @@ async fn open_pool(
         )));
     }
     let segments = RwLock::new(HashMap::new());
-    let mover = pool.mover.clone();
     let words = Arc::new(words);
     let writes = Arc::new(WritePins::new(words.clone()));
-    let host =
-        Arc::new(HostMemory { words, writes, segments, slot_stride, shard_offset, block_bytes, mover });
+    let host = Arc::new(HostMemory { words, writes, segments, slot_stride, shard_offset, block_bytes });
     Ok(OpenPool { id: reply.pool_id, mode, host })
 }
 
@@ -213,20 +216,47 @@ async fn serve(inner: &Arc<Inner>, attachment: Arc<Attachment>) -> String {
     reason
 }
 
-/// Maps what the daemon sends, and tells it.
+/// Maps what the daemon sends, and tells it. What sessions before had mapped may come again. Until it is clear that no more
+/// of it does, that comes first, and new memory waits.
 async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> String {
     let Some((registered, pool)) = inner.registered.pool.as_ref().zip(attachment.pool.as_ref()) else {
         // A process that only asks is sent none.
         return std::future::pending().await;
     };
+    let (mut known, mut new) = (inner.mapped(), VecDeque::new());
     loop {
-        let (segment, fd) = attachment.client.session().side().next_segment().await;
-        let mover = registered.mover.clone();
-        // Registering memory with a device takes its time.
-        let mapped = tokio::task::spawn_blocking(move || map(fd, mover.as_ref())).await;
-        match mapped.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(memory) => {
-                pool.host.segments.write().insert(segment, memory);
+        let next = attachment.client.session().side().next_segment();
+        let (segment, fd) = if known.is_empty() {
+            match new.pop_front() {
+                Some(waiting) => waiting,
+                None => next.await,
+            }
+        } else if let Ok(next) = timeout(KNOWN_KEPT, next).await {
+            next
+        } else {
+            known.clear();
+            continue;
+        };
+        let again = SharedMemory::id_of(fd.as_fd()).ok().and_then(|id| known.remove(&id));
+        if again.is_none() && !known.is_empty() {
+            new.push_back((segment, fd));
+            continue;
+        }
+        let mapped = match again {
+            Some(mapped) => {
+                inner.counts.segments_kept.fetch_add(1, Ordering::Relaxed);
+                Ok(mapped)
+            }
+            None => {
+                let mover = registered.mover.clone();
+                // Registering memory with a device takes its time.
+                let mapped = tokio::task::spawn_blocking(move || MappedSegment::new(fd, mover)).await;
+                mapped.unwrap_or_else(|error| Err(error.to_string())).map(Arc::new)
+            }
+        };
+        match mapped {
+            Ok(mapped) => {
+                pool.host.segments.write().insert(segment, mapped);
                 let mapped = v1::MappedSegments { pool_id: pool.id, segments: vec![segment] };
                 attachment.tell(Question::MappedSegments(mapped)).await;
             }
@@ -234,13 +264,6 @@ async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> Strin
             Err(error) => tracing::warn!(segment, error, "a segment of host memory cannot be used"),
         }
     }
-}
-
-fn map(fd: OwnedFd, mover: &dyn crate::engine::pool::Mover) -> Result<Arc<SharedMemory>, String> {
-    let memory = SharedMemory::from_fd(fd).map_err(|error| error.to_string())?;
-    let memory = Arc::new(memory);
-    mover.prepare(&memory)?;
-    Ok(memory)
 }
 
 /// Ends when no answer comes any more. Closes the breaker when one comes promptly.

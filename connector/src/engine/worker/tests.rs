@@ -9,7 +9,7 @@ use kvbm_shm::{LentMemory, PinState, PinnedSlot, PoolWords, SharedMemory};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::*;
-use crate::engine::host::{HostMemory, StoreRequest, Stored, Write, WritePins, Writes};
+use crate::engine::host::{HostMemory, MappedSegment, StoreRequest, Stored, Write, WritePins, Writes};
 use crate::engine::metadata::{Lease, Load, Pages, Save};
 use crate::engine::pool::{BlockCopy, Fence, LayerGroup, MemoryMover, Region};
 
@@ -213,9 +213,11 @@ fn rank_of(layers: usize, broken: BrokenPromise) -> Rank {
     let shape = shape.of_layers(layers);
     let words = Arc::new(PoolWords::create([1; 16], PAGES).unwrap());
     let segment = Arc::new(SharedMemory::create("segment", 32 * STRIDE).unwrap());
-    let segments = RwLock::new([(1, segment.clone())].into());
+    let same = segment.fd().try_clone_to_owned().unwrap();
     let lent = lent.into_iter().map(LentMemory::of_shared).collect();
     let gate = Gate::new(MemoryMover::new(shape.clone(), lent));
+    let mapped = MappedSegment::new(same, Arc::new(gate.clone())).unwrap();
+    let segments = RwLock::new([(1, Arc::new(mapped))].into());
     let memory = HostMemory {
         writes: Arc::new(WritePins::new(words.clone())),
         words,
@@ -223,7 +225,6 @@ fn rank_of(layers: usize, broken: BrokenPromise) -> Rank {
         slot_stride: STRIDE,
         shard_offset: 128,
         block_bytes: BLOCK,
-        mover: Arc::new(gate.clone()),
     };
     let daemon = Arc::new(Daemon {
         memory: Arc::new(memory),
