@@ -86,6 +86,9 @@ def connector_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda:N for torch tensors")
     parser.add_argument("--no-cache", action="store_true", help="the cache is away: nothing needs to be found")
     parser.add_argument("--hit-seconds", type=float, default=10.0, help="how late a hit may come")
+    parser.add_argument(
+        "--patience-seconds", type=float, default=20.0, help="how long a request may take, on a machine that is busy"
+    )
 
 
 @contextmanager
@@ -120,6 +123,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         device=arguments.device,
         cache=not arguments.no_cache,
         hit_seconds=arguments.hit_seconds,
+        patience_s=arguments.patience_seconds,
     )
 
 
