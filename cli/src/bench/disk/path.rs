@@ -217,8 +217,10 @@ impl WholePath {
                     self.manager.inspect(|ledger| (ledger.disk_turned_away(), ledger.demote_backlog()));
                 let moved = [Route::DeviceToHost, Route::HostToDisk, Route::DiskToHost]
                     .map(|route| self.manager.counters().blocks(route));
+                let tier = self.manager.disk().map(|disk| disk.state);
                 return Err(format!(
-                    "waited in vain until {what}: moved {moved:?}, turned away {turned_away:?}, waiting {backlog}"
+                    "waited in vain until {what}: moved {moved:?}, turned away {turned_away:?}, waiting {backlog}, \
+                     disk tier {tier:?}"
                 ));
             }
             // Seldom enough to take nothing from what is measured.
