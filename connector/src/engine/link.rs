@@ -7,7 +7,8 @@
 //!     └────────────────────────────── pause ◄──────────────────────┘
 //! ```
 //!
-//! What a session mapped stays mapped as long as promises made in it are left: they are kept from there.
+//! What a session mapped stays mapped as long as promises made in it are left: they are kept from there. Memory that the
+//! next session is given again stays as it is.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
