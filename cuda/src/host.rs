@@ -69,18 +69,21 @@ impl RegisteredMemory {
     ///
     /// # Safety
     /// What the GPU was told to copy from or to it has ended.
-    pub unsafe fn end(mut self) {
-        self.unregister();
+    pub unsafe fn end(mut self) -> Result<(), Error> {
+        self.unregister()
     }
 
-    fn unregister(&mut self) {
+    /// All of it, and answers with the first failure.
+    fn unregister(&mut self) -> Result<(), Error> {
         let chunks = std::mem::take(&mut self.addresses).len();
+        let mut ended = self.context.bind();
         for chunk in chunk_plan(self.memory.bytes(), self.chunk_bytes).take(chunks) {
             // SAFETY: the chunk lies within the mapping.
             let start = unsafe { self.memory.address().add(chunk.start) }.as_ptr().cast();
             // SAFETY: registered by `register_next`, unregistered once.
-            let _ = unsafe { call!(cuMemHostUnregister(start)) };
+            ended = ended.and(unsafe { call!(cuMemHostUnregister(start)) });
         }
+        ended
     }
 
     /// The memory itself.
@@ -110,7 +113,7 @@ impl Drop for RegisteredMemory {
         if !self.addresses.is_empty() {
             // What the GPU was told to copy must end while the pages are pinned.
             let _ = self.context.synchronize();
-            self.unregister();
+            let _ = self.unregister();
         }
     }
 }

@@ -97,9 +97,10 @@ def one(options: argparse.Namespace) -> None:
         while time.monotonic() < ends:
             if busy and kept and onboarding is None and time.monotonic() > next_onboarding:
                 onboarding, turn = add(kept[turn % len(kept)], 1), turn + 1
-                next_onboarding += options.onboard_every_s
+                next_onboarding = max(next_onboarding + options.onboard_every_s, time.monotonic())
             if busy and new is None and time.monotonic() > next_new:
-                new, next_new = add(prompt_of(options.new_length), 1), next_new + options.new_every_s
+                new = add(prompt_of(options.new_length), 1)
+                next_new = max(next_new + options.new_every_s, time.monotonic())
             outputs, now = step(), time.monotonic()
             for made in outputs:
                 if made.request_id in decoding:

@@ -221,7 +221,7 @@ impl Mover for CudaMover {
             let _ = segment.populate(piece);
             if let Err(error) = registered.register_next() {
                 // SAFETY: nobody was told of it.
-                unsafe { registered.end() };
+                let _ = unsafe { registered.end() };
                 return Err(error.to_string());
             }
             if self.is_at_work() {
@@ -236,9 +236,8 @@ impl Mover for CudaMover {
         let released = self.segments.write().remove(&segment.address().addr().get());
         let _beside = BesideRecordings::begin();
         if let Some(memory) = released.and_then(Arc::into_inner) {
-            // SAFETY: copies have ended when `copy` returns, and whoever loads in steps keeps the segment until the last
-            // fence was reached (see `issue`). One that still issues copies has a share in it: then it is dropped there.
-            unsafe { memory.end() };
+            // SAFETY: whoever copies holds the segment until its copies have ended, also those of a load in steps.
+            let _ = unsafe { memory.end() };
         }
     }
 

@@ -219,7 +219,12 @@ impl Inner {
         former.push_back(host);
         let dropped = (former.len() > FORMER_MAX).then(|| former.pop_front());
         drop(former);
-        drop(dropped);
+        self.let_go(dropped);
+    }
+
+    /// Has memory unmapped where nobody waits: a device takes long to forget it.
+    fn let_go(&self, memory: impl Send + 'static) {
+        self.handle.spawn_blocking(move || drop(memory));
     }
 
     /// Lets go of memory in which no promise is left: it may be all that is left of a daemon's.
@@ -228,7 +233,9 @@ impl Inner {
         let (kept, dropped): (VecDeque<_>, VecDeque<_>) = former.drain(..).partition(|host| host.is_pinned());
         *former = kept;
         drop(former);
-        drop(dropped);
+        if !dropped.is_empty() {
+            self.let_go(dropped);
+        }
         let mut writes = self.former_writes.lock();
         writes.retain(|(ended, writes)| {
             writes.end_session();

@@ -12,22 +12,25 @@ use crate::{Gpu, Outcome};
 
 const BYTES: usize = 8 << 20;
 
+/// What is asked, made ready before anything is recorded.
+type Asked<'a> = Box<dyn FnOnce() -> Result<(), Error> + Send + 'a>;
+type Prepare = for<'a> fn(&'a Gpu) -> Result<Asked<'a>, Error>;
+
 /// What our threads ask, by its name.
-const ASKED: [(&str, Ask); 4] =
+const ASKED: [(&str, Prepare); 4] =
     [("wait", wait), ("register", register), ("unregister", unregister), ("load", load)];
 
-type Ask = fn(&Gpu) -> Result<(), Error>;
-
 pub fn beside(gpu: &Gpu) -> Outcome {
+    let text = |error: Error| error.to_string();
     let mut refused = Vec::new();
-    for (name, ask) in ASKED {
-        let guarded = || BesideRecordings::begin().and_then(|_beside| ask(gpu));
-        match recorded(gpu, guarded)? {
+    for (name, prepare) in ASKED {
+        let ask = prepare(gpu).map_err(text)?;
+        match recorded(gpu, || BesideRecordings::begin().and_then(|_beside| ask()))? {
             (Ok(()), 0) => {}
             (asked, ended) => return Err(format!("{name}: {asked:?}; the recording ended with {ended}")),
         }
         // What libraries forbid: where the driver does not mind, the guard is of no use.
-        match recorded(gpu, || ask(gpu))? {
+        match recorded(gpu, prepare(gpu).map_err(text)?)? {
             (Ok(()), 0) => {}
             (asked, ended) => refused.push(format!("{name} ({asked:?}, {ended})")),
         }
@@ -38,40 +41,48 @@ pub fn beside(gpu: &Gpu) -> Outcome {
     Ok(format!("refused without the guard: {}", refused.join(", ")))
 }
 
-fn wait(gpu: &Gpu) -> Result<(), Error> {
-    let stream = Stream::new(&gpu.context)?;
-    let event = Event::restful(&gpu.context)?;
-    event.record(&stream)?;
-    event.synchronize()
+fn wait(gpu: &Gpu) -> Result<Asked<'_>, Error> {
+    let (stream, event) = (Stream::new(&gpu.context)?, Event::restful(&gpu.context)?);
+    Ok(Box::new(move || {
+        event.record(&stream)?;
+        event.synchronize()
+    }))
 }
 
-fn registered(gpu: &Gpu) -> Result<RegisteredMemory, Error> {
+fn begun(gpu: &Gpu) -> Result<RegisteredMemory, Error> {
     let memory = SharedMemory::create("kvbm-gpu-test", BYTES).expect("there is memory");
-    let mut registered = RegisteredMemory::begin(&gpu.context, Arc::new(memory), BYTES)?;
-    registered.register_next()?;
-    Ok(registered)
+    RegisteredMemory::begin(&gpu.context, Arc::new(memory), BYTES)
 }
 
-/// It stays registered: unregistering is another matter.
-fn register(gpu: &Gpu) -> Result<(), Error> {
-    registered(gpu).map(std::mem::forget)
+fn register(gpu: &Gpu) -> Result<Asked<'_>, Error> {
+    let mut memory = begun(gpu)?;
+    Ok(Box::new(move || {
+        memory.register_next()?;
+        // It stays registered: unregistering is another matter.
+        std::mem::forget(memory);
+        Ok(())
+    }))
 }
 
-fn unregister(gpu: &Gpu) -> Result<(), Error> {
+fn unregister(gpu: &Gpu) -> Result<Asked<'_>, Error> {
+    let mut memory = begun(gpu)?;
+    memory.register_next()?;
     // SAFETY: nothing is copied.
-    registered(gpu).map(|registered| unsafe { registered.end() })
+    Ok(Box::new(move || unsafe { memory.end() }))
 }
 
-fn load(gpu: &Gpu) -> Result<(), Error> {
-    let (host, stream) = (registered(gpu)?, Stream::new(&gpu.context)?);
+fn load(gpu: &Gpu) -> Result<Asked<'_>, Error> {
+    let (mut host, stream) = (begun(gpu)?, Stream::new(&gpu.context)?);
+    host.register_next()?;
     let memory = DeviceMemory::allocate(&gpu.context, BYTES)?;
-    // SAFETY: both are there until the copy has ended.
-    unsafe { stream.copy(memory.address(), host.device_address(0), BYTES) }?;
-    stream.synchronize()?;
-    // SAFETY: it has.
-    unsafe { host.end() };
-    std::mem::forget(memory);
-    Ok(())
+    Ok(Box::new(move || {
+        // SAFETY: both are there until the copy has ended.
+        unsafe { stream.copy(memory.address(), host.device_address(0), BYTES) }?;
+        stream.synchronize()?;
+        // What ends here with them is no part of it.
+        std::mem::forget((host, memory));
+        Ok(())
+    }))
 }
 
 /// Records in the mode that libraries use by default, while another thread runs `ask`. What that returned, and the code with

@@ -10,7 +10,7 @@ use kvbm_proto::v1;
 use kvbm_shm::{PoolWords, SharedMemory};
 use parking_lot::RwLock;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use super::{Attachment, HostMemory, Inner, OpenPool, RegisteredPool, WritePins, direct};
 use crate::ClientError;
@@ -28,7 +28,7 @@ const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(5);
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const PROBE_EVERY_OPEN: Duration = Duration::from_millis(100);
 
-/// How long what an earlier session had mapped is kept after the last segment that came.
+/// How long what an earlier session had mapped is kept after the last of it that came again.
 const KNOWN_KEPT: Duration = Duration::from_millis(200);
 
 /// What a daemon must be able to do.
@@ -224,6 +224,7 @@ async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> Strin
         return std::future::pending().await;
     };
     let (mut known, mut new) = (inner.mapped(), VecDeque::new());
+    let mut until = Instant::now() + KNOWN_KEPT;
     loop {
         let next = attachment.client.session().side().next_segment();
         let (segment, fd) = if known.is_empty() {
@@ -231,10 +232,10 @@ async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> Strin
                 Some(waiting) => waiting,
                 None => next.await,
             }
-        } else if let Ok(next) = timeout(KNOWN_KEPT, next).await {
+        } else if let Ok(next) = timeout_at(until.into(), next).await {
             next
         } else {
-            known.clear();
+            inner.let_go(std::mem::take(&mut known));
             continue;
         };
         let again = SharedMemory::id_of(fd.as_fd()).ok().and_then(|id| known.remove(&id));
@@ -244,6 +245,7 @@ async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> Strin
         }
         let mapped = match again {
             Some(mapped) => {
+                until = Instant::now() + KNOWN_KEPT;
                 inner.counts.segments_kept.fetch_add(1, Ordering::Relaxed);
                 Ok(mapped)
             }
@@ -256,6 +258,9 @@ async fn map_segments(inner: &Arc<Inner>, attachment: &Arc<Attachment>) -> Strin
         };
         match mapped {
             Ok(mapped) => {
+                if pool.host.segments.read().contains_key(&segment) {
+                    return format!("the daemon sent segment {segment} a second time");
+                }
                 pool.host.segments.write().insert(segment, mapped);
                 let mapped = v1::MappedSegments { pool_id: pool.id, segments: vec![segment] };
                 attachment.tell(Question::MappedSegments(mapped)).await;

@@ -239,15 +239,16 @@ impl LoadJob {
         })?;
         self.begin_no_more(Loaded::Yes);
         // A pass that begins now holds up the others in it for no longer than the rest takes.
-        let mut left = bytes;
+        let (mut left, mut arrived) = (bytes, Ok(()));
         for (fence, range) in fences.iter().zip(&ranges) {
             if left <= LEFT_BYTES_MAX {
                 self.tell_early(shared);
             }
-            fence.wait()?;
+            // Also behind one that failed: what is under way must not outlast this.
+            arrived = arrived.and(fence.wait());
             left -= blocks.len() * range.len();
         }
-        Ok(())
+        arrived
     }
 
     fn tell_early(&self, shared: &Shared) {
