@@ -14,7 +14,9 @@ use super::worker;
 
 const WORKERS: usize = 3;
 const BLOCK: usize = 16;
-const POOL: usize = 512;
+/// A pool promises no more than half of its blocks to what comes from host memory at once: that must be enough for all
+/// streams (of 28 blocks at most) when they move to one worker, or tokens are computed again for want of promises.
+const POOL: usize = 1024;
 const CLIENTS: usize = 16;
 /// Different requests; streams ask them again and again.
 const REQUESTS: usize = 20;
