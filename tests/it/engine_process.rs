@@ -10,7 +10,7 @@ use kvbm_connector::engine::{
     LoadMode, MemoryFacts, MemoryMover, Pass, PoolChoice, PoolShape, Prompt, Region, Report, SharedFacts,
 };
 use kvbm_shm::{LentMemory, SharedMemory};
-use kvbm_tests::{DaemonOptions, Node, Random, eventually};
+use kvbm_tests::{DaemonOptions, Node, Process, Random, eventually};
 use rustix::process::Signal;
 
 const TOKENS: usize = 16;
@@ -337,6 +337,39 @@ fn a_daemon_that_hangs_holds_up_one_lookup_and_caching_resumes() {
     // Host memory that the session before had mapped was not mapped once more.
     assert!(engine.ranks[0].figure("segments_kept") >= 1);
     assert_eq!(engine.ranks[0].figure("lookups_on_stream"), on_stream);
+    assert_eq!(engine.broken_promises(), 0);
+}
+
+#[test]
+fn memory_that_outlived_the_daemon_is_still_mapped_in_the_engine() {
+    let mut node = Node::empty();
+    let held = node.dir.path().join("hold.sock");
+    let arguments = ["hold", "--socket", held.to_str().unwrap()].map(String::from);
+    let mut holder = Process::start(node.dir.path(), "holder", &arguments, &[]);
+    holder.wait_ready();
+    let options = DaemonOptions { host_mb: 32.0, ..DaemonOptions::default() };
+    node.configure(options.and(&["--holder", held.to_str().unwrap()]));
+    node.start_daemon();
+    let mut engine = Engine::start(&node, 1, LoadMode::Parked).wait_attached();
+    engine.serve(&prompt(1));
+    engine.serve_until_found(&prompt(1));
+    assert_eq!(engine.ranks[0].figure("segments_kept"), 0);
+    node.kill_daemon();
+    eventually("the engine has seen it", || (!engine.ranks[0].process.is_attached()).then_some(()));
+    node.start_daemon();
+    let mut engine = engine.wait_attached();
+    // Nothing is computed meanwhile: what is found was there before.
+    let found = eventually("what was computed is found", || {
+        let asked = engine.query(&prompt(1));
+        if asked.1 > 0 {
+            return Some(asked);
+        }
+        engine.scheduler().request_finished(asked.0);
+        None
+    });
+    assert_eq!(found.1, 10 * TOKENS);
+    engine.compute(&prompt(1), found);
+    assert!(engine.ranks[0].figure("segments_kept") >= 1, "it was mapped once more");
     assert_eq!(engine.broken_promises(), 0);
 }
 
