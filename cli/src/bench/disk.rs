@@ -98,7 +98,7 @@ pub(super) fn measure(args: &DiskArgs) -> Result<Vec<Row>, String> {
         // Writes come last: they leave nothing behind that could be read as blocks.
         for direction in [Direction::Read, Direction::Write] {
             let task = Task { direction, io_bytes, time: TURN };
-            let turns = alternate(&engine, &reference, &mut path, task)?;
+            let turns = alternate(&scratch, &engine, &reference, &mut path, task)?;
             engine_rows.push(engine_row(&engine, &reference, task, name, &turns));
             path_rows.push(path_row(&reference, task, name, args.size_gb, &turns));
         }
@@ -115,6 +115,7 @@ struct Turns {
 }
 
 fn alternate(
+    scratch: &Scratch,
     engine: &Engine,
     reference: &Reference,
     path: &mut WholePath,
@@ -124,6 +125,8 @@ fn alternate(
     for turn in 0..ALTERNATIONS {
         // Who goes first changes: drives remember what they did last.
         for who in (0..3).map(|who| (who + turn) % 3) {
+            // Nobody pays for what the one before left in the drive's own memory.
+            scratch.sync()?;
             match who {
                 0 => turns.engine.push(engine.run(task)?),
                 1 => turns.reference.push(reference.run(task)?),

@@ -323,6 +323,11 @@ impl Ledger {
         self.disk.candidates.len()
     }
 
+    /// Blocks that are being written.
+    pub fn demoting(&self) -> usize {
+        self.disk.demoting
+    }
+
     /// The next blocks on disk to look at, of one class, in the order of their places, round and round. They come back through
     /// [`Ledger::finish_scrub`].
     pub fn next_scrub(&mut self, limit: BatchLimit) -> Vec<ScrubItem> {

@@ -16,6 +16,7 @@ mod demote;
 mod device;
 mod disk;
 mod engine;
+mod frequency;
 mod key;
 mod lease;
 mod offload;

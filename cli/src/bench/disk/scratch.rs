@@ -47,6 +47,11 @@ impl Scratch {
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+
+    /// Has the drive write down what it was given.
+    pub fn sync(&self) -> Result<(), String> {
+        self.file.sync_data().map_err(|error| format!("sync the file that is measured: {error}"))
+    }
 }
 
 /// Refuses a directory that has no room for a file of this size.

@@ -37,9 +37,12 @@ use flow::{DemoteEnd, DemoteJob, PromoteEnd, PromoteJob};
 
 /// Batches that may wait to be written: what is not planned yet can still be planned better.
 const DEMOTES_WAITING: usize = 8;
-/// Threads per direction: some have the drive move bytes while others check them or wait for pages of tables, which the
-/// drive writes behind what it was given before.
-const THREADS_PER_DIRECTION: usize = 16;
+/// Threads that write: each batch waits for pages of tables before its bytes and behind them, which the drive writes behind
+/// what it was given before, and batches whose pages are the same wait together. Others have the drive busy meanwhile.
+/// All of their batches find room among the writes that may wait in the engine: what does not counts as a fault of the drive.
+const DEMOTE_THREADS: usize = 48;
+/// Threads that read: some check what has arrived while the drive is busy for others.
+const PROMOTE_THREADS: usize = 16;
 /// How long the kernel may take to unlock the files of a daemon that was killed.
 const UNLOCKED_WITHIN: Duration = Duration::from_secs(5);
 /// How long they may take to end.
@@ -376,8 +379,12 @@ impl super::Manager {
         if self.shared.disk.as_ref().is_none_or(|tier| tier.config.capacity.is_zero()) {
             return Ok(());
         }
-        for _ in 0..THREADS_PER_DIRECTION {
+        let config = &self.shared.disk.as_ref().expect("it was just seen").config;
+        debug_assert!(DEMOTE_THREADS * config.batch.blocks <= config.io.waiting_writes_max);
+        for _ in 0..DEMOTE_THREADS {
             self.spawn_disk("kvbm-demote", flow::run_demotes)?;
+        }
+        for _ in 0..PROMOTE_THREADS {
             self.spawn_disk("kvbm-promote", flow::run_promotes)?;
         }
         self.spawn_disk("kvbm-disk-care", care::run)?;

@@ -44,7 +44,7 @@ impl Default for IoOptions {
             bytes_in_flight_max: 128 << 20,
             deadline: Duration::from_secs(5),
             overdue: Overdue::Cancel,
-            waiting_writes_max: 4096,
+            waiting_writes_max: 16384,
             waiting_reads_max: 16384,
             memories_registered_max: 4096,
             kind: IoKind::Auto,
