@@ -1,6 +1,7 @@
 //! Moves blocks of engines whose KV memory is on a GPU, on streams of our own in the engine's process.
 //!
-//! Batch copies only, which the copy engines do: a kernel would take its turns with the engine's. Each way has a stream,
+//! Copy engines cross the wire: a kernel would take its turns with the engine's for as long. Where blocks consist of small
+//! pieces, as where each layer has memory of its own, those that come in whole are spread by a kernel. Each way has a stream,
 //! so that loads never wait behind saves. Who waits sleeps: the cores are the engine's.
 
 use std::collections::HashMap;
@@ -12,11 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvbm_connector::engine::{
-    BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, PoolShape, issued_at_once,
+    BlockCopy, Export, Exported, ExportedMemory, ExportedRegion, Fence, Mover, Piece, PoolShape,
+    issued_at_once,
 };
 use kvbm_cuda::{
     BatchCopier, BesideRecordings, Context, DeviceAddress, DeviceName, Driver, Error, Event, IpcHandle,
-    RawCopy, RegisteredMemory, Stream, chunk_plan,
+    RawCopy, RegisteredMemory, Scatter, Spread, Stream, chunk_plan,
 };
 use kvbm_shm::SharedMemory;
 use parking_lot::{Mutex, RwLock};
@@ -27,6 +29,9 @@ const BATCH_BLOCKS_MAX: usize = 64;
 
 /// Copies given to the driver in one call, at most: while it takes them, the engine's thread launches nothing.
 const PIECES_AT_ONCE: usize = 128;
+
+/// Blocks of which all pieces are up to this size are spread on the GPU when they come in whole; see [`Scatter`].
+const SPREAD_BYTES_MAX: usize = 256 << 10;
 
 /// Bytes registered with one call, up to a millisecond in which the engine launches nothing.
 const REGISTERED_AT_ONCE_BYTES: usize = 8 << 20;
@@ -41,6 +46,8 @@ struct Lane {
     stream: Stream,
     copier: BatchCopier,
     done: Event,
+    /// Of the way in, where blocks consist of small pieces.
+    scatter: Option<Scatter>,
 }
 
 pub(crate) struct CudaMover {
@@ -72,18 +79,25 @@ impl CudaMover {
     pub unsafe fn new(shape: PoolShape, device: u32) -> Result<Self, Error> {
         let driver = Driver::load()?;
         let context = Context::open(&driver, &driver.device(&DeviceName::Ordinal(device))?)?;
-        let lane = || -> Result<_, Error> {
+        let lane = |scatter| -> Result<_, Error> {
             Ok(Mutex::new(Lane {
                 stream: Stream::new(&context)?,
                 copier: BatchCopier::new(&driver),
                 done: Event::restful(&context)?,
+                scatter,
             }))
         };
+        let is_small = shape.regions().all(|(_, region)| region.bytes <= SPREAD_BYTES_MAX);
+        let scatter = is_small.then(|| Scatter::new(&driver, &context)).transpose();
+        let scatter = scatter.unwrap_or_else(|error| {
+            tracing::warn!(%error, "blocks are brought in piece by piece");
+            None
+        });
         Ok(Self {
             bases: shape.regions().map(|(_, region)| DeviceAddress(region.base as u64)).collect(),
             shape,
-            loads: lane()?,
-            saves: lane()?,
+            loads: lane(scatter)?,
+            saves: lane(None)?,
             segments: RwLock::default(),
             context,
             callable_back: true,
@@ -160,17 +174,51 @@ impl CudaMover {
         bytes: &Range<usize>,
         way: Way,
     ) -> Result<(), String> {
+        let Lane { stream, copier, scatter, .. } = lane;
+        let mut scatter = scatter.as_mut().filter(|_| bytes.len() == self.shape.block_bytes());
         let mut copies = Vec::new();
         issued_at_once(blocks.len(), bytes.len()).try_for_each(|part| {
+            let blocks = &blocks[part];
+            if let Some(scatter) = &mut scatter {
+                let spread: Vec<Spread> =
+                    blocks.iter().map(|block| self.spread(block)).collect::<Result<_, _>>()?;
+                if Scatter::takes(&spread) {
+                    // SAFETY: as below.
+                    return unsafe { scatter.issue(stream, &spread) }.map_err(|error| error.to_string());
+                }
+            }
             copies.clear();
-            blocks[part].iter().try_for_each(|block| self.pieces(block, bytes, way, &mut copies))?;
+            blocks.iter().try_for_each(|block| self.pieces(block, bytes, way, &mut copies))?;
             copies.chunks(PIECES_AT_ONCE).try_for_each(|pieces| {
                 // SAFETY: the engine's pages are valid (see `new`); the segments are registered for as long as the map
                 // holds them, which is until `self` goes or they are let go of; pieces lie within one chunk each, and
                 // within bounds that were checked when they were placed. The rest is the caller's promise.
-                unsafe { lane.copier.copy(&lane.stream, pieces) }.map_err(|error| error.to_string())
+                unsafe { copier.copy(stream, pieces) }.map_err(|error| error.to_string())
             })
         })
+    }
+
+    /// A block as it lies on the host, and where its parts go.
+    fn spread(&self, block: &BlockCopy<'_>) -> Result<Spread, String> {
+        let memory = self.registered(block)?;
+        let (chunk, bytes) = (memory.chunk_bytes(), self.shape.block_bytes());
+        let mut spread = Spread::default();
+        let mut done = 0;
+        while done < bytes {
+            let at = block.offset + done;
+            let part = (bytes - done).min(chunk - at % chunk);
+            spread.host.push((memory.device_address(at), part));
+            done += part;
+        }
+        let place = |piece: Piece| (piece.at, self.bases[piece.region].plus(piece.from), piece.bytes);
+        spread.pieces.extend(self.shape.pieces(block.pages, 0..bytes).map(place));
+        Ok(spread)
+    }
+
+    fn registered(&self, block: &BlockCopy<'_>) -> Result<Arc<RegisteredMemory>, String> {
+        let at = block.segment.address().addr().get();
+        let known = self.segments.read().get(&at).cloned();
+        known.ok_or_else(|| "a host segment is not registered with CUDA".into())
     }
 
     /// These bytes of a block as pieces that lie within one page and one registered chunk.
@@ -181,9 +229,7 @@ impl CudaMover {
         way: Way,
         to: &mut Vec<RawCopy>,
     ) -> Result<(), String> {
-        let at = block.segment.address().addr().get();
-        let memory =
-            self.segments.read().get(&at).cloned().ok_or("a host segment is not registered with CUDA")?;
+        let memory = self.registered(block)?;
         let chunk = memory.chunk_bytes();
         for piece in self.shape.pieces(block.pages, bytes.clone()) {
             let (device, offset) = (self.bases[piece.region].plus(piece.from), block.offset + piece.at);

@@ -12,6 +12,7 @@ mod interference;
 mod leaks;
 mod patterns;
 mod peer;
+mod scatter;
 mod sharing;
 mod two_gpus;
 mod words;
@@ -32,7 +33,7 @@ type Outcome = Result<String, String>;
 
 type Test = (&'static str, fn(&Gpu) -> Outcome);
 
-const TESTS: [Test; 23] = [
+const TESTS: [Test; 24] = [
     ("the_gpu_is_described", describe),
     ("each_batch_form_copies_scattered_blocks", batches::each_form),
     ("a_refused_copy_leaves_the_gpu_usable", batches::refused),
@@ -53,6 +54,7 @@ const TESTS: [Test; 23] = [
     ("host_memory_is_registered_once_for_all_gpus", two_gpus::registered_once),
     ("kernels_and_graphs_run", compute::kernels),
     ("graphs_are_recorded_beside_our_threads", graphs::beside),
+    ("blocks_are_spread_on_the_gpu", scatter::spread),
     ("matrix_products_are_right", compute::products),
     ("background_copies_leave_decoding_alone", interference::paced),
     ("killed_processes_leak_nothing", leaks::cycles),
