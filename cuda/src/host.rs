@@ -83,6 +83,11 @@ impl RegisteredMemory {
             // SAFETY: registered by `register_next`, unregistered once.
             ended = ended.and(unsafe { call!(cuMemHostUnregister(start)) });
         }
+        if ended.is_err() {
+            // What may still be registered keeps its addresses: memory that came to lie there could not be registered, and
+            // the GPU would be sent to these pages instead.
+            std::mem::forget(self.memory.clone());
+        }
         ended
     }
 

@@ -1,5 +1,5 @@
-//! Blocks that the host has in one piece and the GPU in many: they are copied to a place on the GPU as they are, and a
-//! kernel spreads them from there.
+//! Loads that leave the engine's own work alone: what comes from the host is copied to a place on the GPU first, and a kernel
+//! spreads it from there.
 //!
 //! ```text
 //!  host      slot  slot     slot  slot        one copy each, by the copy engine
@@ -8,11 +8,12 @@
 //!           │  part 0   │  │  part 1   │      8 MiB each: while one is filled, the other is spread
 //!           └┬──┬──┬──┬─┘  └┬──┬──┬──┬─┘
 //!            ▼  ▼  ▼  ▼     ▼  ▼  ▼  ▼        a kernel, at the rate of the GPU's memory
-//!           layers of the engine
+//!           pages of the engine
 //! ```
 //!
-//! A copy for each piece takes the driver as long as the bytes take the wire where pieces are small, and meanwhile no other
-//! thread of the process gets to launch anything.
+//! Where each layer has memory of its own, a copy for each piece would take the driver as long as the bytes take the wire, and
+//! meanwhile no other thread of the process would get to launch anything. Blocks of one piece go the same way: between parts the
+//! stream waits, and what the engine copies in each of its steps gets its turn.
 
 use std::sync::Arc;
 
@@ -29,8 +30,8 @@ const PART_BYTES: usize = 8 << 20;
 const PARTS: usize = 2;
 /// Pieces that are spread at a time, at most.
 const PIECES_MAX: usize = 8192;
-/// Fewer pieces than this for each copy from the host are copied as they are.
-const PIECES_MIN: usize = 4;
+/// Larger pieces are cut, so that all of the GPU has to do.
+const PIECE_BYTES_MAX: usize = 64 << 10;
 /// Copies given to the driver in one call: while it takes them, other threads launch nothing.
 const COPIES_AT_ONCE: usize = 128;
 /// Of a piece in the list: where from, where to, how many bytes.
@@ -89,22 +90,27 @@ END:
 }
 ";
 
-/// A block that is to be spread.
+/// Bytes that are to be spread: a block, or a part of one.
 #[derive(Debug, Clone, Default)]
 pub struct Spread {
-    /// Where it is on the host, in order: places and sizes.
+    /// Where they are on the host, in order: places and sizes.
     pub host: Vec<(DeviceAddress, usize)>,
-    /// Where its parts go: byte of the block, place, size.
+    /// Where they go: the first byte of them, place, size. What no piece names goes nowhere.
     pub pieces: Vec<(usize, DeviceAddress, usize)>,
 }
 
 impl Spread {
-    /// Bytes of the block.
+    /// How many.
     pub fn bytes(&self) -> usize {
         self.host.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Its pieces are many enough, and lie within it in whole words.
+    /// Entries of the list.
+    fn entries(&self) -> usize {
+        self.pieces.iter().map(|(_, _, bytes)| bytes.div_ceil(PIECE_BYTES_MAX)).sum()
+    }
+
+    /// Fits, and its pieces lie within it in whole words.
     fn can_be(&self) -> bool {
         let whole = self.bytes();
         let fits = |(at, to, bytes): &(usize, DeviceAddress, usize)| {
@@ -112,9 +118,8 @@ impl Spread {
                 && at.checked_add(*bytes).is_some_and(|end| end <= whole)
         };
         (whole as u64).is_multiple_of(WORD_BYTES)
-            && whole <= PART_BYTES
-            && self.pieces.len() <= PIECES_MAX
-            && self.pieces.len() >= self.host.len() * PIECES_MIN
+            && whole <= Scatter::BYTES_MAX
+            && self.entries() <= PIECES_MAX
             && self.pieces.iter().all(fits)
     }
 }
@@ -138,21 +143,29 @@ pub struct Scatter {
 }
 
 impl Scatter {
+    /// What one [`Spread`] may have.
+    pub const BYTES_MAX: usize = PART_BYTES;
+
     /// Takes 16 MiB of the GPU's memory.
     pub fn new(driver: &Driver, context: &Context) -> Result<Self, Error> {
         let lists = SharedMemory::create("kvbm-scatter", LISTS * LIST_BYTES)
             .map_err(|error| Error::refused("memory for lists of pieces", error.to_string()))?;
         let events = |count: usize| (0..count).map(|_| Event::restful(context)).collect::<Result<_, _>>();
-        Ok(Self {
+        let scatter = Self {
             copier: BatchCopier::new(driver),
             spread: Module::load(context, PTX.as_bytes())?.function("spread")?,
-            spreading: Stream::new(context)?,
+            spreading: Stream::urgent(context)?,
             staging: DeviceMemory::allocate(context, PARTS * (PART_BYTES + LIST_BYTES))?,
             lists: RegisteredMemory::new(context, Arc::new(lists))?,
             copied: events(PARTS)?,
             done: events(LISTS)?,
             next: 0,
-        })
+        };
+        // The first launch brings the code to the GPU, and may wait for all that runs there: not while an engine decodes.
+        // SAFETY: a list of nothing is not read.
+        unsafe { scatter.launch(scatter.staging.address(), 0) }?;
+        scatter.spreading.synchronize()?;
+        Ok(scatter)
     }
 
     /// Whether all of these can go this way.
@@ -172,7 +185,7 @@ impl Scatter {
         while !rest.is_empty() {
             let (mut bytes, mut pieces) = (0, 0);
             let count = rest.iter().take_while(|block| {
-                (bytes, pieces) = (bytes + block.bytes(), pieces + block.pieces.len());
+                (bytes, pieces) = (bytes + block.bytes(), pieces + block.entries());
                 bytes <= PART_BYTES && pieces <= PIECES_MAX
             });
             let (part, behind) = rest.split_at(count.count());
@@ -200,8 +213,11 @@ impl Scatter {
         let (mut copies, mut at, mut entries) = (Vec::new(), 0, Vec::new());
         for block in part {
             for (offset, to, bytes) in &block.pieces {
-                for word in [staged.plus(at + offset).0, to.0, *bytes as u64] {
-                    entries.extend(word.to_le_bytes());
+                for cut in (0..*bytes).step_by(PIECE_BYTES_MAX) {
+                    let (from, to) = (staged.plus(at + offset + cut), to.plus(cut));
+                    for word in [from.0, to.0, PIECE_BYTES_MAX.min(bytes - cut) as u64] {
+                        entries.extend(word.to_le_bytes());
+                    }
                 }
             }
             for (from, bytes) in &block.host {
@@ -225,14 +241,22 @@ impl Scatter {
         }
         copied.record(stream)?;
         self.spreading.wait_event(copied)?;
-        let count = (entries.len() / ENTRY_BYTES) as u32;
-        let launch = Launch { grid: [count, 1, 1], block: [THREADS, 1, 1], shared_bytes: 0 };
-        let arguments = Arguments::new().address(listed).u32(count);
-        // SAFETY: as above; these are the arguments that the kernel takes, and what the list names was checked.
-        unsafe { self.spread.launch(&self.spreading, launch, &arguments) }?;
+        // SAFETY: as above; what the list names was checked.
+        unsafe { self.launch(listed, (entries.len() / ENTRY_BYTES) as u32) }?;
         // From here on it counts, also if its event cannot be recorded: nobody writes there before it has ended.
         self.next += 1;
         done.record(&self.spreading)
+    }
+
+    /// Spreads what a list names.
+    ///
+    /// # Safety
+    /// The list has so many entries, and what they name is mapped and left alone until this has ended.
+    unsafe fn launch(&self, list: DeviceAddress, count: u32) -> Result<(), Error> {
+        let launch = Launch { grid: [count.max(1), 1, 1], block: [THREADS, 1, 1], shared_bytes: 0 };
+        let arguments = Arguments::new().address(list).u32(count);
+        // SAFETY: these are the arguments that the kernel takes; the rest is the caller's promise.
+        unsafe { self.spread.launch(&self.spreading, launch, &arguments) }
     }
 }
 

@@ -20,11 +20,25 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// Creates a stream.
     pub fn new(context: &Context) -> Result<Self, Error> {
+        Self::with_priority(context, 0)
+    }
+
+    /// Creates a stream whose kernels go before those of others. It shares no hardware queue with streams that are not
+    /// urgent: where a process has many, those that share one wait for each other.
+    pub fn urgent(context: &Context) -> Result<Self, Error> {
+        context.bind()?;
+        let (mut least, mut most) = (0, 0);
+        // SAFETY: writes two numbers.
+        unsafe { call!(cuCtxGetStreamPriorityRange(&mut least, &mut most)) }?;
+        Self::with_priority(context, most)
+    }
+
+    fn with_priority(context: &Context, priority: i32) -> Result<Self, Error> {
         context.bind()?;
         let mut raw = ptr::null_mut();
         let flags = cu::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: writes one handle, which `self` destroys.
-        unsafe { call!(cuStreamCreate(&mut raw, flags)) }?;
+        unsafe { call!(cuStreamCreateWithPriority(&mut raw, flags, priority)) }?;
         Ok(Self { context: context.clone(), raw })
     }
 

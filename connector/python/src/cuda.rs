@@ -1,8 +1,8 @@
 //! Moves blocks of engines whose KV memory is on a GPU, on streams of our own in the engine's process.
 //!
-//! Copy engines cross the wire: a kernel would take its turns with the engine's for as long. Where blocks consist of small
-//! pieces, as where each layer has memory of its own, those that come in whole are spread by a kernel. Each way has a stream,
-//! so that loads never wait behind saves. Who waits sleeps: the cores are the engine's.
+//! Copy engines cross the wire: a kernel would take its turns with the engine's for as long. Blocks that come in whole are
+//! spread by a kernel from where they came, see [`Scatter`]. Each way has a stream, so that loads never wait behind saves. Who
+//! waits sleeps: the cores are the engine's.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -30,9 +30,6 @@ const BATCH_BLOCKS_MAX: usize = 64;
 /// Copies given to the driver in one call, at most: while it takes them, the engine's thread launches nothing.
 const PIECES_AT_ONCE: usize = 128;
 
-/// Blocks of which all pieces are up to this size are spread on the GPU when they come in whole; see [`Scatter`].
-const SPREAD_BYTES_MAX: usize = 256 << 10;
-
 /// Bytes registered with one call, up to a millisecond in which the engine launches nothing.
 const REGISTERED_AT_ONCE_BYTES: usize = 8 << 20;
 
@@ -46,7 +43,7 @@ struct Lane {
     stream: Stream,
     copier: BatchCopier,
     done: Event,
-    /// Of the way in, where blocks consist of small pieces.
+    /// Of the way in.
     scatter: Option<Scatter>,
 }
 
@@ -87,12 +84,9 @@ impl CudaMover {
                 scatter,
             }))
         };
-        let is_small = shape.regions().all(|(_, region)| region.bytes <= SPREAD_BYTES_MAX);
-        let scatter = is_small.then(|| Scatter::new(&driver, &context)).transpose();
-        let scatter = scatter.unwrap_or_else(|error| {
-            tracing::warn!(%error, "blocks are brought in piece by piece");
-            None
-        });
+        let scatter = Scatter::new(&driver, &context)
+            .inspect_err(|error| tracing::warn!(%error, "blocks are brought in piece by piece"))
+            .ok();
         Ok(Self {
             bases: shape.regions().map(|(_, region)| DeviceAddress(region.base as u64)).collect(),
             shape,
@@ -180,8 +174,8 @@ impl CudaMover {
         issued_at_once(blocks.len(), bytes.len()).try_for_each(|part| {
             let blocks = &blocks[part];
             if let Some(scatter) = &mut scatter {
-                let spread: Vec<Spread> =
-                    blocks.iter().map(|block| self.spread(block)).collect::<Result<_, _>>()?;
+                let mut spread = Vec::new();
+                blocks.iter().try_for_each(|block| self.spread(block, &mut spread))?;
                 if Scatter::takes(&spread) {
                     // SAFETY: as below.
                     return unsafe { scatter.issue(stream, &spread) }.map_err(|error| error.to_string());
@@ -198,21 +192,25 @@ impl CudaMover {
         })
     }
 
-    /// A block as it lies on the host, and where its parts go.
-    fn spread(&self, block: &BlockCopy<'_>) -> Result<Spread, String> {
+    /// A block as it lies on the host, and where its pieces go.
+    fn spread(&self, block: &BlockCopy<'_>, to: &mut Vec<Spread>) -> Result<(), String> {
         let memory = self.registered(block)?;
         let (chunk, bytes) = (memory.chunk_bytes(), self.shape.block_bytes());
-        let mut spread = Spread::default();
-        let mut done = 0;
-        while done < bytes {
-            let at = block.offset + done;
-            let part = (bytes - done).min(chunk - at % chunk);
-            spread.host.push((memory.device_address(at), part));
-            done += part;
+        for start in (0..bytes).step_by(Scatter::BYTES_MAX) {
+            let end = bytes.min(start + Scatter::BYTES_MAX);
+            let (mut spread, mut done) = (Spread::default(), start);
+            while done < end {
+                let at = block.offset + done;
+                let part = (end - done).min(chunk - at % chunk);
+                spread.host.push((memory.device_address(at), part));
+                done += part;
+            }
+            let place =
+                |piece: Piece| (piece.at - start, self.bases[piece.region].plus(piece.from), piece.bytes);
+            spread.pieces.extend(self.shape.pieces(block.pages, start..end).map(place));
+            to.push(spread);
         }
-        let place = |piece: Piece| (piece.at, self.bases[piece.region].plus(piece.from), piece.bytes);
-        spread.pieces.extend(self.shape.pieces(block.pages, 0..bytes).map(place));
-        Ok(spread)
+        Ok(())
     }
 
     fn registered(&self, block: &BlockCopy<'_>) -> Result<Arc<RegisteredMemory>, String> {

@@ -7,9 +7,10 @@ use kvbm_shm::SharedMemory;
 
 use crate::{Gpu, Outcome};
 
-/// Blocks of 3 MiB in 48 pieces, more of them than are staged at once, in memory that is registered in chunks.
-const PIECE: usize = 64 << 10;
-const PIECES: usize = 48;
+/// Blocks of 3 MiB in 32 pieces, each of which the kernel takes in two; more of them than are staged at once, in memory that is
+/// registered in chunks.
+const PIECE: usize = 96 << 10;
+const PIECES: usize = 32;
 const BLOCK: usize = PIECE * PIECES;
 const BLOCKS: usize = 40;
 const CHUNK: usize = 8 << 20;
