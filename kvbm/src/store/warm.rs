@@ -108,8 +108,8 @@ impl WarmTables {
     }
 
     /// A segment that an earlier daemon left, as number `segment`, if it can be used: with what is in it, if it is bound.
-    /// One into which a drive may still be writing for the dead daemon cannot, nor can one that nothing was in unless there is but
-    /// `one_domain`: anybody's processes may have been given it.
+    /// One into which a drive may still be writing for the dead daemon cannot, nor can one that nothing was in unless there
+    /// is but `one_domain`: anybody's processes may have been given it.
     pub fn adopt(
         &self,
         segment: SegmentId,
