@@ -16,8 +16,9 @@ macro_rules! call {
 pub(crate) use call;
 
 /// Functions that this crate cannot do without. The bindings would panic where one is missing.
-const REQUIRED: [&str; 66] = [
+const REQUIRED: [&str; 67] = [
     "cuCtxEnablePeerAccess",
+    "cuCtxGetStreamPriorityRange",
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
     "cuDeviceCanAccessPeer",
@@ -74,7 +75,7 @@ const REQUIRED: [&str; 66] = [
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuStreamBeginCapture_v2",
-    "cuStreamCreate",
+    "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamEndCapture",
     "cuStreamQuery",
