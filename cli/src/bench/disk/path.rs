@@ -25,7 +25,11 @@ const SETS_PER_TURN: usize = 4;
 /// Blocks of one sequence.
 const CHAIN: usize = 128;
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How long a drive may not answer.
+const DRIVE_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// What getting memory and a file may take besides, for each GB on disk: the kernel clears both.
+const READY_PER_GB: Duration = Duration::from_secs(10);
 
 /// One set of blocks: sequences.
 type Set = Vec<Vec<SequenceHash>>;
@@ -56,6 +60,8 @@ impl WholePath {
         disk.rules.admission.frequency_filter = true;
         disk.rules.idle = Millis(0);
         disk.scrub_bytes_per_second = 0;
+        // A drive that pauses is slow here; it is not to be left alone for that.
+        disk.io.deadline = DRIVE_PAUSE_MAX;
         let manager = Manager::start(ManagerConfig {
             host: HostCapacity::Bytes(set_bytes * SETS_IN_HOST * 21 / 20),
             disk: Some(disk),
@@ -83,11 +89,15 @@ impl WholePath {
         let (sets, reads) = (Vec::new(), 0);
         let mut path =
             Self { manager, session, namespace, pool, block_bytes, blocks, sets, reads, directory };
-        path.wait("the tiers are ready", |path| {
-            let (planned, there) = path.manager.host_bytes();
-            let disk = path.manager.disk().map(|disk| disk.state);
-            planned == there && disk == Some(DiskState::On)
-        })?;
+        path.wait_for(
+            PATIENCE + READY_PER_GB * (bytes / 1_000_000_000) as u32,
+            "the tiers are ready",
+            |path| {
+                let (planned, there) = path.manager.host_bytes();
+                let disk = path.manager.disk().map(|disk| disk.state);
+                planned == there && disk == Some(DiskState::On)
+            },
+        )?;
         // Every byte of the file: parts that were never written are read as zeros, without the drive.
         for _ in 0..(bytes.div_ceil(set_bytes) as usize).div_ceil(SETS_PER_TURN) {
             path.write()?;
@@ -115,8 +125,7 @@ impl WholePath {
             let set = self.fill()?;
             self.sets.push(set);
         }
-        // Some may have gone ahead: those that were in host memory when that was asked for, which counts as another use. They
-        // are not counted.
+        // The filter takes a few for used before, and these went ahead. They are not counted.
         self.wait_until_written()?;
         let figure = self.measured(Route::HostToDisk, || {
             for chain in self.sets[first..].iter().flatten() {
@@ -232,10 +241,19 @@ impl WholePath {
         Ok(set)
     }
 
-    fn wait(&self, what: &str, mut until: impl FnMut(&Self) -> bool) -> Result<(), String> {
+    fn wait(&self, what: &str, until: impl FnMut(&Self) -> bool) -> Result<(), String> {
+        self.wait_for(PATIENCE, what, until)
+    }
+
+    fn wait_for(
+        &self,
+        patience: Duration,
+        what: &str,
+        mut until: impl FnMut(&Self) -> bool,
+    ) -> Result<(), String> {
         let started = Instant::now();
         while !until(self) {
-            if started.elapsed() > PATIENCE {
+            if started.elapsed() > patience {
                 return Err(format!("waited in vain until {what}: {}", self.state()));
             }
             // Seldom enough to take nothing from what is measured.
