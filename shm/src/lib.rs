@@ -16,7 +16,7 @@ mod streaming_copy;
 
 pub use error::Error;
 pub use lent_memory::LentMemory;
-pub use memory::{Copies, SharedMemory};
+pub use memory::{Copies, LARGE_PAGE, SharedMemory};
 pub use pool_memory::{DeviceMemory, POOL_HEADER_BYTES, POOL_STEPS_OFFSET, PoolLayout, PoolMemory};
 pub use pool_words::{PinState, PinnedSlot, PoolWords};
 pub use process_watch::ProcessWatch;

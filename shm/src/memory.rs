@@ -22,8 +22,8 @@ const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
 /// Bytes that [`SharedMemory::for_each_piece`] copies out at a time: they stay in the first-level cache.
 const PIECE_BYTES: usize = 4 << 10;
 
-/// Large pages of every processor that we run on.
-const LARGE_PAGE: usize = 2 << 20;
+/// Bytes of a large page on every processor that we run on.
+pub const LARGE_PAGE: usize = 2 << 20;
 
 /// Memory that several processes map.
 #[derive(Debug)]

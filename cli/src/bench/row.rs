@@ -28,6 +28,11 @@ impl Row {
         Self { name: name.into(), value, unit, ceiling, ratio, limit, ok, detail }
     }
 
+    /// What could not be measured.
+    pub(crate) fn failed(name: impl Into<String>, unit: &'static str, error: impl Into<String>) -> Self {
+        Self { ok: false, detail: error.into(), ..Self::new(name, 0.0, unit) }
+    }
+
     /// The best this machine does at the same task.
     pub(crate) fn ceiling(self, ceiling: f64) -> Self {
         Self { ceiling: Some(ceiling), ratio: Some(self.value / ceiling), ..self }

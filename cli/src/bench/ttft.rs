@@ -123,17 +123,29 @@ pub(super) fn measure(args: &TtftArgs) -> Result<Vec<Row>, String> {
     runtime.block_on(node.resident("host", complete))?;
     node.start_worker()?;
     ask_all(&runtime, &mut node, &mut prompts, Tier::Host)?;
+    let mut tiers = vec![Tier::Recompute, Tier::Device, Tier::Host];
+    let mut failed = None;
     if !args.no_disk {
-        runtime.block_on(node.resident("disk", complete))?;
-        node.restart_daemon()?;
-        node.start_worker()?;
-        ask_all(&runtime, &mut node, &mut prompts, Tier::Disk)?;
+        // What was measured before is told in any case.
+        match ask_for_disk(&runtime, &mut node, &mut prompts, complete) {
+            Ok(()) => tiers.push(Tier::Disk),
+            Err(error) => failed = Some(Row::failed("ttft.disk", "ms", error)),
+        }
     }
-    let tiers: &[Tier] = match args.no_disk {
-        true => &[Tier::Recompute, Tier::Device, Tier::Host],
-        false => &[Tier::Recompute, Tier::Device, Tier::Host, Tier::Disk],
-    };
-    Ok(rows(args, &prompts, tiers, block_bytes, rate))
+    Ok(rows(args, &prompts, &tiers, block_bytes, rate).into_iter().chain(failed).collect())
+}
+
+/// Waits until all blocks are on disk, and asks when they are nowhere else.
+fn ask_for_disk(
+    runtime: &Runtime,
+    node: &mut Node,
+    prompts: &mut [Prompt],
+    complete: usize,
+) -> Result<(), String> {
+    runtime.block_on(node.resident("disk", complete))?;
+    node.restart_daemon()?;
+    node.start_worker()?;
+    ask_all(runtime, node, prompts, Tier::Disk)
 }
 
 fn shape(name: &str) -> Result<Option<Shape>, String> {

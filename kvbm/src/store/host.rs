@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use kvbm_shm::{Error, SharedMemory};
+use kvbm_shm::{Error, LARGE_PAGE, SharedMemory};
 use parking_lot::RwLock;
 
 use crate::ledger::SegmentId;
@@ -20,15 +20,25 @@ const SEGMENT_BYTES_WANTED: u64 = 64 << 20;
 const POPULATE_BYTES: usize = 64 << 20;
 
 /// How a capacity is cut: number and size of the equal segments. Nothing at all for less than a page.
+///
+/// They are of whole large pages, unless they are tiny: io_uring takes the pages of a buffer as large only if all of them
+/// are, and 1 MiB in small ones is more than drives take at once.
 pub(crate) fn segment_plan(capacity_bytes: u64) -> (u32, usize) {
     let wanted = (capacity_bytes / SEGMENTS_WANTED).clamp(SEGMENT_BYTES_WANTED, SEGMENT_BYTES_MAX);
     let wanted = wanted.min((capacity_bytes / 4).max(4096));
-    let count = capacity_bytes.div_ceil(wanted);
-    if count == 0 {
-        return (0, 4096);
+    let large = LARGE_PAGE as u64;
+    let page = if wanted >= 8 * large { large } else { 4096 };
+    let pages = capacity_bytes / page;
+    let fewest = pages.div_ceil(wanted / page);
+    // A little more of them, where equal segments would leave out much.
+    let left_out = |count: &u64| pages % count;
+    let counts = || fewest.max(1)..=2 * fewest;
+    let count =
+        counts().find(|count| left_out(count) * 200 <= pages).or_else(|| counts().min_by_key(left_out));
+    match count {
+        Some(count @ 1..) => (count as u32, (pages / count * page) as usize),
+        _ => (0, 4096),
     }
-    let bytes = capacity_bytes / count / 4096 * 4096;
-    if bytes == 0 { (0, 4096) } else { (count as u32, bytes as usize) }
 }
 
 /// All segments at some time; more may come, none goes.
@@ -99,6 +109,8 @@ mod tests {
                 "{capacity}: {count} x {bytes}"
             );
             assert!(count >= 4 && bytes % 4096 == 0 && bytes as u64 <= SEGMENT_BYTES_MAX);
+            assert!(count <= 128 || capacity > 1 << 36);
+            assert!(bytes % LARGE_PAGE == 0 || capacity < 1 << 26, "{capacity}: {bytes}");
         }
         assert_eq!(segment_plan(0).0, 0);
         assert_eq!(segment_plan(4095).0, 0);
